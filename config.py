@@ -1,0 +1,124 @@
+"""Every setting of the project: edit a default here, or override it on the command line.
+
+`GPU` and `CPU` at the end are the two named settings; `python train.py` takes the one that fits
+the device. Each field is also a flag: `learning_rate` is `--learning-rate`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+class UserError(ValueError):
+    """Bad input that the user can mend; shown as one clear line instead of a traceback."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run. Raises UserError naming the field, the value and what is allowed."""
+
+    # Paths
+    data_root: Path | None = None
+    """Folder that holds train/ and test/, or the class folders; None: built-in demo brains."""
+    out: Path = Path("runs/default")
+    """Folder of this run; the same command resumes the run it holds."""
+    cache: Path = Path("cache")
+    """Folder of decoded images and demo brains; safe to delete."""
+
+    # Training length and optimizer
+    epochs: int = 100
+    """Passes over the training slices, 1 or more."""
+    learning_rate: float = 0.0025
+    """Adam's step size for both networks, above 0."""
+    batch_size: int = 32
+    """Images per step over all devices, 2 or more."""
+    seed: int = 0
+    """Seed of weights, latents, sample order and augmentation, 0 or more."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to compute; auto takes CUDA, then MPS, then the CPU."""
+    num_workers: int = 8
+    """Loader processes; 0 loads in the main process."""
+
+    # Networks
+    img_resolution: int = 256
+    """Height and width in pixels, a power of two from 16 to 512."""
+    z_dim: int = 512
+    """Width of the latent z, 1 or more."""
+    w_dim: int = 512
+    """Width of the intermediate latent w, 1 or more."""
+    channel_base: int = 16384
+    """Feature maps times resolution, 16 or more: at most channel_base / res maps."""
+    channel_max: int = 512
+    """Most feature maps at any resolution, 1 or more."""
+
+    # Augmentation of the real slices by the loader; what it does to the data, G learns to reproduce
+    augment: Literal["dataset", "none"] = "dataset"
+    """dataset: the random changes below; none: the slices as they are."""
+    flip_prob: float = 0.5
+    """Probability of a left-right flip, 0 to 1."""
+    rotation: float = 5.0
+    """Largest rotation in degrees, either way, 0 to 180."""
+    brightness: float = 0.1
+    """Largest relative change of brightness, 0 to 1."""
+    contrast: float = 0.1
+    """Largest relative change of contrast, 0 to 1."""
+
+    # Regularization
+    r1_gamma: float | None = None
+    """Weight of the R1 penalty, 0 or more; None: 0.0002 * img_resolution^2 / batch_size."""
+    r1_interval: int = 16
+    """Steps from one R1 penalty to the next, 1 or more."""
+    pl_weight: float = 2.0
+    """Weight of path length regularization; 0 turns it off."""
+    pl_interval: int = 4
+    """Steps from one path length penalty to the next, 1 or more."""
+    pl_decay: float = 0.01
+    """Weight of the newest batch in the running mean of path lengths, above 0, up to 1."""
+    style_mixing_prob: float = 0.9
+    """Probability that an image takes its later layers from a second latent, 0 to 1."""
+    ema_kimg: float | None = None
+    """Half-life of the averaged generator, thousands of images; None: batch_size * 10 / 32."""
+    ema_rampup: float = 0.05
+    """Limit of that half-life early on, as a share of the images seen so far, 0 or more."""
+
+    # Snapshots
+    snapshot_epochs: int = 1
+    """Epochs from one image grid to the next, 1 or more."""
+    checkpoint_epochs: int = 1
+    """Epochs from one checkpoint to the next, 1 or more; the newest two are kept."""
+
+    def __post_init__(self) -> None:
+        sizes = (16, 32, 64, 128, 256, 512)
+        at_least = {
+            "epochs": 1, "batch_size": 2, "seed": 0, "num_workers": 0, "z_dim": 1, "w_dim": 1,
+            "channel_base": 16, "channel_max": 1, "r1_interval": 1, "pl_weight": 0,
+            "pl_interval": 1, "ema_rampup": 0, "snapshot_epochs": 1, "checkpoint_epochs": 1,
+        }  # fmt: skip
+        self._require("img_resolution", self.img_resolution in sizes, f"one of {sizes}")
+        for name, low in at_least.items():
+            self._require(name, low <= getattr(self, name) < float("inf"), f"{low} or more")
+        for name in ("flip_prob", "style_mixing_prob", "brightness", "contrast"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
+        self._require("rotation", 0 <= self.rotation <= 180, "0 to 180 degrees")
+        self._require("learning_rate", 0 < self.learning_rate < float("inf"), "above 0")
+        self._require("pl_decay", 0 < self.pl_decay <= 1, "above 0, up to 1")
+        for name in ("r1_gamma", "ema_kimg"):
+            value = getattr(self, name)
+            self._require(name, value is None or 0 <= value < float("inf"), "0 or more, or None")
+
+    def _require(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise UserError(f"{name} = {getattr(self, name)}: must be {allowed}")
+
+
+GPU = Config()
+CPU = Config(  # ends within ten minutes on two cores
+    epochs=6,
+    batch_size=8,
+    num_workers=0,
+    img_resolution=64,
+    z_dim=64,
+    w_dim=64,
+    channel_base=1024,
+    channel_max=64,
+)

@@ -1,0 +1,338 @@
+"""Brain slices in class folders: finding, checking, decoding once, augmenting; and the demo brains.
+
+    python dataset.py check ROOT    # what is in a folder, and what is wrong with it
+    python dataset.py demo ROOT     # write the synthetic demo brains
+
+Layout: ROOT/{train,test}/CLASS/ID_SLICE.jpeg, or ROOT/CLASS/ID_SLICE.jpeg, which is then split by
+id. The id, one scan or one subject, is the file name up to its last underscore. ADNI's set calls
+its classes AD (Alzheimer's disease) and NC (normal control, CN in ADNI's own tables).
+"""
+
+import hashlib
+import math
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from assets.demo_brains import write_demo
+from config import Config, UserError
+from utils import ensure_writable, one_hot, run_command, stream_seed, write_atomically
+
+SPLITS = ("train", "test")
+TEST_SHARE = 0.2  # of the ids of each class, where the folder itself has no split
+CACHE_VERSION = 1  # part of every cache key: raise it when decoding changes
+
+
+class SliceFile(NamedTuple):
+    """One slice on disk: `label` is the index of its class folder in sorted order."""
+
+    path: Path
+    subject: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Decoded slices of one split: images uint8 [n, R, R], labels int64 [n], subjects [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    subjects: np.ndarray
+    classes: list[str]
+
+    @property
+    def c_dim(self) -> int:
+        """Width of a one-hot label; 0 with a single class, which needs no condition."""
+        return len(self.classes) if len(self.classes) > 1 else 0
+
+
+# Finding
+
+
+def subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def list_slices(folder: Path, label: int) -> list[SliceFile]:
+    """The image files of one class folder, by id and slice number. Raises UserError if none."""
+    suffixes = Image.registered_extensions()
+    paths = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.name[0] != "."]
+    if not paths:
+        raise UserError(f"class folder {folder} holds no image files")
+    files = [SliceFile(p, p.stem.rpartition("_")[0] or p.stem, label) for p in paths]
+    return sorted(files, key=lambda f: (f.subject, len(f.path.name), f.path.name))
+
+
+def split_by_id(files: list[SliceFile]) -> dict[str, list[SliceFile]]:
+    """Give whole ids to test, a fixed share of each class, by a hash of the id."""
+    test: set[str] = set()
+    for label in sorted({f.label for f in files}):
+        ids = sorted({f.subject for f in files if f.label == label} - test)
+        if len(ids) < 2:
+            raise UserError(f"{files[0].path.parent.parent}: a class needs 2 ids to be split")
+        ids.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+        test.update(ids[: math.ceil(TEST_SHARE * len(ids))])
+    return {
+        "train": [f for f in files if f.subject not in test],
+        "test": [f for f in files if f.subject in test],
+    }
+
+
+def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
+    """Class names and the files of each split.
+
+    Raises:
+        UserError: no folder, no classes, an empty class, classes that differ between the splits,
+            or an id that is on both sides.
+    """
+    if not root.is_dir():
+        raise UserError(f"data_root = {root}: no such folder")
+    has_split = (root / "train").is_dir()
+    if has_split and not (root / "test").is_dir():
+        raise UserError(f"{root} has train/ but no test/; class folders alone are split by id")
+    parents = [root / split for split in SPLITS] if has_split else [root]
+    classes = [folder.name for folder in subfolders(parents[0])]
+    if not classes:
+        raise UserError(f"{parents[0]} holds no class folders (CLASS/ID_SLICE.jpeg)")
+    if has_split and classes != (others := [folder.name for folder in subfolders(parents[1])]):
+        raise UserError(f"classes differ: {parents[0]} has {classes}, {parents[1]} has {others}")
+    found = [[f for i, c in enumerate(classes) for f in list_slices(p / c, i)] for p in parents]
+    splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0])
+    if shared := {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}:
+        names = ", ".join(sorted(shared)[:5])
+        raise UserError(f"{len(shared)} id(s) on both sides of the split of {root}: {names}")
+    return classes, splits
+
+
+# Decoding
+
+
+def decode(path: Path) -> Tensor:
+    """One file as grey [1, H, W]: uint8, or float32 if 16-bit or float. Raises on damage."""
+    with Image.open(path) as image:
+        if image.mode == "F" or image.mode.startswith("I"):
+            values = torch.from_numpy(np.array(image, dtype=np.float32))[None]
+            if not values.isfinite().all():
+                raise ValueError("holds values that are not finite")
+            return values
+        if "A" in image.getbands() or "transparency" in image.info:  # what is transparent is black
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
+        return v2.functional.to_image(
+            v2.functional.to_grayscale(image.convert("RGB")) if image.mode != "L" else image
+        ).as_subclass(Tensor)
+
+
+def pad_to_square(image: Tensor) -> Tensor:
+    """[1, H, W] -> [1, S, S] with S = max(H, W): black borders, nothing stretched."""
+    H, W = image.shape[-2:]
+    top, left = (max(H, W) - H) // 2, (max(H, W) - W) // 2
+    return v2.functional.pad(image, [left, top, max(H, W) - W - left, max(H, W) - H - top])
+
+
+def decode_subject(paths: list[Path], resolution: int) -> tuple[Tensor | None, list[str]]:
+    """All slices of one id as uint8 [n, R, R], or None, with what is wrong with each bad file.
+
+    16-bit files share one scale per id, its 99.9th percentile: slices stay comparable, and no
+    single bright pixel darkens them.
+    """
+    resize = v2.Resize([resolution, resolution], v2.InterpolationMode.BICUBIC, antialias=True)
+    images, problems = [], []
+    for path in paths:
+        try:
+            images.append(resize(pad_to_square(decode(path))))
+        except Exception as error:  # PIL raises a different type for each kind of damage
+            problems.append(f"{path}: {str(error).splitlines()[0] or type(error).__name__}")
+    if problems:
+        return None, problems
+    deep = [image.flatten() for image in images if image.is_floating_point()]
+    top = np.percentile(torch.cat(deep).numpy(), 99.9) if deep else 255
+    scaled = [i * (255 / max(top, 1e-8)) if i.is_floating_point() else i for i in images]
+    return torch.cat(
+        [i.round().clamp(0, 255).byte() if i.is_floating_point() else i for i in scaled]
+    ), []
+
+
+def data_identity(files: Iterable[SliceFile], root: Path) -> str:
+    """Hash of names and sizes: the same after a copy to another place, another after a change."""
+    lines = [f"{f.path.relative_to(root)} {f.path.stat().st_size}" for f in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
+    """Decode every file into one uint8 array [n, R, R] on disk, with a progress bar.
+
+    Raises:
+        UserError: too little disk space, or a table of every unusable file.
+    """
+    needed = len(files) * resolution**2
+    if needed > shutil.disk_usage(target.parent).free:
+        raise UserError(f"cache = {target.parent}: {needed / 1e9:.1f} GB needed, less is free")
+    images = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), *[resolution] * 2))
+    groups = defaultdict(list)
+    for row, file in enumerate(files):
+        groups[file.path.parent, file.subject].append(row)
+    problems: list[str] = []
+
+    def work(rows: list[int]) -> None:
+        result, bad = decode_subject([files[row].path for row in rows], resolution)
+        problems.extend(bad)
+        if result is not None:
+            images[rows] = result.numpy()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(tqdm(pool.map(work, groups.values()), "decoding", len(groups), unit="id"))
+    if problems:
+        table = "\n  ".join(sorted(problems))
+        raise UserError(f"{len(problems)} of {len(files)} files cannot be used:\n  {table}")
+    images.flush()
+
+
+def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) -> np.ndarray:
+    """All files as a memory-mapped uint8 [n, R, R], decoded once for each state of the files."""
+    times = [f.path.stat().st_mtime_ns for f in files]
+    stamp = repr((CACHE_VERSION, resolution, data_identity(files, root), times))
+    path = cache / f"{hashlib.sha256(stamp.encode()).hexdigest()[:16]}-{resolution}.npy"
+    if not path.exists():
+        ensure_writable(cache)
+        write_atomically(path, lambda partial: decode_all(files, resolution, partial))
+    return np.load(path, mmap_mode="r")
+
+
+def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
+    """Both splits, decoded, and the data's identity. Raises UserError as `find_slices` does."""
+    root = config.data_root or demo_root(config.cache)
+    classes, splits = find_slices(root)
+    files = splits["train"] + splits["test"]
+    images = decoded(files, root, config.img_resolution, config.cache)
+    labels = np.array([f.label for f in files])
+    subjects = np.array([f.subject for f in files])
+    parts = {"train": slice(len(splits["train"])), "test": slice(len(splits["train"]), None)}
+    slices = {k: Slices(images[s], labels[s], subjects[s], classes) for k, s in parts.items()}
+    return slices, data_identity(files, root)
+
+
+def demo_root(cache: Path) -> Path:
+    """Folder of the demo brains, written at the first call. Raises UserError if it cannot be."""
+    root = cache / f"demo-{CACHE_VERSION}"
+    if not (root / "subjects.csv").exists():
+        ensure_writable(cache)
+        write_demo(root)
+    return root
+
+
+# Loading
+
+
+def augmentation(config: Config) -> v2.Compose:
+    """uint8 [1, R, R] -> float32 in [-1, 1]; with `augment` "dataset", changed at random."""
+    random = [
+        v2.RandomHorizontalFlip(config.flip_prob),
+        v2.RandomRotation(config.rotation, v2.InterpolationMode.BILINEAR),
+        v2.ColorJitter(config.brightness, config.contrast),
+    ]
+    to_range = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+    return v2.Compose((random if config.augment == "dataset" else []) + to_range)
+
+
+class TrainingSlices(Dataset):
+    """The endless stream of training slices: item `position` depends only on (seed, position).
+
+    Each epoch is a new permutation of all slices. Items are (image [1, R, R], label [c_dim]).
+    """
+
+    def __init__(self, slices: Slices, config: Config) -> None:
+        self.images, self.seed = slices.images, config.seed
+        self.c = one_hot(slices.labels, slices.c_dim)
+        self.transform = augmentation(config)
+        self.epoch, self.order = -1, np.zeros(0, int)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(position, len(self.images))
+        if epoch != self.epoch:
+            rng = np.random.default_rng(stream_seed(self.seed, epoch))
+            self.epoch, self.order = epoch, rng.permutation(len(self.images))
+        index = self.order[place]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(self.seed, position))
+            image = self.transform(torch.from_numpy(self.images[index].copy())[None])
+        return image, self.c[index]
+
+
+def make_loader(slices: Slices, config: Config, start: int, stop: int, cuda: bool) -> DataLoader:
+    """Batches of the stream from image `start` to `stop`, in order for any number of workers."""
+    return DataLoader(
+        TrainingSlices(slices, config),
+        config.batch_size,
+        sampler=range(start, stop),
+        num_workers=config.num_workers,
+        pin_memory=cuda,
+        drop_last=True,
+    )
+
+
+# Command line
+
+
+def check(root: tyro.conf.Positional[Path], /) -> None:
+    """Print classes, splits, ids and slices of a folder; name every unusable file.
+
+    Args:
+        root: folder that holds train/ and test/, or the class folders.
+    """
+    classes, splits = find_slices(root)
+    print(f"{'split':6} {'class':12} {'ids':>6} {'slices':>7}   sizes and modes")
+    problems = []
+    for split, files in splits.items():
+        for label, name in enumerate(classes):
+            chosen = [f for f in files if f.label == label]
+            kinds: Counter[str] = Counter()
+            for file in tqdm(chosen, f"{split}/{name}", leave=False):
+                try:
+                    with Image.open(file.path) as image:
+                        image.load()
+                        kinds[f"{image.width}x{image.height} {image.mode}"] += 1
+                except Exception as error:  # PIL raises a different type for each kind of damage
+                    problems.append(f"{file.path}: {error}")
+            found = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common(4))
+            ids = len({f.subject for f in chosen})
+            print(f"{split:6} {name:12} {ids:6} {len(chosen):7}   {found}")
+    if problems:
+        raise UserError(f"{len(problems)} unusable files:\n  " + "\n  ".join(problems))
+    print("no id is on both sides; every file can be read")
+
+
+def demo(root: tyro.conf.Positional[Path], /) -> None:
+    """Write the demo brains: synthetic, template-derived slices in the layout of the real set.
+
+    Args:
+        root: folder to write; it must not hold anything yet.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{root} is not empty")
+    ensure_writable(root)
+    write_demo(root)
+    print(f"demo brains in {root}; what each subject drew is in {root / 'subjects.csv'}")
+
+
+def main() -> None:
+    """Command line of this module."""
+    tyro.extras.subcommand_cli_from_dict({"check": check, "demo": demo})
+
+
+if __name__ == "__main__":
+    run_command(main)

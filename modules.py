@@ -1,0 +1,389 @@
+"""StyleGAN2 for one-channel slices, conditional on the class, in plain PyTorch.
+
+Notation: N images, C channels, H x W pixels, I inputs, O outputs, K kernel taps; `z` latents, `c`
+one-hot labels, `w` intermediate latents, `ws` one w for every layer. Images are in [-1, 1].
+
+References:
+    [1] Karras et al. 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958
+    [2] Karras et al. 2019, A Style-Based Generator Architecture for GANs, arXiv:1812.04948
+    [3] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
+    [4] Miyato and Koyama 2018, cGANs with Projection Discriminator, arXiv:1802.05637
+    [5] Zhang 2019, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from config import Config
+
+NoiseMode = Literal["random", "const", "none"]
+ACTIVATION_GAIN = math.sqrt(2)  # keeps unit variance through a leaky ReLU
+
+
+def normalize_2nd_moment(x: Tensor) -> Tensor:
+    """Scale each row to unit mean square ([3], section 4.2). [N, C] -> [N, C]."""
+    return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+
+
+def channels(resolution: int, channel_base: int, channel_max: int) -> int:
+    """Feature maps at a resolution: halved at each doubling of it, up to `channel_max`."""
+    return max(1, min(channel_base // resolution, channel_max))
+
+
+def fir_kernel(x: Tensor) -> Tensor:
+    """The low-pass filter [1, 3, 3, 1] in both axes, once per channel. -> [C, 1, 4, 4]."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
+    return taps.outer(taps).expand(x.shape[1], 1, 4, 4)
+
+
+def fir_filter(x: Tensor, padding: int, gain: float = 1) -> Tensor:
+    """Low-pass filter at the same rate ([5]). [N, C, H, W] -> [N, C, H + 2p - 3, W + 2p - 3]."""
+    return F.conv2d(x, fir_kernel(x) * gain, padding=padding, groups=x.shape[1])
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Zero insertion and low-pass filter in one depthwise pass. [N, C, H, W] -> [N, C, 2H, 2W]."""
+    return F.conv_transpose2d(x, fir_kernel(x) * 4, stride=2, padding=1, groups=x.shape[1])
+
+
+def downsample(x: Tensor) -> Tensor:
+    """Low-pass filter and decimation in one depthwise pass. [N, C, 2H, 2W] -> [N, C, H, W]."""
+    return F.conv2d(x, fir_kernel(x), stride=2, padding=1, groups=x.shape[1])
+
+
+def leaky_relu(x: Tensor) -> Tensor:
+    """Leaky ReLU of slope 0.2 that keeps the variance of its input."""
+    return F.leaky_relu(x, 0.2) * ACTIVATION_GAIN
+
+
+def modulated_conv2d(
+    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool = True, up: bool = False
+) -> Tensor:
+    """Convolution whose input channels are scaled per image by `styles` ([1], section 2.2).
+
+    The paper scales the weights of each image (equations 1 and 3). Scaling input and output is
+    equal, y = d * conv(s * x, W) with d_o = rsqrt(sum_i s_i^2 sum_k W_oik^2 + 1e-8), and keeps
+    one dense convolution for the whole batch.
+
+    Args:
+        x: features [N, I, H, W].
+        weight: [O, I, K, K], shared by the batch.
+        styles: scale of each input channel [N, I].
+        demodulate: give each output map unit expected variance.
+        up: double the size: stride-2 transposed convolution, then the low-pass filter.
+
+    Returns:
+        [N, O, H, W], or [N, O, 2H, 2W] with `up`.
+    """
+    x = x * styles[:, :, None, None]
+    if up:
+        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # [N, O, 2H + 1, 2W + 1]
+        x = fir_filter(x, padding=1, gain=4)  # [N, O, 2H, 2W]
+    else:
+        x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    if demodulate:
+        energy = styles.square() @ weight.square().sum((2, 3)).T  # [N, O]
+        x = x * (energy + 1e-8).rsqrt()[:, :, None, None]
+    return x
+
+
+class EqualizedLinear(nn.Module):
+    """Fully connected layer with equalized learning rate ([3], section 4.1). [N, I] -> [N, O].
+
+    Weights are stored with a deviation of 1 / `lr_multiplier` and scaled at run time, so that Adam
+    moves every layer at the same relative speed.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, lr_multiplier: float = 1, bias_init: float = 0
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full([out_features], bias_init / lr_multiplier))
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I] -> [N, O]."""
+        return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+
+
+class EqualizedConv2d(nn.Module):
+    """Convolution with equalized learning rate ([3], section 4.1). [N, I, H, W] -> [N, O, H, W]."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, down: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel * kernel)
+        self.down = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I, H, W] -> [N, O, H, W] or [N, O, H / 2, W / 2]; filtered before it is decimated."""
+        weight, padding = self.weight * self.weight_gain, self.weight.shape[-1] // 2
+        if not self.down:
+            return F.conv2d(x, weight, self.bias, padding=padding)
+        if padding == 0:  # a 1x1 kernel commutes with the filter: decimate first
+            return F.conv2d(downsample(x), weight, self.bias)
+        return F.conv2d(fir_filter(x, padding=2), weight, self.bias, stride=2)
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated 3x3 convolution, noise, bias, leaky ReLU ([1], figure 2d)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, w_dim: int, resolution: int, up: bool = False
+    ) -> None:
+        super().__init__()
+        self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.weight_gain = 1 / math.sqrt(in_channels * 9)
+        self.up = up
+        self.register_buffer("noise_const", torch.randn(1, 1, resolution, resolution))
+        self.noise_strength = nn.Parameter(torch.zeros([]))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode = "random") -> Tensor:
+        """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W], or twice the size with `up`."""
+        x = modulated_conv2d(x, self.weight * self.weight_gain, self.affine(w), up=self.up)
+        if noise_mode == "random":
+            x = x + torch.randn_like(x[:, :1]) * self.noise_strength
+        elif noise_mode == "const":
+            x = x + self.noise_const * self.noise_strength
+        return leaky_relu(x + self.bias[:, None, None])
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to image channels, without demodulation ([1], figure 7b)."""
+
+    def __init__(self, in_channels: int, img_channels: int, w_dim: int) -> None:
+        super().__init__()
+        self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(img_channels, in_channels, 1, 1))
+        self.weight_gain = 1 / math.sqrt(in_channels)
+        self.bias = nn.Parameter(torch.zeros(img_channels))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """x [N, I, H, W], w [N, w_dim] -> [N, img_channels, H, W], linear."""
+        weight = self.weight * self.weight_gain
+        return (
+            modulated_conv2d(x, weight, self.affine(w), demodulate=False) + self.bias[:, None, None]
+        )
+
+
+class MinibatchStd(nn.Module):
+    """Append the standard deviation over small groups of images as one more map ([3], section 3).
+
+    The group is the largest divisor of N up to `group_size`, so any batch size works.
+    """
+
+    def __init__(self, group_size: int = 4) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C + 1, H, W]."""
+        N, C, H, W = x.shape
+        G = next(size for size in range(min(self.group_size, N), 0, -1) if N % size == 0)
+        groups = x.reshape(G, N // G, C, H, W)
+        std = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # [N / G]
+        return torch.cat([x, std.repeat(G).view(N, 1, 1, 1).expand(N, 1, H, W)], 1)
+
+
+class MappingNetwork(nn.Module):
+    """Latents and labels to intermediate latents ([2], section 2): eight slow linear layers.
+
+    The label enters as an embedding beside z, both normalized to unit second moment. With `c_dim` 0
+    the network is unconditional and ignores c. `w_avg` [max(1, c_dim), w_dim] is the mean of w in
+    each class, so that truncation draws towards the typical image of the class asked for.
+    """
+
+    def __init__(
+        self, z_dim: int, c_dim: int, w_dim: int, num_ws: int, num_layers: int = 8
+    ) -> None:
+        super().__init__()
+        self.z_dim, self.c_dim, self.num_ws = z_dim, c_dim, num_ws
+        self.embed = EqualizedLinear(c_dim, z_dim) if c_dim else None
+        widths = [z_dim * 2 if c_dim else z_dim] + [w_dim] * num_layers
+        self.layers = nn.ModuleList(
+            EqualizedLinear(i, o, lr_multiplier=0.01)
+            for i, o in zip(widths, widths[1:], strict=False)
+        )
+        self.register_buffer("w_avg", torch.zeros(max(1, c_dim), w_dim))
+
+    def map(self, z: Tensor, c: Tensor | None) -> Tensor:
+        """z [N, z_dim], c [N, c_dim] -> w [N, w_dim]."""
+        x = normalize_2nd_moment(z)
+        if self.embed is not None:
+            x = torch.cat([x, normalize_2nd_moment(self.embed(c))], 1)  # [N, 2 z_dim]
+        for layer in self.layers:
+            x = leaky_relu(layer(x))
+        return x
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None,
+        truncation_psi: float = 1,
+        truncation_cutoff: int | None = None,
+    ) -> Tensor:
+        """z [N, z_dim], c [N, c_dim] -> ws [N, num_ws, w_dim], the first ones truncated."""
+        ws = self.map(z, c)[:, None].expand(-1, self.num_ws, -1)
+        if truncation_psi == 1:
+            return ws
+        w_avg = (self.w_avg if c is None or not self.c_dim else c @ self.w_avg)[:, None]
+        psi = torch.ones(self.num_ws, 1, device=ws.device)
+        psi[:truncation_cutoff] = truncation_psi
+        return w_avg.lerp(ws, psi)
+
+    @torch.no_grad()
+    def estimate_w_avg(self, num_samples: int = 4096, seed: int = 0) -> None:
+        """Set `w_avg` from fresh samples: true to averaged weights too, and less state."""
+        rng = torch.Generator().manual_seed(seed)
+        z = torch.randn(num_samples, self.z_dim, generator=rng).to(self.w_avg.device)
+        labels = torch.eye(self.c_dim, device=z.device) if self.c_dim else [None]
+        for average, label in zip(self.w_avg, labels, strict=True):
+            c = None if label is None else label.expand(num_samples, -1)
+            average.copy_(self.map(z, c).mean(0))
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution of the skip generator ([1], figure 7b): two layers (one at 4x4), a ToRGB."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, w_dim: int, resolution: int, img_channels: int
+    ) -> None:
+        super().__init__()
+        layer = (out_channels, w_dim, resolution)
+        self.conv0 = SynthesisLayer(in_channels, *layer, up=True) if resolution > 4 else None
+        self.conv1 = SynthesisLayer(out_channels, *layer)
+        self.torgb = ToRGB(out_channels, img_channels, w_dim)
+
+    def forward(
+        self, x: Tensor, img: Tensor | None, ws: Tensor, noise_mode: NoiseMode
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, I, H, W], img at the same size, ws [N, 3, w_dim] -> both at [2H, 2W]."""
+        if self.conv0 is not None:
+            x = self.conv0(x, ws[:, 0], noise_mode)
+        x = self.conv1(x, ws[:, -2], noise_mode)
+        rgb = self.torgb(x, ws[:, -1])
+        return x, rgb if img is None else upsample(img) + rgb
+
+
+class SynthesisNetwork(nn.Module):
+    """Intermediate latents to an image of fixed resolution, from a constant ([1], section 4).
+
+    A layer shares its w with the ToRGB before it: num_ws = 2 log2(img_resolution) - 2.
+    """
+
+    def __init__(
+        self,
+        w_dim: int,
+        img_resolution: int,
+        img_channels: int,
+        channel_base: int,
+        channel_max: int,
+    ) -> None:
+        super().__init__()
+        resolutions = [2**i for i in range(2, img_resolution.bit_length())]
+        widths = [channels(r, channel_base, channel_max) for r in resolutions]
+        self.num_ws = 2 * len(resolutions)
+        self.const = nn.Parameter(torch.randn(1, widths[0], 4, 4))
+        self.blocks = nn.ModuleList(
+            SynthesisBlock(i, o, w_dim, resolution, img_channels)
+            for i, o, resolution in zip(widths[:1] + widths, widths, resolutions, strict=False)
+        )
+
+    def forward(self, ws: Tensor, noise_mode: NoiseMode = "random") -> Tensor:
+        """ws [N, num_ws, w_dim] -> images [N, img_channels, H, W]."""
+        x, img = self.const.expand(len(ws), -1, -1, -1), None
+        for i, block in enumerate(self.blocks):
+            x, img = block(x, img, ws[:, max(0, 2 * i - 1) : 2 * i + 2], noise_mode)
+        return img
+
+
+class Generator(nn.Module):
+    """Latents z and labels c to images: the mapping and the synthesis network ([1], figure 2)."""
+
+    def __init__(self, config: Config, c_dim: int, img_channels: int = 1) -> None:
+        super().__init__()
+        self.z_dim, self.c_dim = config.z_dim, c_dim
+        self.synthesis = SynthesisNetwork(
+            config.w_dim,
+            config.img_resolution,
+            img_channels,
+            config.channel_base,
+            config.channel_max,
+        )
+        num_ws = self.synthesis.num_ws
+        self.mapping = MappingNetwork(config.z_dim, c_dim, config.w_dim, num_ws)
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None = None,
+        truncation_psi: float = 1,
+        truncation_cutoff: int | None = None,
+        noise_mode: NoiseMode = "random",
+    ) -> Tensor:
+        """z [N, z_dim], c [N, c_dim] -> images [N, img_channels, H, W], about [-1, 1]."""
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
+        return self.synthesis(ws, noise_mode)
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block with filtered downsampling ([1], figure 7c)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv0 = EqualizedConv2d(in_channels, in_channels, 3)
+        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, down=True)
+        self.skip = EqualizedConv2d(in_channels, out_channels, 1, down=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I, H, W] -> [N, O, H / 2, W / 2]; the sum keeps unit variance."""
+        y = leaky_relu(self.conv1(leaky_relu(self.conv0(x))))
+        return (y + self.skip(x)) / math.sqrt(2)
+
+
+class Discriminator(nn.Module):
+    """Images and labels to logits, high for real ([1], section 4.2; label projection of [4]).
+
+    `features` is the layer before the logit; the label adds the product of its embedding with it.
+    """
+
+    def __init__(self, config: Config, c_dim: int, img_channels: int = 1) -> None:
+        super().__init__()
+        resolutions = [2**i for i in range(config.img_resolution.bit_length() - 1, 1, -1)]
+        widths = [channels(r, config.channel_base, config.channel_max) for r in resolutions]
+        self.fromrgb = EqualizedConv2d(img_channels, widths[0], 1)
+        self.blocks = nn.ModuleList(
+            DiscriminatorBlock(i, o) for i, o in zip(widths, widths[1:], strict=False)
+        )
+        self.mbstd = MinibatchStd()
+        self.conv = EqualizedConv2d(widths[-1] + 1, widths[-1], 3)
+        self.fc = EqualizedLinear(widths[-1] * 16, widths[-1])
+        self.out = EqualizedLinear(widths[-1], 1)
+        self.embed = EqualizedLinear(c_dim, widths[-1]) if c_dim else None
+
+    def features(self, img: Tensor) -> Tensor:
+        """Images [N, img_channels, H, W] -> [N, channels(4)]."""
+        x = leaky_relu(self.fromrgb(img))
+        for block in self.blocks:
+            x = block(x)
+        x = leaky_relu(self.conv(self.mbstd(x)))
+        return leaky_relu(self.fc(x.flatten(1)))
+
+    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
+        """Images [N, img_channels, H, W], labels [N, c_dim] -> logits [N]."""
+        x = self.features(img)
+        logits = self.out(x)[:, 0]
+        if self.embed is not None:
+            logits = logits + (x * self.embed(c)).sum(1) / math.sqrt(x.shape[1])
+        return logits

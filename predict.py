@@ -1,0 +1,316 @@
+"""Sample a trained generator and draw its figures.
+
+    python predict.py                                         # every figure of the newest run
+    python predict.py --checkpoint runs/adni --classes AD --seeds 0 1 2 --truncation-psi 0.7
+    python predict.py --compare runs/a runs/b runs/c          # loss curves and grids side by side
+
+Writes, into RUN/predict or --out: grid_CLASS.png, images/CLASS/seed0000.png, truncation.png,
+embedding_images.png and embedding_w.png. A seed is always the same image: one z for all classes,
+constant noise, images made one by one.
+
+References:
+    [1] Karras et al. 2019, A Style-Based Generator Architecture for GANs, arXiv:1812.04948
+    [2] van der Maaten and Hinton 2008, Visualizing Data using t-SNE, JMLR 9
+    [3] McInnes et al. 2018, UMAP, arXiv:1802.03426
+"""
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config, UserError
+from dataset import Slices, load_slices
+from modules import Generator
+from utils import (
+    ensure_writable,
+    load_generator,
+    newest_run,
+    one_hot,
+    plot_comparison,
+    resolve_device,
+    run_command,
+    save_figure,
+    save_grey,
+    tile,
+    to_uint8,
+)
+
+PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)
+SWEEP_SEEDS = 4
+NUM_COMPONENTS = 50  # principal components that stand for a slice
+MAX_FITTED = 4000  # slices that fit the components
+MAX_POINTS = 600  # real slices in an embedding, and as many generated ones
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to draw. Raises UserError naming the option, its value and what is allowed."""
+
+    checkpoint: Path | None = None
+    """Run folder, generator.safetensors or checkpoints/*.pt; None: the newest run."""
+    classes: tuple[str, ...] | None = None
+    """Classes to draw, by folder name; None: all."""
+    count: int = 32
+    """Images per class, from seeds 0, 1, ...; 1 or more."""
+    seeds: tuple[int, ...] | None = None
+    """The very seeds to draw instead, each 0 or more."""
+    truncation_psi: float = 1.0
+    """1: the full variety; towards 0: closer to the class's mean image. 0 to 1."""
+    truncation_cutoff: int | None = None
+    """Truncate only the first this many layers; None: all."""
+    out: Path | None = None
+    """Folder for the figures; None: RUN/predict."""
+    data_root: Path | None = None
+    """Real slices for the embedding; None: where the run was trained."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to compute."""
+    compare: tuple[Path, ...] = ()
+    """Runs whose loss curves and last grids are drawn side by side, and nothing else."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"count = {self.count}: must be 1 or more")
+        if self.seeds is not None and (not self.seeds or min(self.seeds) < 0):
+            raise UserError(f"seeds = {self.seeds}: must be 0 or more, at least one")
+        if not 0 <= self.truncation_psi <= 1:
+            raise UserError(f"truncation_psi = {self.truncation_psi}: must be 0 to 1")
+        if self.truncation_cutoff is not None and self.truncation_cutoff < 0:
+            raise UserError(f"truncation_cutoff = {self.truncation_cutoff}: must be 0 or more")
+
+
+# Sampling
+
+
+def latents(seeds: list[int], z_dim: int) -> Tensor:
+    """The latent of each seed. -> [N, z_dim]."""
+    return torch.cat(
+        [torch.randn(1, z_dim, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    )
+
+
+@torch.no_grad()
+def sample(
+    G: Generator, z: Tensor, c: Tensor, psi: float = 1, cutoff: int | None = None
+) -> np.ndarray:
+    """Images of latents [N, z_dim] and labels [N, c_dim], one by one. -> uint8 [N, H, W].
+
+    A batch of one makes each image independent of the others to the last bit.
+    """
+    device = next(G.parameters()).device
+    pairs = zip(z.to(device).split(1), c.to(device).split(1), strict=True)
+    return np.concatenate([to_uint8(G(z, c, psi, cutoff, noise_mode="const")) for z, c in pairs])
+
+
+def sample_class(G: Generator, label: int, seeds: list[int], options: Options) -> np.ndarray:
+    """Images of one class. -> uint8 [N, H, W]."""
+    c = one_hot(np.full(len(seeds), label), G.c_dim)
+    z = latents(seeds, G.z_dim)
+    return sample(G, z, c, options.truncation_psi, options.truncation_cutoff)
+
+
+def write_images(images: np.ndarray, name: str, seeds: list[int], out: Path) -> None:
+    """One PNG for each seed, and a grid of them all."""
+    for image, seed in zip(images, seeds, strict=True):
+        save_grey(image, out / "images" / name / f"seed{seed:04d}.png")
+    columns = math.ceil(math.sqrt(2 * len(images)))
+    blank = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)
+    save_grey(tile(np.concatenate([images, blank]), columns), out / f"grid_{name}.png")
+
+
+def draw_truncation(G: Generator, classes: dict[int, str], seeds: list[int], out: Path) -> None:
+    """The same seeds under growing psi ([1], appendix B): a block per class, a row per seed."""
+    figure = Figure(figsize=(1.5 * len(PSI_SWEEP) * len(classes), 1.5 * len(seeds) + 0.6))
+    axes = figure.subplots(1, len(classes), squeeze=False)[0]
+    z = latents(seeds, G.z_dim)
+    for ax, (label, name) in zip(axes, classes.items(), strict=True):
+        c = one_hot(np.full(len(seeds), label), G.c_dim)
+        images = np.stack([sample(G, z, c, psi) for psi in PSI_SWEEP], 1)  # [seeds, psi, H, W]
+        H = images.shape[-1]
+        ax.imshow(tile(images.reshape(-1, H, H), len(PSI_SWEEP)), cmap="gray", vmin=0, vmax=255)
+        ax.set_xticks(
+            [H * (i + 0.5) for i in range(len(PSI_SWEEP))], [f"psi {psi}" for psi in PSI_SWEEP]
+        )
+        ax.set_yticks([H * (i + 0.5) for i in range(len(seeds))], [f"seed {s}" for s in seeds])
+        ax.set_title(name)
+    save_figure(figure, out / "truncation.png")
+
+
+# Embedding
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W] -> float32 [N, P], averaged down to 64 x 64 pixels at most."""
+    x = torch.from_numpy(images.astype(np.float32))[:, None]
+    return torch.nn.functional.adaptive_avg_pool2d(x, min(64, x.shape[-1])).flatten(1).numpy()
+
+
+def spread(n: int, most: int) -> np.ndarray:
+    """Up to `most` indices out of n, at even distances."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
+def probe_by_id(train: tuple[np.ndarray, Slices], test: tuple[np.ndarray, Slices]) -> str:
+    """How well a linear classifier tells the classes of unseen ids apart, in words.
+
+    Fitted on the training slices; an id's score is the mean over its slices.
+    """
+    (x, known), (y, unseen) = train, test
+    if len(known.classes) < 2:
+        return "one class, no probe"
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000)).fit(
+        x, known.labels
+    )
+    scores = probe.predict_proba(y)
+    ids = sorted({(s, label) for s, label in zip(unseen.subjects, unseen.labels, strict=True)})
+    per_id = np.array(
+        [scores[(unseen.subjects == s) & (unseen.labels == k)].mean(0) for s, k in ids]
+    )
+    truth = np.array([label for _, label in ids])
+    text = f"accuracy {np.mean(per_id.argmax(1) == truth):.2f}"
+    if len(known.classes) == 2:
+        text += f", AUC {roc_auc_score(truth, per_id[:, 1]):.2f}"
+    return f"linear probe on {len(ids)} unseen ids: {text}"
+
+
+def embed(features: np.ndarray) -> dict[str, np.ndarray]:
+    """t-SNE [2] and UMAP [3] of features [N, F], each [N, 2]."""
+    from umap import UMAP  # compiles for seconds on import
+
+    n = len(features)
+    tsne = TSNE(perplexity=min(30, (n - 1) / 3), init="pca", random_state=0)
+    with warnings.catch_warnings():  # that a seed rules out parallelism is what we want
+        warnings.simplefilter("ignore", UserWarning)
+        umap = UMAP(n_neighbors=min(15, n - 1), random_state=0).fit_transform(features)
+    return {"t-SNE": tsne.fit_transform(features), "UMAP": umap}
+
+
+def draw_embedding(
+    features: np.ndarray, labels: np.ndarray, fake: np.ndarray, names: list[str], caption: str
+) -> Figure:
+    """Two panels coloured by class: real slices are dots, `fake` [N] (bool) ones crosses."""
+    figure = Figure(figsize=(11, 5.4))
+    for ax, (title, points) in zip(figure.subplots(1, 2), embed(features).items(), strict=True):
+        for label, name in enumerate(names):
+            for chosen, marker, kind in (
+                (~fake, "o", "real, true class"),
+                (fake, "x", "generated"),
+            ):
+                x, y = points[(labels == label) & chosen].T
+                if len(x):
+                    style = {"s": 14, "alpha": 0.6, "color": f"C{label}", "linewidths": 0.8}
+                    ax.scatter(x, y, marker=marker, label=f"{name} ({kind})", **style)
+        ax.set(title=title, xticks=[], yticks=[])
+        ax.legend(fontsize=8)
+    figure.text(0.5, 0.02, caption, ha="center", fontsize=9)
+    return figure
+
+
+def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> None:
+    """Real test slices by true class with as many generated ones, in features of the images."""
+    train, test = splits["train"], splits["test"]
+    fitted = pixels(train.images[spread(len(train.images), MAX_FITTED)])
+    components = min(NUM_COMPONENTS, len(fitted) - 1)
+    pca = PCA(components, svd_solver="randomized", random_state=0).fit(fitted)
+    features = {k: pca.transform(pixels(s.images)) for k, s in splits.items()}
+    probe = probe_by_id((features["train"], train), (features["test"], test))
+
+    chosen = spread(len(test.labels), MAX_POINTS)
+    labels = test.labels[chosen]
+    z = latents(list(range(len(labels))), G.z_dim)
+    fake = pca.transform(pixels(sample(G, z, one_hot(labels, G.c_dim))))
+    caption = (
+        f"{len(labels)} real test slices and as many generated ones (psi = 1), first {components} "
+        f"principal components of the training slices.\nReal: {probe}."
+    )
+    both = np.concatenate([features["test"][chosen], fake])
+    is_fake = np.arange(len(both)) >= len(labels)
+    figure = draw_embedding(both, np.tile(labels, 2), is_fake, test.classes, caption)
+    save_figure(figure, out / "embedding_images.png")
+
+
+@torch.no_grad()
+def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
+    """The intermediate latents w by the class asked for."""
+    labels = np.arange(len(names)).repeat(MAX_POINTS // len(names))
+    z = latents(list(range(len(labels))), G.z_dim)
+    device = next(G.parameters()).device
+    w = G.mapping.map(z.to(device), one_hot(labels, G.c_dim).to(device)).cpu().numpy()
+    caption = (
+        "w of the mapping network. The label is one of its inputs: separation is by construction."
+    )
+    figure = draw_embedding(w, labels, np.ones(len(w), bool), names, caption)
+    save_figure(figure, out / "embedding_w.png")
+
+
+# Command line
+
+
+def chosen_classes(wanted: tuple[str, ...] | None, known: list[str]) -> dict[int, str]:
+    """Index and name of the classes asked for. Raises UserError that lists the right names."""
+    for name in wanted or ():
+        if name not in known:
+            raise UserError(f"classes: no class {name!r}; this generator knows {', '.join(known)}")
+    return {i: name for i, name in enumerate(known) if wanted is None or name in wanted}
+
+
+def real_slices(config: Config, options: Options, known: list[str]) -> dict[str, Slices] | None:
+    """The run's data, or --data-root; None if the run's own folder is not on this machine."""
+    root = options.data_root or config.data_root
+    if options.data_root is None and root is not None and not root.exists():
+        print(f"{root} is not here: no embedding of real slices (--data-root names another place)")
+        return None
+    splits, _ = load_slices(replace(config, data_root=root))
+    if splits["train"].classes != known:
+        raise UserError(f"{root} has classes {splits['train'].classes}, the generator {known}")
+    return splits
+
+
+def predict(options: Options) -> Path:
+    """Draw every figure. Returns the folder that holds them. Raises UserError for bad input."""
+    source = options.checkpoint or newest_run()
+    G, config, known = load_generator(source)
+    G.to(resolve_device(options.device))
+    classes = chosen_classes(options.classes, known)
+    run = source if source.is_dir() else source.parent
+    out = options.out or run / "predict"
+    ensure_writable(out)
+    splits = real_slices(config, options, known)
+    seeds = list(options.seeds or range(options.count))
+    for label, name in tqdm(classes.items(), "sampling", unit="class"):
+        write_images(sample_class(G, label, seeds, options), name, seeds, out)
+    draw_truncation(G, classes, seeds[:SWEEP_SEEDS], out)
+    draw_w_embedding(G, known, out)
+    if splits is not None:
+        draw_image_embedding(G, splits, out)
+    return out
+
+
+def main() -> None:
+    """Command line of this module."""
+    options = tyro.cli(Options, description=__doc__)
+    if options.compare:
+        path = (options.out or Path("runs")) / "comparison.png"
+        ensure_writable(path.parent)
+        plot_comparison(options.compare, path)
+        print(path)
+    else:
+        print(f"figures in {predict(options)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

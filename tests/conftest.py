@@ -1,0 +1,65 @@
+"""Tiny settings and a tiny data set of bright ellipses, some with a dark centre, for all tests."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import CPU, Config
+
+torch.set_num_threads(1)  # tiny networks are slower with more, by far on a shared machine
+
+
+def draw_slice(rng: np.random.Generator, size: tuple[int, int], dark: bool) -> np.ndarray:
+    """A grey ellipse on black, uint8 [H, W], with a dark centre if asked."""
+    H, W = size
+    y, x = np.mgrid[:H, :W]
+    radius = np.hypot((y - H / 2) / (0.42 * H), (x - W / 2) / (0.36 * W)) * rng.uniform(0.95, 1.05)
+    image = np.where(radius < 1, 150 + 40 * rng.random(), 0)
+    image = np.where((radius < 0.4) & dark, 40, image) + rng.normal(0, 4, (H, W)) * (radius < 1)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def write_folder(root: Path, splits: dict[str, int], slices: int = 2) -> Path:
+    """ROOT/split/{AD,NC}/ID_SLICE.png with so many ids per class and split; "" means no split."""
+    rng = np.random.default_rng(0)
+    number = 0
+    for split, ids in splits.items():
+        for name in ("AD", "NC"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for _ in range(ids):
+                number += 1
+                for i in range(slices):
+                    image = draw_slice(rng, (24, 20), dark=name == "AD")
+                    Image.fromarray(image).save(folder / f"{number}_{i}.png")
+    return root
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    """8 training and 4 test ids of 2 slices, half of them AD."""
+    return write_folder(tmp_path / "data", {"train": 4, "test": 2})
+
+
+@pytest.fixture
+def config(tmp_path: Path, data_root: Path) -> Config:
+    """Settings small enough for a step in some 30 ms."""
+    return replace(
+        CPU,
+        data_root=data_root,
+        out=tmp_path / "runs" / "test",
+        cache=tmp_path / "cache",
+        device="cpu",
+        img_resolution=16,
+        z_dim=8,
+        w_dim=8,
+        channel_base=64,
+        channel_max=8,
+        batch_size=4,
+        epochs=2,
+        learning_rate=0.002,
+    )

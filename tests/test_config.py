@@ -1,0 +1,63 @@
+"""Settings: every field documented, every bad value named."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+
+from config import CPU, GPU, Config, UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("epochs", 0, "1 or more"),
+        ("learning_rate", 0.0, "above 0"),
+        ("learning_rate", math.nan, "above 0"),
+        ("learning_rate", math.inf, "above 0"),
+        ("batch_size", 1, "2 or more"),
+        ("seed", -1, "0 or more"),
+        ("num_workers", -1, "0 or more"),
+        ("img_resolution", 48, "one of"),
+        ("img_resolution", 8, "one of"),
+        ("z_dim", 0, "1 or more"),
+        ("w_dim", 0, "1 or more"),
+        ("channel_base", 8, "16 or more"),
+        ("channel_max", 0, "1 or more"),
+        ("flip_prob", 1.5, "0 to 1"),
+        ("brightness", -0.1, "0 to 1"),
+        ("contrast", 2.0, "0 to 1"),
+        ("rotation", 200.0, "0 to 180"),
+        ("r1_gamma", -1.0, "0 or more"),
+        ("r1_interval", 0, "1 or more"),
+        ("pl_weight", math.nan, "0 or more"),
+        ("pl_interval", 0, "1 or more"),
+        ("pl_decay", 0.0, "above 0"),
+        ("style_mixing_prob", 2.0, "0 to 1"),
+        ("ema_kimg", -1.0, "0 or more"),
+        ("ema_rampup", -1.0, "0 or more"),
+        ("snapshot_epochs", 0, "1 or more"),
+        ("checkpoint_epochs", 0, "1 or more"),
+    ],
+)
+def test_an_invalid_value_is_named_with_what_is_allowed(name, value, allowed):
+    with pytest.raises(UserError, match=f"^{name} = {value}: must be {allowed}"):
+        replace(GPU, **{name: value})
+
+
+def test_the_two_named_settings_are_valid_and_differ_in_size():
+    assert (GPU.img_resolution, GPU.channel_max) == (256, 512)
+    assert CPU.img_resolution <= 64 and CPU.channel_max < GPU.channel_max
+
+
+def test_every_field_is_documented_in_the_help(capsys):
+    import tyro
+
+    with pytest.raises(SystemExit):
+        tyro.cli(Config, args=["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    source = open(__import__("config").__file__).read()
+    for field in fields(Config):
+        line = source.split(f"    {field.name}: ")[1].split('"""')[1]
+        assert " ".join(line.split()[:4]) in text, field.name
+        assert f"--{field.name.replace('_', '-')}" in text

@@ -1,0 +1,411 @@
+"""Finding, decoding and loading slices; every kind of bad input; the demo brains."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_slice, write_folder
+from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+import dataset
+from assets.demo_brains import draw_subject, load_template, subject_rng, write_demo
+from config import Config, UserError
+from dataset import (
+    TrainingSlices,
+    augmentation,
+    check,
+    decode,
+    find_slices,
+    load_slices,
+    make_loader,
+    pad_to_square,
+)
+
+
+@pytest.fixture
+def grey() -> np.ndarray:
+    """A slice of 24 x 20 pixels."""
+    return draw_slice(np.random.default_rng(1), (24, 20), dark=True)
+
+
+# Finding
+
+
+def test_classes_ids_and_splits_are_read_from_the_names(data_root: Path):
+    classes, splits = find_slices(data_root)
+    assert classes == ["AD", "NC"]
+    assert [len(splits[s]) for s in ("train", "test")] == [16, 8]
+    first = splits["train"][0]
+    assert (first.path.name, first.subject, first.label) == ("1_0.png", "1", 0)
+
+
+def test_class_folders_alone_are_split_by_id_the_same_way_each_time(tmp_path: Path):
+    root = write_folder(tmp_path / "flat", {"": 10}, slices=3)
+    _, splits = find_slices(root)
+    ids = {k: {f.subject for f in files} for k, files in splits.items()}
+    assert not ids["train"] & ids["test"] and len(ids["train"] | ids["test"]) == 20
+    for label in range(2):
+        assert len({f.subject for f in splits["test"] if f.label == label}) == 2
+    assert find_slices(root)[1] == splits
+
+
+def test_an_id_of_two_classes_stays_on_one_side(tmp_path: Path):
+    root = write_folder(tmp_path / "flat", {"": 10})
+    for path in list((root / "AD").iterdir()):  # everyone was NC once
+        Image.open(path).save(root / "NC" / path.name)
+    _, splits = find_slices(root)
+    assert not {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}
+
+
+def test_any_number_of_classes(data_root: Path):
+    for split in ("train", "test"):
+        folder = data_root / split / "MCI"
+        folder.mkdir()
+        Image.new("L", (20, 24)).save(folder / f"{split}_1.png")
+    assert find_slices(data_root)[0] == ["AD", "MCI", "NC"]
+
+
+def test_slices_of_an_id_come_in_their_order(tmp_path: Path):
+    root = write_folder(tmp_path / "flat", {"": 2}, slices=11)
+    names = [f.path.stem for f in dataset.list_slices(root / "AD", 0) if f.subject == "1"]
+    assert names == [f"1_{i}" for i in range(11)]
+
+
+def test_hidden_and_other_files_are_left_alone(data_root: Path):
+    folder = data_root / "train" / "AD"
+    for name in (".DS_Store", "._1_0.png", "notes.txt"):
+        (folder / name).write_text("x")
+    (data_root / "train" / ".hidden").mkdir()
+    assert len(find_slices(data_root)[1]["train"]) == 16
+
+
+def expect_error(root: Path, *words: str) -> None:
+    with pytest.raises(UserError) as error:
+        find_slices(root)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_missing_root_is_named(tmp_path: Path):
+    expect_error(tmp_path / "nowhere", "data_root", "nowhere", "no such folder")
+
+
+def test_a_root_without_class_folders_is_named(tmp_path: Path):
+    expect_error(tmp_path, str(tmp_path), "no class folders")
+
+
+def test_an_empty_class_is_named(data_root: Path):
+    for path in (data_root / "test" / "NC").iterdir():
+        path.unlink()
+    expect_error(data_root, str(data_root / "test" / "NC"), "no image files")
+
+
+def test_train_without_test_is_an_error(data_root: Path):
+    (data_root / "test").rename(data_root.with_name("elsewhere"))
+    expect_error(data_root, "train/ but no test/")
+
+
+def test_classes_that_differ_are_listed(data_root: Path):
+    (data_root / "test" / "NC").rename(data_root / "test" / "CN")
+    expect_error(data_root, "classes differ", "['AD', 'NC']", "['AD', 'CN']")
+
+
+def test_an_id_on_both_sides_is_named(data_root: Path):
+    source = data_root / "train" / "AD" / "1_0.png"
+    (data_root / "test" / "AD" / "1_7.png").write_bytes(source.read_bytes())
+    expect_error(data_root, "1 id(s) on both sides", ": 1")
+
+
+def test_too_few_ids_to_split_is_an_error(tmp_path: Path):
+    expect_error(write_folder(tmp_path / "flat", {"": 1}), "2 ids")
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpeg", ".tif", ".bmp", ".gif", ".webp"])
+def test_any_format_gives_the_same_grey_image(tmp_path: Path, grey, suffix):
+    path = tmp_path / f"1_0{suffix}"
+    Image.fromarray(grey).save(path, **({"quality": 100} if suffix in (".jpeg", ".webp") else {}))
+    image = decode(path)
+    assert image.dtype == torch.uint8 and image.shape == (1, 24, 20)
+    assert (image[0].float() - torch.from_numpy(grey).float()).abs().mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "P", "LA", "YCbCr"])
+def test_any_mode_becomes_grey(tmp_path: Path, grey, mode):
+    path = tmp_path / ("1_0.png" if mode in ("RGB", "RGBA", "P", "LA") else "1_0.tif")
+    Image.fromarray(grey).convert(mode).save(path)
+    image = decode(path)
+    assert image.shape == (1, 24, 20)
+    assert (image[0].float() - torch.from_numpy(grey).float()).abs().max() <= 3
+
+
+def test_transparent_pixels_are_black(tmp_path: Path):
+    Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(tmp_path / "1_0.png")
+    assert decode(tmp_path / "1_0.png").max() == 0
+
+
+def test_16_bit_keeps_its_range_with_one_scale_per_id(tmp_path: Path, config: Config, grey):
+    """Twelve bits in sixteen: bright and dark slice of one scan keep their ratio."""
+    root = tmp_path / "deep"
+    for split, number in (("train", 1), ("test", 2)):
+        (root / split / "AD").mkdir(parents=True)
+        for i, scale in enumerate((16, 8)):
+            deep = Image.fromarray(grey.astype(np.uint16) * scale)
+            deep.save(root / split / "AD" / f"{number}_{i}.png")
+    slices, _ = load_slices(replace(config, data_root=root))
+    bright, dim = slices["train"].images.astype(float)
+    assert bright.max() > 230
+    assert dim.sum() / bright.sum() == pytest.approx(0.5, abs=0.02)
+
+
+def test_slices_are_padded_never_stretched():
+    image = pad_to_square(torch.full([1, 10, 6], 7, dtype=torch.uint8))
+    assert image.shape == (1, 10, 10)
+    assert (image[:, :, 2:8] == 7).all() and image.sum() == 7 * 60
+    assert pad_to_square(torch.ones(1, 5, 8)).sum(2).tolist() == [[0, 8, 8, 8, 8, 8, 0, 0]]
+
+
+def test_resizing_is_antialiased(tmp_path: Path, config: Config):
+    """A checkerboard finer than a pixel becomes grey, not a pattern."""
+    board = np.indices((128, 128)).sum(0) % 2 * 255
+    for split in ("train", "test"):
+        (tmp_path / "fine" / split / "AD").mkdir(parents=True)
+        path = tmp_path / "fine" / split / "AD" / f"{split}_0.png"
+        Image.fromarray(board.astype(np.uint8)).save(path)
+    slices, _ = load_slices(replace(config, data_root=tmp_path / "fine"))
+    assert abs(slices["train"].images[0].astype(float) - 127.5).max() < 10
+
+
+def test_mixed_sizes_are_fine(data_root: Path, config: Config):
+    Image.new("L", (300, 50), 200).save(data_root / "train" / "AD" / "1_9.png")
+    slices, _ = load_slices(config)
+    assert slices["train"].images.shape == (17, 16, 16)
+
+
+def test_all_bad_files_are_reported_in_one_table(data_root: Path, config: Config):
+    folder = data_root / "train" / "AD"
+    (folder / "text_1.jpeg").write_text("not an image")
+    (folder / "empty_1.png").touch()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(
+        folder / "cut_1.jpeg"
+    )
+    (folder / "cut_1.jpeg").write_bytes((folder / "cut_1.jpeg").read_bytes()[:700])
+    nan = np.full((4, 4), np.nan, np.float32)
+    Image.fromarray(nan).save(data_root / "test" / "NC" / "nan_1.tif")
+    with pytest.raises(UserError) as error:
+        load_slices(config)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "4 of 28 files cannot be used:"
+    for name in ("text_1.jpeg", "empty_1.png", "cut_1.jpeg", "nan_1.tif"):
+        assert sum(name in line for line in lines[1:]) == 1
+    assert list(config.cache.iterdir()) == []
+
+
+def test_a_full_disk_is_said_before_anything_is_written(config: Config, monkeypatch):
+    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda _: type("", (), {"free": 10})())
+    with pytest.raises(UserError, match="less is free"):
+        load_slices(config)
+
+
+def test_images_are_decoded_once_and_again_when_a_file_changes(config: Config, monkeypatch):
+    first, identity = load_slices(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "decode_all", None)  # a second decoding would fail
+        again, _ = load_slices(config)
+        assert isinstance(again["train"].images, np.memmap)
+        assert (again["train"].images == first["train"].images).all()
+    path = config.data_root / "train" / "AD" / "1_0.png"
+    Image.new("L", (20, 24), 255).save(path)
+    changed, other = load_slices(config)
+    assert changed["train"].images[0].max() == 255 and other != identity
+
+
+# Loading
+
+
+def test_an_item_depends_on_seed_and_position_only(config: Config):
+    slices = load_slices(config)[0]["train"]
+    stream, fresh = TrainingSlices(slices, config), TrainingSlices(slices, config)
+    in_order = [stream[i] for i in range(40)]
+    torch.manual_seed(123)
+    for position in (33, 5, 17):
+        image, c = fresh[position]
+        assert torch.equal(image, in_order[position][0]) and torch.equal(c, in_order[position][1])
+    other = TrainingSlices(slices, replace(config, seed=1))
+    assert not all(torch.equal(other[i][0], in_order[i][0]) for i in range(16))
+
+
+def test_an_item_leaves_the_global_random_state_alone(config: Config):
+    stream = TrainingSlices(load_slices(config)[0]["train"], config)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    stream[3]
+    assert torch.rand(1) == expected
+
+
+def test_an_epoch_shows_every_slice_once_in_a_new_order(config: Config):
+    slices = load_slices(config)[0]["train"]
+    stream = TrainingSlices(slices, replace(config, augment="none"))
+    images = torch.from_numpy(slices.images.copy()).float() / 127.5 - 1
+    orders = []
+    for epoch in range(2):
+        items = [stream[epoch * 16 + i] for i in range(16)]
+        rows = [int((images - image).abs().sum((1, 2)).argmin()) for image, _ in items]
+        assert sorted(rows) == list(range(16))
+        assert all(
+            c.argmax() == slices.labels[row] for row, (_, c) in zip(rows, items, strict=True)
+        )
+        orders.append(rows)
+    assert orders[0] != orders[1]
+
+
+def test_the_loader_goes_on_at_any_image_with_any_number_of_workers(config: Config):
+    slices = load_slices(config)[0]["train"]
+    whole = [image for image, _ in make_loader(slices, config, 0, 32, False)]
+    parts = [image for image, _ in make_loader(slices, config, 12, 32, False)]
+    workers = replace(config, num_workers=2)
+    parallel = [image for image, _ in make_loader(slices, workers, 12, 32, False)]
+    assert torch.equal(torch.cat(whole)[12:], torch.cat(parts))
+    assert torch.equal(torch.cat(parts), torch.cat(parallel))
+
+
+def test_images_are_normalized_to_plus_minus_one(config: Config):
+    transform = augmentation(replace(config, augment="none"))
+    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    torch.testing.assert_close(transform(image), image / 127.5 - 1)
+
+
+def test_each_augmentation_can_be_turned_off(config: Config):
+    still = {"flip_prob": 0.0, "rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
+    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    plain = augmentation(replace(config, augment="none"))(image)
+    torch.testing.assert_close(augmentation(replace(config, **still))(image), plain)
+    flipped = augmentation(replace(config, **still | {"flip_prob": 1.0}))(image)
+    torch.testing.assert_close(flipped, plain.flip(2))  # left-right, never up-down
+    for name, value in (("rotation", 20.0), ("brightness", 0.5), ("contrast", 0.5)):
+        torch.manual_seed(0)
+        changed = augmentation(replace(config, **still | {name: value}))(image)
+        assert not torch.equal(changed, plain), name
+
+
+def test_rotation_fills_with_background(config: Config):
+    transform = augmentation(replace(config, rotation=45.0, brightness=0.0, contrast=0.0))
+    torch.manual_seed(3)
+    image = transform(torch.full([1, 16, 16], 255, dtype=torch.uint8))
+    assert image.min() == -1 and image[0, 8, 8] == 1
+
+
+# Demo brains
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """Demo brains of 6 training and 2 test subjects."""
+    root = tmp_path_factory.mktemp("demo") / "brains"
+    write_demo(root, num_train=6, num_test=2)
+    return root
+
+
+def manifest(root: Path) -> list[dict[str, str]]:
+    with open(root / "subjects.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_demo_brains_have_the_layout_of_the_real_set(demo: Path):
+    classes, splits = find_slices(demo)
+    assert classes == ["AD", "NC"]
+    assert [len(splits[s]) for s in ("train", "test")] == [120, 40]
+    image = Image.open(splits["train"][0].path)
+    assert (image.size, image.mode, image.format) == ((256, 240), "L", "JPEG")
+    rows = manifest(demo)
+    ids = {f.subject: (classes[f.label], s) for s, files in splits.items() for f in files}
+    assert ids == {row["subject"]: (row["class"], row["split"]) for row in rows}
+
+
+def test_a_demo_subject_depends_on_its_number_only(demo: Path, tmp_path: Path):
+    write_demo(tmp_path / "fewer", num_train=2, num_test=0)
+    for path in (tmp_path / "fewer").rglob("*.jpeg"):
+        assert path.read_bytes() == (demo / path.relative_to(tmp_path / "fewer")).read_bytes()
+    write_demo(tmp_path / "other", num_train=2, num_test=0, seed=1)
+    assert manifest(tmp_path / "other")[0] != manifest(demo)[0]
+
+
+def test_demo_slices_look_like_a_head_on_black(demo: Path):
+    for path in list(demo.rglob("*.jpeg"))[::7]:
+        image = np.asarray(Image.open(path)).astype(float)
+        assert image[:10].max() < 12 and image[:, :10].max() < 12  # JPEG ringing at most
+        assert 0.2 < (image > 60).mean() < 0.6
+        assert 120 < image[image > 60].mean() < 230
+
+
+def drawn(name: str, n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    """A drawn value for many subjects of each class: AD, NC."""
+    return tuple(
+        np.array([draw_subject(ad, subject_rng(0, 2 * i + ad))[name] for i in range(n)])
+        for ad in (True, False)
+    )
+
+
+def effect_size(a: np.ndarray, b: np.ndarray) -> float:
+    return (a.mean() - b.mean()) / np.sqrt((a.var() + b.var()) / 2)
+
+
+def test_demo_classes_overlap_as_measured_in_adni():
+    ad, nc = drawn("ventricle_ml")
+    assert np.median(ad) / np.median(nc) == pytest.approx(1.32, abs=0.05)
+    assert effect_size(np.log(ad), np.log(nc)) == pytest.approx(0.5, abs=0.07)
+    assert effect_size(*drawn("cortical_z")) == pytest.approx(-1.0, abs=0.07)
+    assert effect_size(*drawn("temporal_z")) == pytest.approx(-1.5, abs=0.07)
+
+
+def test_the_template_is_complete_and_its_notice_is_beside_it():
+    template = load_template()
+    ventricles = (template.sorted_distance < 0).sum() * template.spacing.prod().abs() / 1000
+    assert 12 < ventricles < 20  # ml
+    notice = Path(dataset.__file__).parent / "assets" / "icbm152_notice.txt"
+    assert "Copyright (C) 1993-2009 Louis Collins" in notice.read_text()
+
+
+def test_no_data_root_means_demo_brains_made_once(config: Config, monkeypatch):
+    made = []
+
+    def small(root, num_train=6, num_test=2, seed=0):
+        made.append(root)
+        write_demo(root, 4, 4, seed)
+
+    monkeypatch.setattr(dataset, "write_demo", small)
+    config = replace(config, data_root=None)
+    first, _ = load_slices(config)
+    second, _ = load_slices(config)
+    assert len(made) == 1 and (first["train"].images == second["train"].images).all()
+
+
+def test_check_prints_what_is_there_and_names_what_is_not(data_root: Path, capsys):
+    check(data_root)
+    out = capsys.readouterr().out
+    assert "20x24 L: 8" in out and "no id is on both sides" in out
+    (data_root / "train" / "AD" / "1_5.png").write_text("x")
+    with pytest.raises(UserError, match="1_5.png"):
+        check(data_root)
+
+
+def test_a_linear_reader_tells_demo_classes_apart_about_as_well_as_real_ones(tmp_path, config):
+    """Id-level AUC on unseen ids: well above chance, far from perfect."""
+    dataset.write_demo(tmp_path / "many", num_train=60, num_test=40)
+    config = replace(config, data_root=tmp_path / "many", img_resolution=32)
+    train, test = load_slices(config)[0].values()
+    pca = PCA(30, random_state=0).fit(train.images.reshape(len(train.images), -1))
+    x, y = (pca.transform(s.images.reshape(len(s.images), -1)) for s in (train, test))
+    scale = x.std(0)
+    reader = LogisticRegression(C=0.01, max_iter=1000).fit(x / scale, train.labels)
+    scores = reader.decision_function(y / scale).reshape(40, 20).mean(1)
+    assert 0.6 < roc_auc_score(test.labels[::20], scores) < 0.95

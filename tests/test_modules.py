@@ -1,0 +1,301 @@
+"""The networks against independent forms of the same mathematics."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from config import Config
+from modules import (
+    Discriminator,
+    EqualizedConv2d,
+    EqualizedLinear,
+    Generator,
+    MappingNetwork,
+    MinibatchStd,
+    SynthesisLayer,
+    ToRGB,
+    channels,
+    downsample,
+    fir_filter,
+    modulated_conv2d,
+    normalize_2nd_moment,
+    upsample,
+)
+
+TAPS = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+def upsampling_matrix(size: int) -> torch.Tensor:
+    """[2 size, size]: each input sample spreads over four outputs, by the filter with gain 2."""
+    matrix = torch.zeros(2 * size, size, dtype=torch.float64)
+    for i in range(size):
+        for k in range(4):
+            if 0 <= 2 * i - 1 + k < 2 * size:
+                matrix[2 * i - 1 + k, i] = 2 * TAPS[k]
+    return matrix
+
+
+def test_upsampling_equals_a_dense_matrix():
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    expected = upsampling_matrix(5) @ x @ upsampling_matrix(6).T
+    torch.testing.assert_close(upsample(x), expected)
+
+
+def test_downsampling_is_the_transpose_of_upsampling():
+    x = torch.randn(2, 3, 10, 12, dtype=torch.float64)
+    expected = upsampling_matrix(5).T @ x @ upsampling_matrix(6) / 4
+    torch.testing.assert_close(downsample(x), expected)
+
+
+def test_resampling_keeps_a_constant_inside():
+    x = torch.full([1, 1, 8, 8], 3.0)
+    torch.testing.assert_close(upsample(x)[:, :, 2:-2, 2:-2], torch.full([1, 1, 12, 12], 3.0))
+    torch.testing.assert_close(downsample(x)[:, :, 1:-1, 1:-1], torch.full([1, 1, 2, 2], 3.0))
+    torch.testing.assert_close(fir_filter(x, padding=0), torch.full([1, 1, 5, 5], 3.0))
+
+
+def per_image_convolution(x, weight, styles, demodulate, up):
+    """[1], equations 1 and 3, literally: each image has weights of its own."""
+    images = []
+    for image, style in zip(x, styles, strict=True):
+        w = weight * style[None, :, None, None]
+        if demodulate:
+            w = w / (w.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        if up:
+            image = F.conv_transpose2d(image[None], w.transpose(0, 1), stride=2)
+            image = fir_filter(image, padding=1, gain=4)
+        else:
+            image = F.conv2d(image[None], w, padding=w.shape[-1] // 2)
+        images.append(image)
+    return torch.cat(images)
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize("up", [True, False])
+def test_modulated_convolution_equals_weights_scaled_per_image(demodulate, up):
+    x, styles = torch.randn(3, 4, 6, 6).double(), torch.randn(3, 4).double()
+    weight = torch.randn(5, 4, 3, 3).double()
+    dense = modulated_conv2d(x, weight, styles, demodulate, up)
+    torch.testing.assert_close(dense, per_image_convolution(x, weight, styles, demodulate, up))
+
+
+def test_upsampling_convolution_is_centred():
+    """With a delta as its kernel it is plain upsampling, to the pixel."""
+    x = torch.randn(1, 1, 6, 6).double()
+    delta = torch.zeros(1, 1, 3, 3).double()
+    delta[..., 1, 1] = 1
+    out = modulated_conv2d(x, delta, torch.ones(1, 1).double(), demodulate=False, up=True)
+    torch.testing.assert_close(out, upsample(x))
+
+
+def test_demodulation_gives_unit_variance():
+    x, styles = torch.randn(4, 64, 32, 32), torch.rand(4, 64) * 5
+    out = modulated_conv2d(x, torch.randn(16, 64, 3, 3), styles)[:, :, 1:-1, 1:-1]
+    assert out.std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_strided_convolution_filters_before_it_decimates():
+    x = torch.randn(2, 3, 8, 8)
+    conv = EqualizedConv2d(3, 4, 3, down=True)
+    blurred = F.conv2d(F.pad(x, [2] * 4), outer_kernel(3), groups=3)  # [2, 3, 9, 9]
+    expected = F.conv2d(blurred, conv.weight / math.sqrt(27), stride=2)
+    torch.testing.assert_close(conv(x), expected)
+    skip = EqualizedConv2d(3, 4, 1, down=True)
+    every_second = F.conv2d(F.pad(x, [1] * 4), outer_kernel(3), groups=3)[:, :, ::2, ::2]
+    torch.testing.assert_close(skip(x), F.conv2d(every_second, skip.weight / math.sqrt(3)))
+
+
+def outer_kernel(count: int) -> torch.Tensor:
+    return TAPS.outer(TAPS).float().expand(count, 1, 4, 4)
+
+
+def test_equalized_layers_have_unit_gain_and_scale_their_learning_rate():
+    x = torch.randn(4096, 100)
+    for lr_multiplier in (1, 0.01):
+        layer = EqualizedLinear(100, 50, lr_multiplier, bias_init=1)
+        assert layer.weight.std().item() == pytest.approx(1 / lr_multiplier, rel=0.05)
+        out = layer(x)
+        assert out.std().item() == pytest.approx(1, abs=0.05)
+        assert out.mean().item() == pytest.approx(1, abs=0.1)
+        with torch.no_grad():  # one step of size 1 on the bias moves the output by the multiplier
+            layer.bias += 1
+        torch.testing.assert_close(layer(x), out + lr_multiplier, rtol=0, atol=1e-5)
+
+
+def test_normalized_latents_have_unit_second_moment():
+    z = normalize_2nd_moment(torch.randn(5, 32) * 7)
+    torch.testing.assert_close(z.square().mean(1), torch.ones(5))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 6, 8])
+def test_minibatch_std_equals_an_explicit_loop_for_any_batch(batch):
+    x = torch.randn(batch, 3, 4, 4)
+    group = max(size for size in (1, 2, 3, 4) if batch % size == 0)
+    out = MinibatchStd()(x)
+    assert out.shape == (batch, 4, 4, 4)
+    torch.testing.assert_close(out[:, :3], x)
+    for n in range(batch):
+        members = x[n % (batch // group) :: batch // group]
+        std = (members.var(0, correction=0) + 1e-8).sqrt().mean()
+        torch.testing.assert_close(out[n, 3], std.expand(4, 4))
+
+
+def test_noise_is_off_at_first_then_random_constant_or_none():
+    layer = SynthesisLayer(4, 4, 8, resolution=8)
+    x, w = torch.randn(2, 4, 8, 8), torch.randn(2, 8)
+    torch.testing.assert_close(layer(x, w, "random"), layer(x, w, "none"))
+    with torch.no_grad():
+        layer.noise_strength.fill_(0.5)
+    assert not torch.equal(layer(x, w, "random"), layer(x, w, "random"))
+    assert torch.equal(layer(x, w, "const"), layer(x, w, "const"))
+    assert not torch.equal(layer(x, w, "const"), layer(x, w, "none"))
+
+
+def test_noise_has_the_strength_it_learned():
+    layer = SynthesisLayer(4, 4, 8, resolution=64)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.noise_strength.fill_(0.5)
+    out = layer(torch.randn(4, 4, 64, 64), torch.randn(4, 8), "random")
+    noise = torch.where(out > 0, out, out / 0.2) / math.sqrt(2)
+    assert noise.std().item() == pytest.approx(0.5, rel=0.05)
+    torch.testing.assert_close(noise[:, 0], noise[:, 3])  # one map for all channels
+
+
+def test_torgb_is_linear_and_not_demodulated():
+    torgb = ToRGB(4, 2, 8)
+    x, w = torch.randn(3, 4, 5, 5), torch.randn(3, 8)
+    styles = torgb.affine(w) / 2
+    expected = torch.einsum("oi,ni,nihw->nohw", torgb.weight[:, :, 0, 0], styles, x)
+    torch.testing.assert_close(torgb(x, w), expected)
+    torch.testing.assert_close(torgb(2 * x, w), 2 * expected)
+
+
+def test_mapping_equals_the_layers_written_out():
+    mapping = MappingNetwork(z_dim=6, c_dim=3, w_dim=5, num_ws=4)
+    z, c = torch.randn(7, 6), torch.eye(3)[torch.arange(7) % 3]
+    embedding = mapping.embed.weight.T[torch.arange(7) % 3] / math.sqrt(3) + mapping.embed.bias
+    x = torch.cat([F.normalize(z) * math.sqrt(6), F.normalize(embedding) * math.sqrt(6)], 1)
+    assert len(mapping.layers) == 8
+    for layer in mapping.layers:
+        gain = 0.01 / math.sqrt(layer.weight.shape[1])
+        x = F.leaky_relu(x @ layer.weight.T * gain + 0.01 * layer.bias, 0.2) * math.sqrt(2)
+    ws = mapping(z, c)
+    assert ws.shape == (7, 4, 5)
+    for i in range(4):
+        torch.testing.assert_close(ws[:, i], x, rtol=1e-4, atol=1e-6)
+
+
+def test_w_avg_is_the_mean_of_each_class():
+    mapping = MappingNetwork(z_dim=6, c_dim=2, w_dim=5, num_ws=4)
+    mapping.estimate_w_avg(20000)
+    z = torch.randn(20000, 6)
+    for label in range(2):
+        mean = mapping.map(z, torch.eye(2)[[label]].expand(20000, 2)).mean(0)
+        torch.testing.assert_close(mapping.w_avg[label], mean, rtol=0, atol=0.03)
+    assert (mapping.w_avg[0] - mapping.w_avg[1]).abs().max() > 0.05
+
+
+def test_psi_0_gives_one_image_per_class(config: Config):
+    G = Generator(config, c_dim=2)
+    G.mapping.estimate_w_avg(64)
+    c = torch.eye(2)[[0, 0, 1, 1]]
+    images = G(torch.randn(4, 8), c, truncation_psi=0, noise_mode="none")
+    torch.testing.assert_close(images[0], images[1])
+    torch.testing.assert_close(images[2], images[3])
+    assert (images[0] - images[2]).abs().max() > 1e-3
+
+
+def test_truncation_interpolates_up_to_its_cutoff():
+    mapping = MappingNetwork(z_dim=6, c_dim=2, w_dim=5, num_ws=4)
+    mapping.estimate_w_avg(64)
+    z, c = torch.randn(3, 6), torch.eye(2)[[0, 1, 1]]
+    full, ws = mapping(z, c), mapping(z, c, truncation_psi=0.3, truncation_cutoff=2)
+    expected = mapping.w_avg[[0, 1, 1]] * 0.7 + full[:, 0] * 0.3
+    torch.testing.assert_close(ws[:, 0], expected)
+    torch.testing.assert_close(ws[:, 1], expected)
+    torch.testing.assert_close(ws[:, 2:], full[:, 2:])
+
+
+def test_half_of_each_label_lies_between_the_classes():
+    mapping = MappingNetwork(z_dim=6, c_dim=2, w_dim=5, num_ws=4)
+    mapping.estimate_w_avg(64)
+    ws = mapping(torch.randn(1, 6), torch.tensor([[0.5, 0.5]]), truncation_psi=0)
+    torch.testing.assert_close(ws[0, 0], mapping.w_avg.mean(0))
+
+
+@pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize("c_dim", [0, 2, 3])
+def test_any_resolution_and_number_of_classes(config: Config, resolution, c_dim):
+    config = replace(config, img_resolution=resolution, channel_base=resolution)
+    G, D = Generator(config, c_dim, img_channels=1), Discriminator(config, c_dim, img_channels=1)
+    c = torch.eye(c_dim)[torch.arange(2) % c_dim] if c_dim else None
+    images = G(torch.randn(2, 8), c)
+    assert images.shape == (2, 1, resolution, resolution)
+    assert D(images, c).shape == (2,)
+    assert G.mapping.num_ws == 2 * math.log2(resolution) - 2
+
+
+def test_any_number_of_image_channels(config: Config):
+    images = Generator(config, 2, img_channels=3)(torch.randn(2, 8), torch.eye(2))
+    assert images.shape == (2, 3, 16, 16)
+    assert Discriminator(config, 2, img_channels=3)(images, torch.eye(2)).shape == (2,)
+
+
+def test_channels_halve_with_each_doubling():
+    assert [channels(r, 16384, 512) for r in (4, 32, 64, 256)] == [512, 512, 256, 64]
+    assert channels(512, 16, 8) == 1
+
+
+def test_the_label_changes_the_image_and_the_logit(config: Config):
+    G, D = Generator(config, 2), Discriminator(config, 2)
+    z = torch.randn(1, 8).expand(2, -1)
+    images = G(z, torch.eye(2), noise_mode="none")
+    assert (images[0] - images[1]).abs().max() > 1e-3
+    one = images[:1]
+    assert (D(one, torch.eye(2)[:1]) - D(one, torch.eye(2)[1:])).abs() > 1e-4
+
+
+def test_every_layer_has_a_w_of_its_own_as_the_paper_shares_them(config: Config):
+    """Style i reaches exactly its layer and the ToRGB before it: all of them change the image."""
+    synthesis = Generator(config, 2).synthesis
+    ws = torch.randn(1, synthesis.num_ws, 8)
+    base = synthesis(ws, "none")
+    for i in range(synthesis.num_ws):
+        other = ws.clone()
+        other[:, i] += 1
+        assert (synthesis(other, "none") - base).abs().max() > 1e-4, i
+
+
+def test_image_does_not_depend_on_its_batch(config: Config):
+    G = Generator(config, 2)
+    z, c = torch.randn(5, 8), torch.eye(2)[[0, 1, 0, 1, 1]]
+    alone = torch.cat([G(z[i : i + 1], c[i : i + 1], noise_mode="const") for i in range(5)])
+    torch.testing.assert_close(G(z, c, noise_mode="const"), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_logit_adds_the_projection_of_the_label(config: Config):
+    D = Discriminator(config, 2)
+    images, c = torch.randn(4, 1, 16, 16), torch.eye(2)[[0, 1, 1, 0]]
+    features = D.features(images)
+    embedding = c @ D.embed.weight.T / math.sqrt(2)
+    projection = (features * embedding).sum(1) / math.sqrt(features.shape[1])
+    torch.testing.assert_close(D(images, c), D.out(features)[:, 0] + projection)
+
+
+def test_fresh_networks_keep_their_scale(config: Config):
+    config = replace(config, img_resolution=64, channel_base=1024, channel_max=64)
+    G, D = Generator(config, 2), Discriminator(config, 2)
+    c = torch.eye(2)[torch.arange(16) % 2]
+    logits = D(torch.randn(16, 1, 64, 64), c)
+    assert 0.2 < D.features(torch.randn(16, 1, 64, 64)).std() < 2
+    assert logits.abs().max() < 10
+    assert 0.2 < G(torch.randn(16, config.z_dim), c).std() < 5

@@ -1,0 +1,176 @@
+"""Sampling and figures of a trained run."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict as prediction
+import utils
+from config import Config, UserError
+from dataset import Slices
+from predict import Options, latents, pixels, predict, probe_by_id, sample, sample_class, spread
+from train import train
+from utils import load_generator, newest_run, one_hot, plot_comparison
+
+
+@pytest.fixture
+def run(config: Config) -> Path:
+    """A run of one epoch on tiny slices."""
+    train(replace(config, epochs=1))
+    return config.out
+
+
+def test_a_seed_is_the_same_image_alone_or_among_others(run: Path):
+    G, _, _ = load_generator(run)
+    many = sample_class(G, 1, [3, 1, 7, 5], Options())
+    assert (sample_class(G, 1, [7], Options())[0] == many[2]).all()
+    assert not (many[0] == many[1]).all()
+
+
+def test_a_seed_shares_its_z_between_classes(run: Path):
+    assert torch.equal(latents([5, 2], 8)[:1], latents([5], 8))
+
+
+def test_sampling_equals_the_generator(run: Path):
+    G, _, _ = load_generator(run)
+    z, c = latents([0, 1], 8), one_hot(np.array([0, 1]), 2)
+    expected = ((G(z, c, 0.5, noise_mode="const") + 1) * 127.5).round().clamp(0, 255)[:, 0]
+    assert np.abs(sample(G, z, c, 0.5).astype(int) - expected.numpy()).max() <= 1
+
+
+def test_every_figure_is_drawn_from_the_newest_run(run: Path, monkeypatch):
+    monkeypatch.setattr(utils, "RUNS", run.parent)
+    assert newest_run() == run
+    out = predict(Options(count=3, device="cpu"))
+    names = {str(p.relative_to(out)) for p in out.rglob("*.png")}
+    images = {f"images/{c}/seed{i:04d}.png" for c in ("AD", "NC") for i in range(3)}
+    assert names == images | {
+        "grid_AD.png", "grid_NC.png", "truncation.png", "embedding_images.png", "embedding_w.png",
+    }  # fmt: skip
+    for name in images:
+        image = Image.open(out / name)
+        assert (image.mode, image.size) == ("L", (16, 16))
+    grid = np.asarray(Image.open(out / "grid_AD.png"))
+    assert (grid[:, :16] == np.asarray(Image.open(out / "images/AD/seed0000.png"))).all()
+
+
+def test_seeds_classes_checkpoint_and_folder_can_be_chosen(run: Path, tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction, "real_slices", lambda *_: None)
+    checkpoint = next((run / "checkpoints").iterdir())
+    options = Options(
+        checkpoint=checkpoint, classes=("NC",), seeds=(4, 9), truncation_psi=0.5,
+        out=tmp_path / "out", device="cpu",
+    )  # fmt: skip
+    assert predict(options) == tmp_path / "out"
+    images = sorted(p.name for p in (tmp_path / "out" / "images").rglob("*.png"))
+    assert images == ["seed0004.png", "seed0009.png"]
+    assert not (tmp_path / "out" / "grid_AD.png").exists()
+
+
+def test_a_shared_generator_needs_its_config_only(run: Path, tmp_path, config: Config):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for name in ("generator.safetensors", "config.json"):
+        shutil.copy(run / name, shared / name)
+    shutil.rmtree(config.data_root)
+    out = predict(Options(checkpoint=shared / "generator.safetensors", count=2, device="cpu"))
+    assert out == shared / "predict" and (out / "grid_AD.png").exists()
+    assert not (out / "embedding_images.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"classes": ("CN",)}, "no class 'CN'; this generator knows AD, NC"),
+        ({"data_root": Path("nowhere")}, "data_root = nowhere"),
+        ({"device": "mps"}, "device = mps"),
+    ],
+)
+def test_bad_requests_are_named_before_anything_is_drawn(run: Path, options, words):
+    with pytest.raises(UserError, match=words):
+        predict(Options(checkpoint=run, **options))
+    assert not list((run / "predict").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"count": 0}, "count = 0"),
+        ({"seeds": (1, -1)}, "seeds = "),
+        ({"seeds": ()}, "seeds = "),
+        ({"truncation_psi": 1.5}, "truncation_psi = 1.5"),
+        ({"truncation_cutoff": -1}, "truncation_cutoff = -1"),
+    ],
+)
+def test_invalid_options_are_named(options, words):
+    with pytest.raises(UserError, match=words):
+        Options(**options)
+
+
+def test_damaged_or_foreign_weights_are_named(run: Path, config: Config, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="does not exist"):
+        load_generator(tmp_path / "nothing.safetensors")
+    monkeypatch.setattr(utils, "RUNS", tmp_path / "none")
+    with pytest.raises(UserError, match="no trained run"):
+        newest_run()
+    weights = run / "generator.safetensors"
+    other = replace(config, img_resolution=32, epochs=1, out=run.with_name("other"))
+    train(other)
+    shutil.copy(weights, other.out / "generator.safetensors")
+    with pytest.raises(UserError, match="does not fit .*img_resolution = 32"):
+        load_generator(other.out)
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="truncated"):
+        load_generator(run)
+    (run / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        load_generator(run)
+    (run / "config.json").unlink()
+    with pytest.raises(UserError, match="no config.json"):
+        load_generator(run)
+
+
+def test_data_of_other_classes_is_refused(run: Path, config: Config):
+    for split in ("train", "test"):
+        (config.data_root / split / "NC").rename(config.data_root / split / "CN")
+    with pytest.raises(UserError, match="AD.*CN.*AD.*NC"):
+        predict(Options(checkpoint=run))
+
+
+def fake_split(rng, shift: float, ids: int) -> tuple[np.ndarray, Slices]:
+    """Gaussian features of 5 slices an id, the classes `shift` apart."""
+    labels = np.repeat(np.arange(ids) % 2, 5)
+    features = rng.normal(size=(len(labels), 4)) + shift * labels[:, None]
+    subjects = np.repeat([f"s{i}" for i in range(ids)], 5)
+    return features, Slices(np.zeros((len(labels), 1, 1)), labels, subjects, ["AD", "NC"])
+
+
+def test_the_probe_reads_a_signal_by_id_and_none_from_noise():
+    rng = np.random.default_rng(0)
+    strong = probe_by_id(fake_split(rng, 2.0, 40), fake_split(rng, 2.0, 40))
+    assert strong == "linear probe on 40 unseen ids: accuracy 1.00, AUC 1.00"
+    none = probe_by_id(fake_split(rng, 0.0, 200), fake_split(rng, 0.0, 200))
+    assert 0.35 < float(none.split()[-1]) < 0.65
+
+
+def test_pixels_are_averaged_and_spread_is_even():
+    images = np.zeros((2, 128, 128), np.uint8)
+    images[0, :2, :2] = 40
+    assert pixels(images).shape == (2, 64 * 64)
+    assert pixels(images)[0, 0] == 40
+    assert spread(5, 10).tolist() == [0, 1, 2, 3, 4]
+    assert spread(100, 3).tolist() == [0, 50, 99] or spread(100, 3).tolist() == [0, 49, 99]
+
+
+def test_runs_can_be_compared(run: Path, config: Config, tmp_path):
+    other = replace(config, learning_rate=0.001, epochs=1, out=run.with_name("slow"))
+    train(other)
+    plot_comparison([run, other.out], tmp_path / "comparison.png")
+    assert Image.open(tmp_path / "comparison.png").size[0] > 600
+    with pytest.raises(UserError, match="is no run"):
+        plot_comparison([tmp_path / "nowhere"], tmp_path / "x.png")

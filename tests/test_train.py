@@ -1,0 +1,422 @@
+"""Losses against closed forms; a run that learns, resumes bit for bit, and fails in plain words."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image
+from torch import nn
+
+import train as training
+from config import CPU, GPU, Config, UserError
+from modules import Discriminator, Generator
+from train import (
+    TrainingState,
+    checkpoints,
+    d_step,
+    ema_step,
+    g_step,
+    mixed_ws,
+    path_lengths,
+    r1_penalty,
+    train,
+)
+from utils import load_checkpoint, load_generator, read_log, read_losses
+
+ROOT = Path(__file__).parents[1]
+
+
+class LinearCritic(nn.Module):
+    """D(x) = <w, x>: its gradient is w everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(1, 4, 4))
+
+    def forward(self, img, c):
+        return (img * self.w).sum((1, 2, 3))
+
+
+def test_r1_of_a_linear_critic_is_the_square_of_its_weight():
+    D = LinearCritic()
+    penalty = r1_penalty(D, torch.randn(3, 1, 4, 4), torch.eye(3))
+    torch.testing.assert_close(penalty, D.w.square().sum().expand(3))
+    penalty.sum().backward()
+    torch.testing.assert_close(D.w.grad, 6 * D.w.detach())
+
+
+def test_r1_and_its_gradient_equal_double_backward(config: Config):
+    torch.manual_seed(0)
+    D, real, c = Discriminator(config, 2), torch.randn(4, 1, 16, 16), torch.eye(2)[[0, 1, 1, 0]]
+    r1_penalty(D, real, c).mean().backward()
+    ours = [p.grad.clone() for p in D.parameters() if p.grad is not None]
+    D.zero_grad()
+    real.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(D(real, c).sum(), real, create_graph=True)
+    gradient.square().sum((1, 2, 3)).mean().backward()
+    theirs = [p.grad for p in D.parameters() if p.grad is not None]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_path_length_of_a_linear_generator_is_the_length_of_its_projection():
+    """img = A w: J^T y = A^T y, with y drawn anew; the mean over layers divides by num_ws."""
+    A = torch.randn(16, 5)
+
+    def synthesis(ws):
+        return (ws.mean(1) @ A.T).view(-1, 1, 4, 4)
+
+    torch.manual_seed(0)
+    lengths = path_lengths(synthesis, torch.randn(3, 2, 5))
+    torch.manual_seed(0)
+    torch.randn(3, 2, 5)
+    y = torch.randn(3, 16) / 4
+    torch.testing.assert_close(lengths, (y @ A / 2).norm(dim=1))
+
+
+def test_style_mixing_swaps_the_later_layers(config: Config):
+    G, z, c = Generator(config, 2), torch.randn(64, 8), torch.eye(2)[torch.arange(64) % 2]
+    ws = G.mapping(z, c)
+    torch.testing.assert_close(mixed_ws(G, z, c, 0.0), ws)
+    same = (mixed_ws(G, z, c, 1.0) == ws).all(2)  # [N, num_ws]
+    assert same[:, 0].all() and not same[:, -1].any()
+    assert (same.int().diff(dim=1) <= 0).all()  # once swapped, swapped to the end
+    assert len(set(same.sum(1).tolist())) > 2  # at various layers
+
+
+def step_inputs(config: Config):
+    state = TrainingState(config, 2, torch.device("cpu"))
+    real, c = torch.rand(4, 1, 16, 16) * 2 - 1, torch.eye(2)[[0, 1, 1, 0]]
+    return state, real, c
+
+
+def test_the_logistic_losses_start_at_their_known_values(config: Config):
+    state, real, c = step_inputs(config)
+    with torch.no_grad():
+        for p in state.D.parameters():
+            p.zero_()  # D says 0: its loss is 2 ln 2, that of G is ln 2
+    assert g_step(state, c, False)["g_loss"].item() == pytest.approx(math.log(2))
+    assert d_step(state, real, c, c, False)["d_loss"].item() == pytest.approx(2 * math.log(2))
+
+
+def test_each_step_moves_its_own_network_only(config: Config):
+    state, real, c = step_inputs(config)
+
+    def snapshot(net):
+        return [p.detach().clone() for p in net.parameters()]
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    G, D = snapshot(state.G), snapshot(state.D)
+    d_step(state, real, c, c, lazy=True)
+    assert same(G, snapshot(state.G)) and not same(D, snapshot(state.D))
+    D = snapshot(state.D)
+    g_step(state, c, lazy=True)
+    assert same(D, snapshot(state.D)) and not same(G, snapshot(state.G))
+    assert all(p.grad is None for net in (state.G, state.D) for p in net.parameters())
+
+
+def test_lazy_penalties_are_weighted_by_their_interval(config: Config):
+    """At gamma 0 and pl_weight 0 nothing is added; otherwise the step differs from a plain one."""
+    moved = {}
+    for gamma in (0.0, 10.0):
+        state, real, c = step_inputs(replace(config, r1_gamma=gamma))
+        torch.manual_seed(1)
+        d_step(state, real, c, c, lazy=gamma > 0)
+        moved[gamma] = state.D.fromrgb.weight.detach().clone()
+    assert not torch.equal(moved[0.0], moved[10.0])
+
+
+def test_path_length_mean_follows_the_lengths(config: Config):
+    state, _, c = step_inputs(config)
+    first = g_step(state, c, lazy=True)["path_length"]
+    torch.testing.assert_close(state.pl_mean, config.pl_decay * first)
+
+
+def test_adam_is_corrected_for_laziness(config: Config):
+    state, _, _ = step_inputs(config)
+    for optimizer, interval in ((state.g_opt, 4), (state.d_opt, 16)):
+        group, ratio = optimizer.param_groups[0], interval / (interval + 1)
+        assert group["lr"] == pytest.approx(config.learning_rate * ratio)
+        assert group["betas"] == (0.0, pytest.approx(0.99**ratio))
+
+
+def test_the_average_has_the_half_life_asked_for(config: Config):
+    state, _, _ = step_inputs(replace(config, ema_kimg=0.04, ema_rampup=1e9))
+    state.cur_nimg = 1
+    for p, q in zip(state.G.parameters(), state.G_ema.parameters(), strict=True):
+        p.data.fill_(1)
+        q.data.zero_()
+    for _ in range(10):  # 10 steps of 4 images are the half-life of 40
+        ema_step(state)
+    assert all(torch.allclose(q, torch.tensor(0.5)) for q in state.G_ema.parameters())
+
+
+def test_the_average_follows_at_once_in_the_beginning(config: Config):
+    state, _, _ = step_inputs(config)
+    for p in state.G.parameters():
+        p.data.fill_(1)
+    state.cur_nimg = 4
+    ema_step(state)
+    assert all(torch.allclose(q, torch.ones([]), atol=1e-3) for q in state.G_ema.parameters())
+
+
+# Runs
+
+
+def same_tensors(a, b, path="") -> list[str]:
+    """The places where two nested states differ."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return [d for k in a for d in same_tensors(a[k], b[k], f"{path}.{k}")]
+    if isinstance(a, list | tuple):
+        pairs = zip(a, b, strict=True)
+        return [d for i, (x, y) in enumerate(pairs) for d in same_tensors(x, y, f"{path}.{i}")]
+    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if equal else [path]
+
+
+@pytest.mark.parametrize("stop_at", [4, 12])  # within an epoch of 16 images
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(config, monkeypatch, stop_at):
+    train(config)
+    step = training.train_step
+
+    def stopping_step(state, *args):
+        stats = step(state, *args)
+        if state.cur_nimg == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stats
+
+    parted = replace(config, out=config.out.with_name("parted"))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", stopping_step)
+        train(parted)
+    assert load_checkpoint(checkpoints(parted.out)[-1])["cur_nimg"] == stop_at
+    train(parted)
+    whole, joined = (load_checkpoint(checkpoints(c.out)[-1]) for c in (config, parted))
+    assert whole["cur_nimg"] == 32
+    for state in (whole, joined):
+        del state["settings"]["out"]
+    assert same_tensors(whole, joined) == []
+    assert (config.out / "losses.csv").read_text() == (parted.out / "losses.csv").read_text()
+    for name in ("epoch0001.png", "epoch0002.png"):
+        a, b = (np.asarray(Image.open(c.out / "grids" / name)) for c in (config, parted))
+        assert (a == b).all()
+
+
+def test_a_larger_epochs_continues_the_run_as_if_asked_at_first(config: Config):
+    train(replace(config, epochs=1))
+    train(config)
+    other = replace(config, out=config.out.with_name("other"))
+    train(other)
+    a, b = (load_checkpoint(checkpoints(c.out)[-1]) for c in (config, other))
+    assert same_tensors(a["G_ema"], b["G_ema"]) == []
+    assert [line["epoch"] for line in read_log(config.out)] == [1, 2]
+
+
+def test_a_run_leaves_everything_it_promises(config: Config, capsys):
+    train(config)
+    names = {str(p.relative_to(config.out)) for p in config.out.rglob("*") if p.is_file()}
+    assert {
+        "config.json", "log.jsonl", "losses.csv", "losses.png", "progress.png",
+        "generator.safetensors", "grids/epoch0001.png", "grids/epoch0002.png",
+        "checkpoints/0000000016.pt", "checkpoints/0000000032.pt",
+    } <= names  # fmt: skip
+    assert any(name.startswith("tensorboard/events") for name in names)
+    assert not any(name.endswith(".partial") for name in names)
+    grid = Image.open(config.out / "grids" / "epoch0002.png")
+    assert (grid.mode, grid.size) == ("L", (8 * 16, 2 * 16))  # a row per class
+    rows, log = read_losses(config.out), read_log(config.out)
+    assert rows[:, 0].tolist() == list(range(4, 33, 4))
+    assert np.isfinite(rows[:, 1:3]).all() and np.isfinite(rows[0, 3:5]).all()
+    assert log[1]["d_loss"] == pytest.approx(rows[4:, 1].mean(), rel=1e-6)
+    capsys.readouterr()
+    train(config)
+    assert "a larger --epochs continues it" in capsys.readouterr().out
+
+
+def test_only_the_newest_checkpoints_are_kept(config: Config):
+    train(replace(config, epochs=4))
+    assert [p.stem for p in checkpoints(config.out)] == ["0000000048", "0000000064"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("learning_rate", 0.1), ("img_resolution", 32), ("seed", 7)]
+)
+def test_a_changed_setting_is_named(config: Config, field, value):
+    train(replace(config, epochs=1))
+    before = (config.out / "config.json").read_text()
+    with pytest.raises(UserError, match=f"{field} = .*, now {value}"):
+        train(replace(config, **{field: value}))
+    assert (config.out / "config.json").read_text() == before
+
+
+def test_changed_data_is_refused(config: Config):
+    train(replace(config, epochs=1))
+    next((config.data_root / "train" / "AD").iterdir()).unlink()
+    with pytest.raises(UserError, match="other data"):
+        train(config)
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_still_works(config: Config):
+    train(config)
+    newest = checkpoints(config.out)[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(UserError, match=newest.name):
+        train(replace(config, epochs=3))
+    newest.unlink()
+    train(config)
+    assert load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"] == 32
+
+
+def test_a_checkpoint_of_another_resolution_is_refused(config: Config):
+    train(replace(config, epochs=1))
+    other = replace(config, img_resolution=32, out=config.out.with_name("other"))
+    train(replace(other, epochs=1))
+    checkpoints(config.out)[-1].rename(checkpoints(other.out)[-1])
+    with pytest.raises(UserError, match="img_resolution = 16, now 32"):
+        train(other)
+
+
+def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(config: Config, monkeypatch):
+    step = training.train_step
+
+    def poisoned_step(state, *args):
+        if state.cur_nimg == 20:
+            state.D.out.bias.data.fill_(math.nan)
+        return step(state, *args)
+
+    monkeypatch.setattr(training, "train_step", poisoned_step)
+    with pytest.raises(UserError, match=r"d_loss, at image 24.*0000000016.pt"):
+        train(config)
+    assert [p.stem for p in checkpoints(config.out)] == ["0000000016"]
+    state = load_checkpoint(checkpoints(config.out)[-1])
+    assert all(v.isfinite().all() for v in state["D"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(config: Config, monkeypatch):
+    step = training.train_step
+
+    def poisoned_step(state, *args):
+        stats = step(state, *args)
+        if state.cur_nimg == 32:
+            state.G.synthesis.const.data[0] = math.inf
+        return stats
+
+    monkeypatch.setattr(training, "train_step", poisoned_step)
+    with pytest.raises(UserError, match="weights of G, at image 32"):
+        train(config)
+    assert [p.stem for p in checkpoints(config.out)] == ["0000000016"]
+
+
+def test_output_that_cannot_be_written_is_one_line(config: Config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to .*file"):
+        train(replace(config, out=tmp_path / "file" / "run"))
+
+
+def test_one_class_trains_without_a_condition(config: Config, data_root):
+    for split in ("train", "test"):
+        for path in (data_root / split / "NC").iterdir():
+            path.unlink()
+        (data_root / split / "NC").rmdir()
+    train(replace(config, epochs=1))
+    G, _, classes = load_generator(config.out)
+    assert (G.c_dim, classes) == (0, ["AD"])
+
+
+def test_the_batch_may_be_larger_than_the_data(config: Config):
+    train(replace(config, epochs=1, batch_size=24))
+    assert load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"] == 24
+
+
+def test_training_learns_the_class_and_the_shape(tmp_path):
+    """After some hundred steps the centre is darker for the class whose centre is dark."""
+    config = replace(
+        CPU, data_root=write_folder(tmp_path / "data", {"train": 40, "test": 2}, slices=2),
+        out=tmp_path / "run", cache=tmp_path / "cache", device="cpu", img_resolution=16, z_dim=16,
+        w_dim=16, channel_base=256, channel_max=32, batch_size=8, epochs=12, augment="none",
+        learning_rate=0.005, snapshot_epochs=12, checkpoint_epochs=12,
+    )  # fmt: skip
+    train(config)
+    G, _, _ = load_generator(config.out)
+    z = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    dark, light = (G(z, torch.eye(2)[[i] * 32], noise_mode="const")[:, 0] for i in range(2))
+    assert (light[:, 7:9, 7:9].mean() - dark[:, 7:9, 7:9].mean()) > 0.3
+    corners = torch.stack([dark[:, :2, :2], light[:, :2, :2]])
+    assert corners.mean() < -0.8 < -0.2 < light[:, 7:9, 7:9].mean()
+
+
+# Command line
+
+
+def run_train(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def as_flags(config: Config) -> list[str]:
+    names = ["data_root", "out", "cache", "device", "img_resolution", "z_dim", "w_dim", "epochs"]
+    names += ["channel_base", "channel_max", "batch_size", "learning_rate"]
+    pairs = [(f"--{n.replace('_', '-')}", str(getattr(config, n))) for n in names]
+    return [part for pair in pairs for part in pair]
+
+
+def test_the_command_line_prints_its_settings_and_one_line_for_an_error(config: Config, tmp_path):
+    done = run_train(*as_flags(replace(config, epochs=1)), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "epochs=1" in done.stdout and "learning_rate=0.002" in done.stdout
+    failed = run_train("--epochs", "0", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "epochs = 0: must be 1 or more" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    failed = run_train("--data-root", "nowhere", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.strip() == "error: data_root = nowhere: no such folder"
+    assert not (tmp_path / "runs").joinpath("default").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_cleanly(config: Config, tmp_path, number):
+    command = [sys.executable, str(ROOT / "train.py"), *as_flags(replace(config, epochs=10000))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.time() + 60
+    while not (config.out / "log.jsonl").exists() or not read_log(config.out):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert f"stopped by {number.name}; the same command resumes" in out
+    saved = load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
+    assert read_losses(config.out)[-1, 0] == saved
+    assert (config.out / "losses.png").exists() and (config.out / "progress.png").exists()
+
+
+def test_settings_follow_the_device():
+    assert training.parse_settings([]) == (GPU if torch.cuda.is_available() else CPU)
+    assert training.parse_settings(["--device", "cpu"]) == replace(CPU, device="cpu")
+    assert training.parse_settings(["--device", "cuda"]) == replace(GPU, device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_same_code_trains_on_cuda(config: Config):
+    train(replace(config, device="cuda", num_workers=2))
+    assert json.loads(json.dumps(read_log(config.out)[-1]))["nimg"] == 32
+
+
+def test_every_setting_is_saved_as_a_plain_value(config: Config):
+    state = TrainingState(config, 2, torch.device("cpu")).state_dict()
+    assert state["settings"].keys() == asdict(config).keys()
+    assert all(isinstance(v, str | int | float | None) for v in state["settings"].values())

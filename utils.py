@@ -1,0 +1,291 @@
+"""Devices, seeds, run folders, checkpoints, logs and pictures: what training and prediction share.
+
+A run is a folder: config.json, log.jsonl, losses.csv, grids/, plots, checkpoints/ and
+generator.safetensors.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config import Config, UserError
+from modules import Generator
+
+RUNS = Path("runs")
+LOSS_COLUMNS = ("nimg", "d_loss", "g_loss", "r1", "path_length", "real_logit", "fake_logit")
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; bad input ends it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device to compute on; `auto` takes CUDA, then MPS, then the CPU. Raises UserError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((device for device, there in available.items() if there), "cpu")
+    elif not available.get(name, True):
+        raise UserError(f"device = {name}: torch {torch.__version__} finds none on this machine")
+    return torch.device(name)
+
+
+def stream_seed(*parts: int) -> int:
+    """One independent 63-bit seed for each tuple, such as (seed, position)."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def one_hot(labels: np.ndarray, c_dim: int) -> Tensor:
+    """Class indices [N] -> one-hot float32 [N, c_dim]; c_dim 0 (unconditional) gives [N, 0]."""
+    return torch.eye(max(1, c_dim))[torch.as_tensor(labels)][:, :c_dim]
+
+
+# Run folders and checkpoints
+
+
+def newest_run() -> Path:
+    """The run under runs/ whose generator was written last. Raises UserError if there is none."""
+    generators = sorted(RUNS.glob("*/generator.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not generators:
+        raise UserError(f"no trained run under {RUNS}/: start one with python train.py")
+    return generators[-1].parent
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name, sync it, rename it: readers see the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def ensure_writable(folder: Path) -> None:
+    """Create the folder if need be. Raises UserError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint on the CPU, plain tensors and values only. Raises UserError if damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each kind of damage
+        raise UserError(
+            f"{path} is truncated or no checkpoint; without it, the run goes on from the one before"
+        ) from error
+
+
+def write_run_config(run: Path, config: Config, classes: list[str], data: str) -> None:
+    """Write config.json: the settings as plain values, the class names, the data's identity."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    text = json.dumps({"classes": classes, "data": data, "settings": settings}, indent=2)
+    write_atomically(run / "config.json", lambda path: path.write_text(text + "\n"))
+
+
+def read_run_config(run: Path) -> tuple[Config, list[str], str]:
+    """Settings, class names and data identity of a run. Raises UserError naming the file."""
+    path = run / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+        known = {field.name: field for field in fields(Config)}
+        settings = {k: v for k, v in saved["settings"].items() if k in known}
+        paths = {k: Path(settings[k]) for k in ("data_root", "out", "cache") if settings.get(k)}
+        return Config(**settings | paths), saved["classes"], saved["data"]
+    except FileNotFoundError as error:
+        raise UserError(f"{run} is no run: it has no config.json") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def save_generator(run: Path, G_ema: Generator) -> None:
+    """Write generator.safetensors, which together with config.json is what is shared."""
+    state = {name: value.contiguous() for name, value in G_ema.state_dict().items()}
+    write_atomically(run / "generator.safetensors", lambda path: save_file(state, path))
+
+
+def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
+    """The averaged generator, its settings and class names.
+
+    Args:
+        path: a run folder, its generator.safetensors, or one of its checkpoints/*.pt.
+
+    Raises:
+        UserError: a missing or damaged file, or weights of other sizes than config.json says.
+    """
+    weights = path / "generator.safetensors" if path.is_dir() else path
+    run = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
+    if not weights.is_file():
+        raise UserError(f"{weights} does not exist")
+    config, classes, _ = read_run_config(run)
+    if weights.suffix == ".pt":
+        state = load_checkpoint(weights)["G_ema"]
+    else:
+        try:
+            state = load_file(weights)
+        except Exception as error:  # safetensors has its own exception, not a ValueError
+            raise UserError(f"{weights} is truncated or no safetensors file") from error
+    G = Generator(config, len(classes) if len(classes) > 1 else 0)
+    try:
+        G.load_state_dict(state)
+    except RuntimeError as error:
+        size = f"img_resolution = {config.img_resolution}, channel_base = {config.channel_base}"
+        raise UserError(f"{weights} does not fit {run}/config.json ({size})") from error
+    return G.eval().requires_grad_(False), config, classes
+
+
+# Logs
+
+
+def read_losses(run: Path, up_to: float = float("inf")) -> np.ndarray:
+    """Rows of losses.csv [steps, columns] up to an image count; NaN where a penalty was not due."""
+    if not (run / "losses.csv").exists():
+        return np.zeros((0, len(LOSS_COLUMNS)))
+    rows = np.genfromtxt(run / "losses.csv", delimiter=",", skip_header=1, ndmin=2)
+    rows = rows.reshape(-1, len(LOSS_COLUMNS))
+    return rows[rows[:, 0] <= up_to]
+
+
+def write_losses(run: Path, rows: np.ndarray, append: bool = True) -> None:
+    """Append rows to losses.csv, or start it anew with them."""
+    with open(run / "losses.csv", "a" if append else "w", newline="") as file:
+        writer = csv.writer(file)
+        if not append:
+            writer.writerow(LOSS_COLUMNS)
+        writer.writerows(["" if np.isnan(v) else f"{v:.9g}" for v in row] for row in rows)
+
+
+def read_log(run: Path, up_to: float = float("inf")) -> list[dict[str, Any]]:
+    """Lines of log.jsonl up to an image count."""
+    path = run / "log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["nimg"] <= up_to]
+
+
+# Pictures
+
+
+def to_uint8(img: Tensor) -> np.ndarray:
+    """Images [N, 1, H, W] in [-1, 1] -> uint8 [N, H, W], rounded and clipped."""
+    return ((img[:, 0].float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images [N, H, W], N a multiple of columns -> one picture [rows * H, columns * W]."""
+    N, H, W = images.shape
+    rows = images.reshape(N // columns, columns, H, W)
+    return rows.transpose(0, 2, 1, 3).reshape(-1, columns * W)
+
+
+def save_grey(picture: np.ndarray, path: Path) -> None:
+    """Write uint8 [H, W] as an 8-bit grey PNG."""
+    write_atomically(path, lambda partial: Image.fromarray(picture).save(partial, format="png"))
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a matplotlib figure as PNG."""
+    write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
+
+
+def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
+    """Exponential moving average with a half-life in steps, without the bias of its start."""
+    decay, mean, weight, out = 0.5 ** (1 / half_life), 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
+        out.append(mean / weight)
+    return np.array(out)
+
+
+def draw_loss(ax: Axes, run: Path, name: str, color: str = "C0") -> None:
+    """One loss of a run on an axis: each step, smoothed, and the mean of each epoch."""
+    rows, epochs = read_losses(run), read_log(run)
+    kimg, values = rows[:, 0] / 1000, rows[:, LOSS_COLUMNS.index(name)]
+    ax.plot(kimg, values, lw=0.5, alpha=0.3, color=color)
+    ax.plot(kimg, smooth(values, 50), color=color, label=f"{name}, smoothed")
+    ax.plot([e["nimg"] / 1000 for e in epochs], [e[name] for e in epochs], "o", ms=3, color=color)
+    ax.set(xlabel="thousands of real images seen", ylabel="loss")
+    ax.grid(alpha=0.3)
+
+
+def plot_losses(run: Path, path: Path) -> None:
+    """Loss curves of D and G of one run."""
+    figure = Figure(figsize=(11, 3.6))
+    titles = {"d_loss": "Discriminator", "g_loss": "Generator"}
+    for ax, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        draw_loss(ax, run, name)
+        ax.set_title(
+            f"{title}: each step (thin), smoothed (thick), mean of an epoch (dots)", fontsize=9
+        )
+    save_figure(figure, path)
+
+
+def newest_grid(run: Path) -> np.ndarray | None:
+    """The left square of the last image grid, or None."""
+    grids = sorted((run / "grids").glob("epoch*.png"))
+    return read_square(grids[-1]) if grids else None
+
+
+def read_square(grid: Path) -> np.ndarray:
+    """The left part of a grid, twice as wide as high at most."""
+    picture = np.asarray(Image.open(grid))
+    return picture[:, : 2 * picture.shape[0]]
+
+
+def plot_comparison(runs: Sequence[Path], path: Path) -> None:
+    """A column for each run: its last images, and the losses of D and G on common axes."""
+    figure = Figure(figsize=(4.2 * len(runs), 5.4))
+    axes = figure.subplots(2, len(runs), squeeze=False, sharey="row", height_ratios=(2, 3))
+    for (top, bottom), run in zip(axes.T, runs, strict=True):
+        config, _, _ = read_run_config(run)
+        if (picture := newest_grid(run)) is not None:
+            top.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        top.axis("off")
+        top.set_title(f"{run.name}: learning rate {config.learning_rate:g}")
+        draw_loss(bottom, run, "d_loss", "C0")
+        draw_loss(bottom, run, "g_loss", "C1")
+        bottom.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_progress(run: Path, path: Path, num_columns: int = 6) -> None:
+    """A strip of the image grids over the epochs: the first images of each, at even distances."""
+    grids = sorted((run / "grids").glob("epoch*.png"))
+    if not grids:
+        return
+    chosen = [
+        grids[i] for i in np.unique(np.linspace(0, len(grids) - 1, num_columns).round().astype(int))
+    ]
+    figure = Figure(figsize=(2.2 * len(chosen), 2.6))
+    for ax, grid in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
+        ax.imshow(read_square(grid), cmap="gray", vmin=0, vmax=255)
+        ax.set_title(f"epoch {int(grid.stem[5:])}", fontsize=9)
+        ax.axis("off")
+    save_figure(figure, path)
