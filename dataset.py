@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -144,6 +144,14 @@ def pad_to_square(image: Tensor) -> Tensor:
     return v2.functional.pad(image, [left, top, max(H, W) - W - left, max(H, W) - H - top])
 
 
+def reason(path: Path, error: Exception) -> str:
+    """Why a file cannot be used, in one line."""
+    if path.stat().st_size == 0:
+        return "empty file"
+    known = {UnidentifiedImageError: "not an image"}
+    return known.get(type(error)) or (str(error) or type(error).__name__).splitlines()[0]
+
+
 def decode_subject(paths: list[Path], resolution: int) -> tuple[Tensor | None, list[str]]:
     """All slices of one id as uint8 [n, R, R], or None, with what is wrong with each bad file.
 
@@ -156,7 +164,7 @@ def decode_subject(paths: list[Path], resolution: int) -> tuple[Tensor | None, l
         try:
             images.append(resize(pad_to_square(decode(path))))
         except Exception as error:  # PIL raises a different type for each kind of damage
-            problems.append(f"{path}: {str(error).splitlines()[0] or type(error).__name__}")
+            problems.append(f"{path}: {reason(path, error)}")
     if problems:
         return None, problems
     deep = [image.flatten() for image in images if image.is_floating_point()]
@@ -307,7 +315,7 @@ def check(root: tyro.conf.Positional[Path], /) -> None:
                         image.load()
                         kinds[f"{image.width}x{image.height} {image.mode}"] += 1
                 except Exception as error:  # PIL raises a different type for each kind of damage
-                    problems.append(f"{file.path}: {error}")
+                    problems.append(f"{file.path}: {reason(file.path, error)}")
             found = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common(4))
             ids = len({f.subject for f in chosen})
             print(f"{split:6} {name:12} {ids:6} {len(chosen):7}   {found}")

@@ -16,6 +16,7 @@ References:
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -37,11 +38,13 @@ from config import Config, UserError
 from dataset import Slices, load_slices
 from modules import Generator
 from utils import (
+    draw_loss,
     ensure_writable,
     load_generator,
     newest_run,
     one_hot,
-    plot_comparison,
+    read_run_config,
+    read_square,
     resolve_device,
     run_command,
     save_figure,
@@ -258,6 +261,22 @@ def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
 
 
 # Command line
+
+
+def plot_comparison(runs: Sequence[Path], path: Path) -> None:
+    """A column for each run: its last images, and the losses of D and G on common axes."""
+    figure = Figure(figsize=(4.2 * len(runs), 5.4))
+    axes = figure.subplots(2, len(runs), squeeze=False, sharey="row", height_ratios=(2, 3))
+    for (top, bottom), run in zip(axes.T, runs, strict=True):
+        config, _, _ = read_run_config(run)
+        for grid in sorted((run / "grids").glob("epoch*.png"))[-1:]:
+            top.imshow(read_square(grid), cmap="gray", vmin=0, vmax=255)
+        top.axis("off")
+        top.set_title(f"{run.name}: learning rate {config.learning_rate:g}")
+        draw_loss(bottom, run, "d_loss", "C0")
+        draw_loss(bottom, run, "g_loss", "C1")
+        bottom.legend(fontsize=8)
+    save_figure(figure, path)
 
 
 def chosen_classes(wanted: tuple[str, ...] | None, known: list[str]) -> dict[int, str]:

@@ -19,6 +19,7 @@ import copy
 import json
 import math
 import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -37,10 +38,11 @@ from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader
 from modules import Discriminator, Generator, SynthesisNetwork
 from utils import (
-    LOSS_COLUMNS,
+    STATS,
     ensure_writable,
     load_checkpoint,
     one_hot,
+    plain_settings,
     plot_losses,
     plot_progress,
     read_log,
@@ -103,6 +105,8 @@ def mixed_ws(G: Generator, z: Tensor, c: Tensor, style_mixing_prob: float) -> Te
 class TrainingState:
     """Everything that changes while training: what a checkpoint holds."""
 
+    PARTS = ("G", "D", "G_ema", "g_opt", "d_opt")
+
     def __init__(self, config: Config, c_dim: int, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         like_conv = {"device": device, "memory_format": torch.channels_last}
@@ -118,24 +122,15 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         """All state, of plain tensors and values."""
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        settings = {
-            k: v if isinstance(v, int | float | None) else str(v)
-            for k, v in asdict(self.config).items()
-        }
+        settings = plain_settings(self.config)
         return parts | {"pl_mean": self.pl_mean, "cur_nimg": self.cur_nimg, "settings": settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over all state. Raises UserError if it is of other networks."""
-        try:
-            for name in self.PARTS:
-                getattr(self, name).load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            changed = changed_settings(state.get("settings", {}), self.state_dict()["settings"])
-            raise UserError(f"the checkpoint is of other networks: {changed or error}") from error
+        """Take over all state."""
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.pl_mean.copy_(state["pl_mean"])
         self.cur_nimg = state["cur_nimg"]
-
-    PARTS = ("G", "D", "G_ema", "g_opt", "d_opt")
 
 
 def lazy_adam(net: torch.nn.Module, learning_rate: float, interval: int) -> torch.optim.Adam:
@@ -208,27 +203,20 @@ def ema_step(state: TrainingState) -> None:
 
 
 def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor) -> Tensor:
-    """One step of both networks, on its own random stream. -> stats [len(LOSS_COLUMNS)]."""
+    """One step of both networks, on its own random stream. -> [len(STATS)], NaN if not due."""
     config, step = state.config, state.cur_nimg // state.config.batch_size
     torch.manual_seed(stream_seed(config.seed, state.cur_nimg))
     drawn = torch.randint(len(label_pool), [2, len(real)])
-    c_d, c_g = label_pool[drawn[0]].to(real.device), label_pool[drawn[1]].to(real.device)
+    c_d, c_g = label_pool[drawn].to(real.device)  # each [N, c_dim]
     stats = g_step(state, c_g, config.pl_weight > 0 and step % config.pl_interval == 0)
     stats |= d_step(state, real, c, c_d, step % config.r1_interval == 0)
     state.cur_nimg += len(real)
     ema_step(state)
     missing = torch.tensor(math.nan, device=real.device)
-    columns = [stats.get(name, missing).float() for name in LOSS_COLUMNS[1:]]
-    return torch.stack([torch.tensor(float(state.cur_nimg), device=real.device), *columns])
+    return torch.stack([stats.get(name, missing) for name in STATS])
 
 
 # Run folder
-
-
-def changed_settings(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The settings that differ, as "name = old, now new", but for those free to change."""
-    names = [n for n in wanted if n not in FREE_TO_CHANGE and saved.get(n, wanted[n]) != wanted[n]]
-    return "; ".join(f"{n} = {saved[n]}, now {wanted[n]}" for n in names)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -236,20 +224,29 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("*.pt"))
 
 
+def require_same(saved: dict[str, Any], config: Config, source: Path) -> None:
+    """Raises UserError that names every setting that differs, but for those free to change."""
+    wanted = plain_settings(config)
+    names = [n for n in wanted if n not in FREE_TO_CHANGE and saved.get(n, wanted[n]) != wanted[n]]
+    if names:
+        changed = "; ".join(f"{n} = {saved[n]}, now {wanted[n]}" for n in names)
+        raise UserError(f"{source} was trained with {changed}; use another --out")
+
+
 def open_run(config: Config, classes: list[str], data: str) -> dict[str, Any] | None:
     """Create the run folder, or check that it is the same run and return its last checkpoint."""
     if (config.out / "config.json").exists():
         saved, saved_classes, saved_data = read_run_config(config.out)
-        if changed := changed_settings(asdict(saved), asdict(config)):
-            raise UserError(f"{config.out} was trained with {changed}; use another --out")
+        require_same(plain_settings(saved), config, config.out)
         if (saved_classes, saved_data) != (classes, data):
             raise UserError(f"{config.out} was trained on other data; use another --out")
     ensure_writable(config.out)
-    found = checkpoints(config.out)
-    state = load_checkpoint(found[-1]) if found else None
-    if state is None:
-        write_run_config(config.out, config, classes, data)
-    return state
+    if found := checkpoints(config.out):
+        state = load_checkpoint(found[-1])
+        require_same(state["settings"], config, found[-1])
+        return state
+    write_run_config(config.out, config, classes, data)
+    return None
 
 
 def save_run(state: TrainingState) -> None:
@@ -284,7 +281,8 @@ class Recorder:
     """Writes what a run says of itself: losses.csv, log.jsonl, TensorBoard, grids and plots."""
 
     def __init__(self, state: TrainingState, slices: Slices) -> None:
-        self.state, self.run, self.pending = state, state.config.out, []
+        self.state, self.run = state, state.config.out
+        self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, statistics) not yet written
         self.epoch_nimg = len(slices.images)
         rng = torch.Generator().manual_seed(stream_seed(state.config.seed, -1))
         z = torch.randn(1, GRID_COLUMNS, state.config.z_dim, generator=rng)
@@ -301,15 +299,14 @@ class Recorder:
         """Write the waiting rows of losses.csv. Raises UserError at a number that is not finite."""
         if not self.pending:
             return {}
-        rows = torch.stack(self.pending).double().cpu().numpy()
+        nimg, stats = zip(*self.pending, strict=True)
+        values = torch.stack(stats).cpu().double().numpy()
         self.pending = []
-        write_losses(self.run, rows)
-        for row in rows:
-            for name, value in zip(LOSS_COLUMNS, row, strict=True):
-                due = name not in ("r1", "path_length")
-                if np.isinf(value) or (due and np.isnan(value)):
-                    raise diverged(self.state, name, row[0])
-        return dict(zip(LOSS_COLUMNS, rows[-1], strict=True))
+        write_losses(self.run, np.column_stack([nimg, values]))
+        due = np.array([name not in ("r1", "path_length") for name in STATS])
+        for row, column in np.argwhere(np.isinf(values) | (np.isnan(values) & due)):
+            raise diverged(self.state, STATS[column], nimg[row])
+        return dict(zip(STATS, values[-1], strict=True))
 
     def end_epoch(self, epoch: int) -> None:
         """One line in log.jsonl, the same as TensorBoard scalars, and the grid when due."""
@@ -324,7 +321,7 @@ class Recorder:
             "seconds": round(seconds, 2),
             "img_per_s": round(speed, 2),
         }
-        for name, column in zip(LOSS_COLUMNS[1:], rows.T[1:], strict=True):
+        for name, column in zip(STATS, rows.T[1:], strict=True):
             line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
         line["pl_mean"] = self.state.pl_mean.item()
         with open(self.run / "log.jsonl", "a") as file:
@@ -387,6 +384,8 @@ def train(config: Config) -> None:
     if saved is not None:
         state.load_state_dict(saved)
         print(f"resuming {config.out} at {state.cur_nimg:,} images")
+    if not slices.c_dim:
+        print(f"one class, {slices.classes[0]}: training without a condition")
     n, batch = len(slices.images), config.batch_size
     total = math.ceil(config.epochs * n / batch) * batch
     if state.cur_nimg >= total:
@@ -396,27 +395,30 @@ def train(config: Config) -> None:
     recorder = Recorder(state, slices)
     label_pool = one_hot(slices.labels, slices.c_dim)
     loader = make_loader(slices, config, state.cur_nimg, total, device.type == "cuda")
-    bar = tqdm(total=total, initial=state.cur_nimg, unit="img", smoothing=0.05)
+    pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file needs no thousands of lines
+    bar = tqdm(total=total, initial=state.cur_nimg, unit="img", mininterval=pace, smoothing=0.05)
     with StopRequest() as stop, bar:
         try:
             for real, c in loader:
                 epoch = state.cur_nimg // n + 1
                 bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
                 real, c = real.to(device, non_blocking=True), c.to(device, non_blocking=True)
-                recorder.pending.append(train_step(state, real, c, label_pool))
+                stats = train_step(state, real, c, label_pool)
+                recorder.pending.append((state.cur_nimg, stats))
                 bar.update(batch)
 
                 if len(recorder.pending) == FLUSH_STEPS:
                     last = recorder.flush()
                     bar.set_postfix({k: f"{last[k]:.2f}" for k in ("d_loss", "g_loss")})
+                due = stop.name or state.cur_nimg == total
                 if state.cur_nimg >= epoch * n:
                     recorder.end_epoch(epoch)
-                    if epoch % config.checkpoint_epochs == 0:
-                        save_run(state)
+                    due = due or epoch % config.checkpoint_epochs == 0
+                if due:
+                    recorder.flush()
+                    save_run(state)
                 if stop.name:
                     break
-            recorder.flush()
-            save_run(state)
         finally:
             recorder.close()
     end = f"stopped by {stop.name}; the same command resumes" if stop.name else "done"

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from config import Config, UserError
 from modules import Generator
 
 RUNS = Path("runs")
-LOSS_COLUMNS = ("nimg", "d_loss", "g_loss", "r1", "path_length", "real_logit", "fake_logit")
+STATS = ("d_loss", "g_loss", "r1", "path_length", "real_logit", "fake_logit")  # of each step
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -36,6 +36,9 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -104,10 +107,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def plain_settings(config: Config) -> dict[str, str | int | float | None]:
+    """The settings as values that JSON and a checkpoint can hold."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+
+
 def write_run_config(run: Path, config: Config, classes: list[str], data: str) -> None:
-    """Write config.json: the settings as plain values, the class names, the data's identity."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    text = json.dumps({"classes": classes, "data": data, "settings": settings}, indent=2)
+    """Write config.json: the settings, the class names, the identity of the data."""
+    content = {"classes": classes, "data": data, "settings": plain_settings(config)}
+    text = json.dumps(content, indent=2)
     write_atomically(run / "config.json", lambda path: path.write_text(text + "\n"))
 
 
@@ -166,11 +174,11 @@ def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
 
 
 def read_losses(run: Path, up_to: float = float("inf")) -> np.ndarray:
-    """Rows of losses.csv [steps, columns] up to an image count; NaN where a penalty was not due."""
-    if not (run / "losses.csv").exists():
-        return np.zeros((0, len(LOSS_COLUMNS)))
-    rows = np.genfromtxt(run / "losses.csv", delimiter=",", skip_header=1, ndmin=2)
-    rows = rows.reshape(-1, len(LOSS_COLUMNS))
+    """Rows (nimg, *STATS) of losses.csv up to an image count; NaN where a penalty was not due."""
+    path = run / "losses.csv"
+    if not path.exists() or len(path.read_text().splitlines()) < 2:
+        return np.zeros((0, 1 + len(STATS)))
+    rows = np.genfromtxt(path, delimiter=",", skip_header=1, ndmin=2)
     return rows[rows[:, 0] <= up_to]
 
 
@@ -179,7 +187,7 @@ def write_losses(run: Path, rows: np.ndarray, append: bool = True) -> None:
     with open(run / "losses.csv", "a" if append else "w", newline="") as file:
         writer = csv.writer(file)
         if not append:
-            writer.writerow(LOSS_COLUMNS)
+            writer.writerow(("nimg", *STATS))
         writer.writerows(["" if np.isnan(v) else f"{v:.9g}" for v in row] for row in rows)
 
 
@@ -227,7 +235,7 @@ def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
 def draw_loss(ax: Axes, run: Path, name: str, color: str = "C0") -> None:
     """One loss of a run on an axis: each step, smoothed, and the mean of each epoch."""
     rows, epochs = read_losses(run), read_log(run)
-    kimg, values = rows[:, 0] / 1000, rows[:, LOSS_COLUMNS.index(name)]
+    kimg, values = rows[:, 0] / 1000, rows[:, 1 + STATS.index(name)]
     ax.plot(kimg, values, lw=0.5, alpha=0.3, color=color)
     ax.plot(kimg, smooth(values, 50), color=color, label=f"{name}, smoothed")
     ax.plot([e["nimg"] / 1000 for e in epochs], [e[name] for e in epochs], "o", ms=3, color=color)
@@ -247,32 +255,10 @@ def plot_losses(run: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
-def newest_grid(run: Path) -> np.ndarray | None:
-    """The left square of the last image grid, or None."""
-    grids = sorted((run / "grids").glob("epoch*.png"))
-    return read_square(grids[-1]) if grids else None
-
-
 def read_square(grid: Path) -> np.ndarray:
     """The left part of a grid, twice as wide as high at most."""
     picture = np.asarray(Image.open(grid))
     return picture[:, : 2 * picture.shape[0]]
-
-
-def plot_comparison(runs: Sequence[Path], path: Path) -> None:
-    """A column for each run: its last images, and the losses of D and G on common axes."""
-    figure = Figure(figsize=(4.2 * len(runs), 5.4))
-    axes = figure.subplots(2, len(runs), squeeze=False, sharey="row", height_ratios=(2, 3))
-    for (top, bottom), run in zip(axes.T, runs, strict=True):
-        config, _, _ = read_run_config(run)
-        if (picture := newest_grid(run)) is not None:
-            top.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        top.axis("off")
-        top.set_title(f"{run.name}: learning rate {config.learning_rate:g}")
-        draw_loss(bottom, run, "d_loss", "C0")
-        draw_loss(bottom, run, "g_loss", "C1")
-        bottom.legend(fontsize=8)
-    save_figure(figure, path)
 
 
 def plot_progress(run: Path, path: Path, num_columns: int = 6) -> None:

@@ -204,8 +204,14 @@ def test_all_bad_files_are_reported_in_one_table(data_root: Path, config: Config
         load_slices(config)
     lines = str(error.value).splitlines()
     assert lines[0] == "4 of 28 files cannot be used:"
-    for name in ("text_1.jpeg", "empty_1.png", "cut_1.jpeg", "nan_1.tif"):
-        assert sum(name in line for line in lines[1:]) == 1
+    problems = {
+        "text_1.jpeg": "not an image",
+        "empty_1.png": "empty file",
+        "cut_1.jpeg": "truncated",
+        "nan_1.tif": "not finite",
+    }
+    for name, problem in problems.items():
+        assert sum(name in line and problem in line for line in lines[1:]) == 1
     assert list(config.cache.iterdir()) == []
 
 

@@ -13,9 +13,19 @@ import predict as prediction
 import utils
 from config import Config, UserError
 from dataset import Slices
-from predict import Options, latents, pixels, predict, probe_by_id, sample, sample_class, spread
+from predict import (
+    Options,
+    latents,
+    pixels,
+    plot_comparison,
+    predict,
+    probe_by_id,
+    sample,
+    sample_class,
+    spread,
+)
 from train import train
-from utils import load_generator, newest_run, one_hot, plot_comparison
+from utils import load_generator, newest_run, one_hot
 
 
 @pytest.fixture

@@ -342,20 +342,19 @@ def test_the_batch_may_be_larger_than_the_data(config: Config):
 
 
 def test_training_learns_the_class_and_the_shape(tmp_path):
-    """After some hundred steps the centre is darker for the class whose centre is dark."""
+    """After 200 steps slices are bright on black, and darker in the centre for the dark class."""
     config = replace(
         CPU, data_root=write_folder(tmp_path / "data", {"train": 40, "test": 2}, slices=2),
         out=tmp_path / "run", cache=tmp_path / "cache", device="cpu", img_resolution=16, z_dim=16,
-        w_dim=16, channel_base=256, channel_max=32, batch_size=8, epochs=12, augment="none",
-        learning_rate=0.005, snapshot_epochs=12, checkpoint_epochs=12,
+        w_dim=16, channel_base=256, channel_max=32, batch_size=16, epochs=20, augment="none",
+        learning_rate=0.005, pl_weight=0, snapshot_epochs=20, checkpoint_epochs=20,
     )  # fmt: skip
     train(config)
     G, _, _ = load_generator(config.out)
     z = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
     dark, light = (G(z, torch.eye(2)[[i] * 32], noise_mode="const")[:, 0] for i in range(2))
-    assert (light[:, 7:9, 7:9].mean() - dark[:, 7:9, 7:9].mean()) > 0.3
-    corners = torch.stack([dark[:, :2, :2], light[:, :2, :2]])
-    assert corners.mean() < -0.8 < -0.2 < light[:, 7:9, 7:9].mean()
+    assert light[:, 7:9, 7:9].mean() - dark[:, 7:9, 7:9].mean() > 0.3
+    assert torch.cat([dark, light])[:, :2, :2].mean() < -0.5 < -0.3 < light[:, 7:9, 7:9].mean()
 
 
 # Command line
