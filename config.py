@@ -113,12 +113,12 @@ class Config:
 
 GPU = Config()
 CPU = Config(  # ends within ten minutes on two cores
-    epochs=6,
+    epochs=9,
     batch_size=8,
     num_workers=0,
     img_resolution=64,
     z_dim=64,
     w_dim=64,
-    channel_base=1024,
+    channel_base=512,
     channel_max=64,
 )

@@ -47,6 +47,7 @@ from utils import (
     read_square,
     resolve_device,
     run_command,
+    run_folder,
     save_figure,
     save_grey,
     tile,
@@ -218,8 +219,9 @@ def draw_embedding(
                     style = {"s": 14, "alpha": 0.6, "color": f"C{label}", "linewidths": 0.8}
                     ax.scatter(x, y, marker=marker, label=f"{name} ({kind})", **style)
         ax.set(title=title, xticks=[], yticks=[])
-        ax.legend(fontsize=8)
-    figure.text(0.5, 0.02, caption, ha="center", fontsize=9)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 0.03))
+    figure.text(0.5, 0.02, caption, ha="center", va="top", fontsize=9)
     return figure
 
 
@@ -305,8 +307,7 @@ def predict(options: Options) -> Path:
     G, config, known = load_generator(source)
     G.to(resolve_device(options.device))
     classes = chosen_classes(options.classes, known)
-    run = source if source.is_dir() else source.parent
-    out = options.out or run / "predict"
+    out = options.out or run_folder(source) / "predict"
     ensure_writable(out)
     splits = real_slices(config, options, known)
     seeds = list(options.seeds or range(options.count))

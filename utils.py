@@ -73,6 +73,12 @@ def newest_run() -> Path:
     return generators[-1].parent
 
 
+def run_folder(path: Path) -> Path:
+    """The run that a folder, a generator.safetensors or a checkpoints/*.pt belongs to."""
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name, sync it, rename it: readers see the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,9 +156,9 @@ def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
         UserError: a missing or damaged file, or weights of other sizes than config.json says.
     """
     weights = path / "generator.safetensors" if path.is_dir() else path
-    run = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
     if not weights.is_file():
         raise UserError(f"{weights} does not exist")
+    run = run_folder(path)
     config, classes, _ = read_run_config(run)
     if weights.suffix == ".pt":
         state = load_checkpoint(weights)["G_ema"]

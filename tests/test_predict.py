@@ -25,7 +25,7 @@ from predict import (
     spread,
 )
 from train import train
-from utils import load_generator, newest_run, one_hot
+from utils import load_generator, newest_run, one_hot, run_folder
 
 
 @pytest.fixture
@@ -72,6 +72,7 @@ def test_every_figure_is_drawn_from_the_newest_run(run: Path, monkeypatch):
 def test_seeds_classes_checkpoint_and_folder_can_be_chosen(run: Path, tmp_path, monkeypatch):
     monkeypatch.setattr(prediction, "real_slices", lambda *_: None)
     checkpoint = next((run / "checkpoints").iterdir())
+    assert run_folder(checkpoint) == run_folder(run / "generator.safetensors") == run
     options = Options(
         checkpoint=checkpoint, classes=("NC",), seeds=(4, 9), truncation_psi=0.5,
         out=tmp_path / "out", device="cpu",
