@@ -395,6 +395,17 @@ def test_no_data_root_means_demo_brains_made_once(config: Config, monkeypatch):
     assert len(made) == 1 and (first["train"].images == second["train"].images).all()
 
 
+def test_demo_never_writes_into_a_folder_in_use(
+    data_root: Path, tmp_path: Path, monkeypatch, capsys
+):
+    with pytest.raises(UserError, match="is not empty"):
+        dataset.demo(data_root)
+    monkeypatch.setattr(dataset, "write_demo", lambda root: write_demo(root, 2, 2))
+    dataset.demo(tmp_path / "brains")
+    assert "subjects.csv" in capsys.readouterr().out
+    assert len(find_slices(tmp_path / "brains")[1]["train"]) == 40
+
+
 def test_check_prints_what_is_there_and_names_what_is_not(data_root: Path, capsys):
     check(data_root)
     out = capsys.readouterr().out

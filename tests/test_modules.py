@@ -275,6 +275,18 @@ def test_every_layer_has_a_w_of_its_own_as_the_paper_shares_them(config: Config)
         assert (synthesis(other, "none") - base).abs().max() > 1e-4, i
 
 
+def test_the_image_is_the_upsampled_sum_of_every_torgb(config: Config):
+    synthesis, parts = Generator(config, 2).synthesis, []
+    for block in synthesis.blocks:
+        block.torgb.register_forward_hook(lambda _module, _inputs, rgb: parts.append(rgb))
+    image = synthesis(torch.randn(2, synthesis.num_ws, 8), "none")
+    expected = parts[0]
+    for rgb in parts[1:]:
+        expected = upsample(expected) + rgb
+    assert [part.shape[2] for part in parts] == [4, 8, 16]
+    torch.testing.assert_close(image, expected)
+
+
 def test_image_does_not_depend_on_its_batch(config: Config):
     G = Generator(config, 2)
     z, c = torch.randn(5, 8), torch.eye(2)[[0, 1, 0, 1, 1]]
