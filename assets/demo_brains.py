@@ -2,7 +2,9 @@
 
 import csv
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ class Template:
     sorted_distance: Tensor  # [K * H * W] mm
 
 
+@cache
 def load_template(path: Path = TEMPLATE) -> Template:
     """Read the slices, mirror them at the midline and derive what each subject samples."""
     file = np.load(path)
@@ -162,16 +165,31 @@ def render(subject: dict[str, float], template: Template, rng: torch.Generator) 
     return F.pad(255 * image.clamp(0, 1), (pad[1], pad[1], pad[0], pad[0]))
 
 
+def write_subject(root: Path, split: str, number: int, seed: int) -> dict[str, str | float]:
+    """Write the slices of one subject and return its line of the manifest."""
+    rng = subject_rng(seed, number)
+    label = ("NC", "AD")[number % 2]
+    subject = draw_subject(label == "AD", rng)
+    folder = root / split / label
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(render(subject, load_template(), rng).byte().numpy()):
+        Image.fromarray(image).save(folder / f"{1000 + number}_{78 + i}.jpeg", quality=95)
+    values = {k: round(v, 4) for k, v in subject.items()}
+    return {"subject": 1000 + number, "class": label, "split": split, **values}
+
+
 def write_demo(root: Path, num_train: int = 160, num_test: int = 40, seed: int = 0) -> None:
     """Write slices of num_train + num_test subjects, half AD, and last root/subjects.csv."""
-    template, rows = load_template(), []
-    for number in tqdm(range(num_train + num_test), desc="demo brains", unit="subject"):
-        rng, label = subject_rng(seed, number), ("NC", "AD")[number % 2]
-        split = "train" if number < num_train else "test"
-        subject = draw_subject(label == "AD", rng)
-        (folder := root / split / label).mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(render(subject, template, rng).byte().numpy()):
-            Image.fromarray(image).save(folder / f"{1000 + number}_{78 + i}.jpeg", quality=95)
-        rows.append({"subject": 1000 + number, "class": label, "split": split, **subject})
+    threads, count = torch.get_num_threads(), num_train + num_test
+
+    def work(number: int) -> dict[str, str | float]:
+        return write_subject(root, "train" if number < num_train else "test", number, seed)
+
+    # One thread a subject: faster than one subject on all, and the same bits on any machine
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        rows = list(tqdm(pool.map(work, range(count)), "demo brains", count, unit="subject"))
+    torch.set_num_threads(threads)
     with open(root / "subjects.csv", "w", newline="") as file:
-        csv.writer(file).writerows([rows[0].keys(), *(row.values() for row in rows)])
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
