@@ -272,11 +272,11 @@ class TrainingSlices(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         epoch, place = divmod(position, len(self.images))
         if epoch != self.epoch:
-            rng = np.random.default_rng(stream_seed(self.seed, epoch))
+            rng = np.random.default_rng(stream_seed("order", self.seed, epoch))
             self.epoch, self.order = epoch, rng.permutation(len(self.images))
         index = self.order[place]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(self.seed, position))
+            torch.manual_seed(stream_seed("augment", self.seed, position))
             image = self.transform(torch.from_numpy(self.images[index].copy())[None])
         return image, self.c[index]
 

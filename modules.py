@@ -370,7 +370,7 @@ class Discriminator(nn.Module):
         self.conv = EqualizedConv2d(widths[-1] + 1, widths[-1], 3)
         self.fc = EqualizedLinear(widths[-1] * 16, widths[-1])
         self.out = EqualizedLinear(widths[-1], 1)
-        self.embed = EqualizedLinear(c_dim, widths[-1]) if c_dim else None
+        self.embed = nn.Parameter(torch.randn(c_dim, widths[-1])) if c_dim else None
 
     def features(self, img: Tensor) -> Tensor:
         """Images [N, img_channels, H, W] -> [N, channels(4)]."""
@@ -385,5 +385,5 @@ class Discriminator(nn.Module):
         x = self.features(img)
         logits = self.out(x)[:, 0]
         if self.embed is not None:
-            logits = logits + (x * self.embed(c)).sum(1) / math.sqrt(x.shape[1])
+            logits = logits + (x * (c @ self.embed)).sum(1) / math.sqrt(x.shape[1])
         return logits

@@ -134,7 +134,7 @@ class TrainingState:
 
 
 def lazy_adam(net: torch.nn.Module, learning_rate: float, interval: int) -> torch.optim.Adam:
-    """Adam, corrected for a penalty that acts every `interval` steps ([1], appendix B)."""
+    """Adam, corrected for its extra step every `interval` steps, for a penalty ([1], app. B)."""
     ratio = interval / (interval + 1)
     return torch.optim.Adam(net.parameters(), learning_rate * ratio, (0.0, 0.99**ratio), eps=1e-8)
 
@@ -145,7 +145,7 @@ def lazy_adam(net: torch.nn.Module, learning_rate: float, interval: int) -> torc
 def d_step(
     state: TrainingState, real: Tensor, c: Tensor, c_fake: Tensor, lazy: bool
 ) -> dict[str, Tensor]:
-    """One update of D: logistic loss ([2]), and with `lazy` the R1 penalty."""
+    """Update D for the logistic loss ([2]), and with `lazy` once more for the R1 penalty."""
     config, D = state.config, state.D
     with torch.no_grad():
         z = torch.randn(len(real), config.z_dim, device=real.device)
@@ -153,6 +153,7 @@ def d_step(
     real_logits, fake_logits = D(real, c), D(fake, c_fake)
     loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
     loss.backward()
+    update(state.d_opt)
     stats = {"d_loss": loss, "real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
     if lazy:
         gamma = config.r1_gamma
@@ -160,18 +161,19 @@ def d_step(
             gamma = 0.0002 * config.img_resolution**2 / config.batch_size
         stats["r1"] = r1_penalty(D, real, c).mean()
         (stats["r1"] * (gamma / 2 * config.r1_interval)).backward()
-    update(state.d_opt)
+        update(state.d_opt)
     return {name: value.detach() for name, value in stats.items()}
 
 
 def g_step(state: TrainingState, c_fake: Tensor, lazy: bool) -> dict[str, Tensor]:
-    """One update of G: non-saturating loss ([2]), and with `lazy` path length regularization."""
+    """Update G for the non-saturating loss ([2]), and with `lazy` for the path lengths."""
     config, G = state.config, state.G
     state.D.requires_grad_(False)
     z = torch.randn(len(c_fake), config.z_dim, device=state.device)
     fake = G.synthesis(mixed_ws(G, z, c_fake, config.style_mixing_prob))
     loss = F.softplus(-state.D(fake, c_fake)).mean()
     loss.backward()
+    update(state.g_opt)
     state.D.requires_grad_(True)
     stats = {"g_loss": loss}
     if lazy:
@@ -181,8 +183,8 @@ def g_step(state: TrainingState, c_fake: Tensor, lazy: bool) -> dict[str, Tensor
         state.pl_mean.lerp_(lengths.detach().mean(), config.pl_decay)
         penalty = (lengths - state.pl_mean).square().mean()
         (penalty * (config.pl_weight * config.pl_interval)).backward()
+        update(state.g_opt)
         stats["path_length"] = lengths.mean()
-    update(state.g_opt)
     return {name: value.detach() for name, value in stats.items()}
 
 
@@ -205,7 +207,7 @@ def ema_step(state: TrainingState) -> None:
 def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor) -> Tensor:
     """One step of both networks, on its own random stream. -> [len(STATS)], NaN if not due."""
     config, step = state.config, state.cur_nimg // state.config.batch_size
-    torch.manual_seed(stream_seed(config.seed, state.cur_nimg))
+    torch.manual_seed(stream_seed("step", config.seed, state.cur_nimg))
     drawn = torch.randint(len(label_pool), [2, len(real)])
     c_d, c_g = label_pool[drawn].to(real.device)  # each [N, c_dim]
     stats = g_step(state, c_g, config.pl_weight > 0 and step % config.pl_interval == 0)
@@ -284,7 +286,7 @@ class Recorder:
         self.state, self.run = state, state.config.out
         self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, statistics) not yet written
         self.epoch_nimg = len(slices.images)
-        rng = torch.Generator().manual_seed(stream_seed(state.config.seed, -1))
+        rng = torch.Generator().manual_seed(stream_seed("grid", state.config.seed))
         z = torch.randn(1, GRID_COLUMNS, state.config.z_dim, generator=rng)
         num_rows = len(slices.classes)  # every class shows the same latents
         self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(state.device)
@@ -394,7 +396,8 @@ def train(config: Config) -> None:
 
     recorder = Recorder(state, slices)
     label_pool = one_hot(slices.labels, slices.c_dim)
-    loader = make_loader(slices, config, state.cur_nimg, total, device.type == "cuda")
+    cuda = device.type == "cuda"
+    loader = make_loader(slices, config, state.cur_nimg, total, cuda)
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file needs no thousands of lines
     bar = tqdm(total=total, initial=state.cur_nimg, unit="img", mininterval=pace, smoothing=0.05)
     with StopRequest() as stop, bar:
@@ -402,7 +405,7 @@ def train(config: Config) -> None:
             for real, c in loader:
                 epoch = state.cur_nimg // n + 1
                 bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
-                real, c = real.to(device, non_blocking=True), c.to(device, non_blocking=True)
+                real, c = real.to(device, non_blocking=cuda), c.to(device, non_blocking=cuda)
                 stats = train_step(state, real, c, label_pool)
                 recorder.pending.append((state.cur_nimg, stats))
                 bar.update(batch)

@@ -51,9 +51,9 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def stream_seed(*parts: int) -> int:
-    """One independent 63-bit seed for each tuple, such as (seed, position)."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
+def stream_seed(purpose: str, *parts: int) -> int:
+    """An independent 63-bit seed for each purpose and tuple, such as (seed, position)."""
+    digest = hashlib.sha256(repr((purpose, *parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
