@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -77,19 +78,21 @@ def list_slices(folder: Path, label: int) -> list[SliceFile]:
     return sorted(files, key=lambda f: (f.subject, len(f.path.name), f.path.name))
 
 
-def split_by_id(files: list[SliceFile]) -> dict[str, list[SliceFile]]:
+def split_by_id(files: list[SliceFile], root: Path) -> dict[str, list[SliceFile]]:
     """Give whole ids to test, a fixed share of each class, by a hash of the id."""
     test: set[str] = set()
     for label in sorted({f.label for f in files}):
         ids = sorted({f.subject for f in files if f.label == label})
-        if len(ids) < 2:
-            raise UserError(f"{files[0].path.parent.parent}: a class needs 2 ids to be split")
         ids.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
         test.update(ids[: math.ceil(TEST_SHARE * len(ids))])
-    return {
+    splits = {
         "train": [f for f in files if f.subject not in test],
         "test": [f for f in files if f.subject in test],
     }
+    for file in files:
+        if any(file.label not in {f.label for f in part} for part in splits.values()):
+            raise UserError(f"{file.path.parent}: too few ids to split them; make train/ and test/")
+    return splits
 
 
 def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
@@ -111,11 +114,19 @@ def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
     if has_split and classes != (others := [folder.name for folder in subfolders(parents[1])]):
         raise UserError(f"classes differ: {parents[0]} has {classes}, {parents[1]} has {others}")
     found = [[f for i, c in enumerate(classes) for f in list_slices(p / c, i)] for p in parents]
-    splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0])
+    splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0], root)
     if shared := {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}:
         names = ", ".join(sorted(shared)[:5])
         raise UserError(f"{len(shared)} id(s) on both sides of the split of {root}: {names}")
     return classes, splits
+
+
+def warn_of_single_slices(splits: dict[str, list[SliceFile]]) -> None:
+    """Say so if no two files share an id: a split by id is then a split by file."""
+    files = splits["train"] + splits["test"]
+    if len({f.subject for f in files}) == len(files):
+        name = files[0].path.name
+        print(f"note: every file is an id of its own; if {name} has sisters, name them ID_SLICE")
 
 
 # Decoding
@@ -124,6 +135,8 @@ def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
 def decode(path: Path) -> Tensor:
     """One file as grey [1, H, W]: uint8, or float32 if 16-bit or float. Raises on damage."""
     with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError("holds more than one image")
         if image.mode == "F" or image.mode.startswith("I"):
             values = torch.from_numpy(np.array(image, dtype=np.float32))[None]
             if not values.isfinite().all():
@@ -146,7 +159,7 @@ def pad_to_square(image: Tensor) -> Tensor:
 
 def reason(path: Path, error: Exception) -> str:
     """Why a file cannot be used, in one line."""
-    if path.stat().st_size == 0:
+    if file_stamp(path)[0] == 0:
         return "empty file"
     known = {UnidentifiedImageError: "not an image"}
     return known.get(type(error)) or (str(error) or type(error).__name__).splitlines()[0]
@@ -175,9 +188,17 @@ def decode_subject(paths: list[Path], resolution: int) -> tuple[Tensor | None, l
     ), []
 
 
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of change of a file; (-1, -1) if it cannot be reached."""
+    try:
+        return path.stat().st_size, path.stat().st_mtime_ns
+    except OSError:
+        return -1, -1
+
+
 def data_identity(files: Iterable[SliceFile], root: Path) -> str:
-    """Hash of names and sizes: the same after a copy to another place, another after a change."""
-    lines = [f"{f.path.relative_to(root)} {f.path.stat().st_size}" for f in files]
+    """Hash of names and sizes: the same after a copy to another place."""
+    lines = [f"{f.path.relative_to(root)} {file_stamp(f.path)[0]}" for f in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -212,7 +233,7 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
 
 def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) -> np.ndarray:
     """All files as a memory-mapped uint8 [n, R, R], decoded once for each state of the files."""
-    times = [f.path.stat().st_mtime_ns for f in files]
+    times = [file_stamp(f.path)[1] for f in files]
     stamp = repr((CACHE_VERSION, resolution, data_identity(files, root), times))
     path = cache / f"{hashlib.sha256(stamp.encode()).hexdigest()[:16]}-{resolution}.npy"
     if not path.exists():
@@ -225,6 +246,7 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     """Both splits, decoded, and the data's identity. Raises UserError as `find_slices` does."""
     root = config.data_root or demo_root(config.cache)
     classes, splits = find_slices(root)
+    warn_of_single_slices(splits)
     files = splits["train"] + splits["test"]
     images = decoded(files, root, config.img_resolution, config.cache)
     labels = np.array([f.label for f in files])
@@ -237,9 +259,14 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
 def demo_root(cache: Path) -> Path:
     """Folder of the demo brains, written at the first call. Raises UserError if it cannot be."""
     root = cache / f"demo-{CACHE_VERSION}"
-    if not (root / "subjects.csv").exists():
+    if not root.exists():
         ensure_writable(cache)
-        write_demo(root)
+        partial = root.with_name(f"{root.name}.{os.getpid()}.partial")
+        write_demo(partial)
+        try:
+            partial.rename(root)
+        except OSError:  # another run was faster
+            shutil.rmtree(partial)
     return root
 
 
@@ -281,6 +308,12 @@ class TrainingSlices(Dataset):
         return image, self.c[index]
 
 
+def ignore_signals(_: int) -> None:
+    """In a worker: Ctrl-C and SIGTERM reach the whole process group, but only training answers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(slices: Slices, config: Config, start: int, stop: int, cuda: bool) -> DataLoader:
     """Batches of the stream from image `start` to `stop`, in order for any number of workers."""
     return DataLoader(
@@ -288,6 +321,7 @@ def make_loader(slices: Slices, config: Config, start: int, stop: int, cuda: boo
         config.batch_size,
         sampler=range(start, stop),
         num_workers=config.num_workers,
+        worker_init_fn=ignore_signals,
         pin_memory=cuda,
         drop_last=True,
     )
@@ -303,6 +337,7 @@ def check(root: tyro.conf.Positional[Path], /) -> None:
         root: folder that holds train/ and test/, or the class folders.
     """
     classes, splits = find_slices(root)
+    warn_of_single_slices(splits)
     print(f"{'split':6} {'class':12} {'ids':>6} {'slices':>7}   sizes and modes")
     problems = []
     for split, files in splits.items():
@@ -311,8 +346,8 @@ def check(root: tyro.conf.Positional[Path], /) -> None:
             kinds: Counter[str] = Counter()
             for file in tqdm(chosen, f"{split}/{name}", leave=False):
                 try:
+                    decode(file.path)
                     with Image.open(file.path) as image:
-                        image.load()
                         kinds[f"{image.width}x{image.height} {image.mode}"] += 1
                 except Exception as error:  # PIL raises a different type for each kind of damage
                     problems.append(f"{file.path}: {reason(file.path, error)}")

@@ -180,7 +180,8 @@ class ToRGB(nn.Module):
 class MinibatchStd(nn.Module):
     """Append the standard deviation over small groups of images as one more map ([3], section 3).
 
-    The group is the largest divisor of N up to `group_size`, so any batch size works.
+    The group is the largest divisor of N up to `group_size`, so any batch size works; for a prime N
+    above it the map is constant.
     """
 
     def __init__(self, group_size: int = 4) -> None:
@@ -353,7 +354,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images and labels to logits, high for real ([1], section 4.2; label projection of [4]).
+    """Images and labels to logits, high for real ([1], section 4.1; label projection of [4]).
 
     `features` is the layer before the logit; the label adds the product of its embedding with it.
     """

@@ -81,6 +81,8 @@ class Options:
     """Folder for the figures; None: RUN/predict."""
     data_root: Path | None = None
     """Real slices for the embedding; None: where the run was trained."""
+    cache: Path | None = None
+    """Folder of decoded images; None: the one of the run."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute."""
     compare: tuple[Path, ...] = ()
@@ -89,8 +91,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UserError(f"count = {self.count}: must be 1 or more")
-        if self.seeds is not None and (not self.seeds or min(self.seeds) < 0):
-            raise UserError(f"seeds = {self.seeds}: must be 0 or more, at least one")
+        if self.seeds is not None and (
+            not self.seeds or not 0 <= min(self.seeds) <= max(self.seeds) < 2**63
+        ):
+            raise UserError(f"seeds = {self.seeds}: must be 0 to 2^63 - 1, at least one")
         if not 0 <= self.truncation_psi <= 1:
             raise UserError(f"truncation_psi = {self.truncation_psi}: must be 0 to 1")
         if self.truncation_cutoff is not None and self.truncation_cutoff < 0:
@@ -234,6 +238,9 @@ def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> 
     features = {k: pca.transform(pixels(s.images)) for k, s in splits.items()}
     probe = probe_by_id((features["train"], train), (features["test"], test))
 
+    if len(test.labels) < 4:
+        print("fewer than 4 test slices: no embedding of them")
+        return
     chosen = spread(len(test.labels), MAX_POINTS)
     labels = test.labels[chosen]
     z = latents(list(range(len(labels))), G.z_dim)
@@ -295,7 +302,7 @@ def real_slices(config: Config, options: Options, known: list[str]) -> dict[str,
     if options.data_root is None and root is not None and not root.exists():
         print(f"{root} is not here: no embedding of real slices (--data-root names another place)")
         return None
-    splits, _ = load_slices(replace(config, data_root=root))
+    splits, _ = load_slices(replace(config, data_root=root, cache=options.cache or config.cache))
     if splits["train"].classes != known:
         raise UserError(f"{root} has classes {splits['train'].classes}, the generator {known}")
     return splits

@@ -39,6 +39,8 @@ from dataset import Slices, load_slices, make_loader
 from modules import Discriminator, Generator, SynthesisNetwork
 from utils import (
     STATS,
+    append_losses,
+    cut_logs,
     ensure_writable,
     load_checkpoint,
     one_hot,
@@ -56,11 +58,17 @@ from utils import (
     tile,
     to_uint8,
     write_atomically,
-    write_losses,
     write_run_config,
 )
 
-FREE_TO_CHANGE = {"epochs", "out", "cache", "device", "num_workers"}  # where and how long, not what
+FREE_TO_CHANGE = {
+    "epochs",
+    "out",
+    "cache",
+    "data_root",
+    "device",
+    "num_workers",
+}  # not what is learned
 FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
 KEPT_CHECKPOINTS = 2
 GRID_COLUMNS = 8
@@ -235,20 +243,24 @@ def require_same(saved: dict[str, Any], config: Config, source: Path) -> None:
         raise UserError(f"{source} was trained with {changed}; use another --out")
 
 
-def open_run(config: Config, classes: list[str], data: str) -> dict[str, Any] | None:
-    """Create the run folder, or check that it is the same run and return its last checkpoint."""
-    if (config.out / "config.json").exists():
-        saved, saved_classes, saved_data = read_run_config(config.out)
-        require_same(plain_settings(saved), config, config.out)
-        if (saved_classes, saved_data) != (classes, data):
-            raise UserError(f"{config.out} was trained on other data; use another --out")
+def open_run(config: Config) -> dict[str, Any] | None:
+    """The last checkpoint of a run, if there is one of the same settings. Writes nothing."""
     ensure_writable(config.out)
-    if found := checkpoints(config.out):
-        state = load_checkpoint(found[-1])
-        require_same(state["settings"], config, found[-1])
-        return state
+    if (config.out / "config.json").exists():
+        require_same(plain_settings(read_run_config(config.out)[0]), config, config.out)
+    if not (found := checkpoints(config.out)):
+        return None
+    state = load_checkpoint(found[-1])
+    require_same(state["settings"], config, found[-1])
+    return state
+
+
+def start_run(config: Config, classes: list[str], data: str) -> None:
+    """Write config.json. Raises UserError if the run was trained on other data."""
+    if (config.out / "config.json").exists():
+        if read_run_config(config.out)[1:] != (classes, data):
+            raise UserError(f"{config.out} was trained on other data; use another --out")
     write_run_config(config.out, config, classes, data)
-    return None
 
 
 def save_run(state: TrainingState) -> None:
@@ -279,21 +291,28 @@ def diverged(state: TrainingState, where: str, nimg: float) -> UserError:
     )
 
 
+def penalties_due(config: Config, nimg: int) -> list[bool]:
+    """Which of STATS the step that ended at `nimg` must have."""
+    step = nimg // config.batch_size - 1
+    lazy = {
+        "r1": step % config.r1_interval == 0,
+        "path_length": config.pl_weight > 0 and step % config.pl_interval == 0,
+    }
+    return [lazy.get(name, True) for name in STATS]
+
+
 class Recorder:
     """Writes what a run says of itself: losses.csv, log.jsonl, TensorBoard, grids and plots."""
 
     def __init__(self, state: TrainingState, slices: Slices) -> None:
         self.state, self.run = state, state.config.out
         self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, statistics) not yet written
-        self.epoch_nimg = len(slices.images)
         rng = torch.Generator().manual_seed(stream_seed("grid", state.config.seed))
         z = torch.randn(1, GRID_COLUMNS, state.config.z_dim, generator=rng)
         num_rows = len(slices.classes)  # every class shows the same latents
         self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(state.device)
         self.c = one_hot(np.arange(num_rows).repeat(GRID_COLUMNS), slices.c_dim).to(state.device)
-        write_losses(self.run, read_losses(self.run, state.cur_nimg), append=False)
-        lines = [json.dumps(line) + "\n" for line in read_log(self.run, state.cur_nimg)]
-        write_atomically(self.run / "log.jsonl", lambda path: path.write_text("".join(lines)))
+        cut_logs(self.run, state.cur_nimg)
         self.board = SummaryWriter(self.run / "tensorboard", purge_step=state.cur_nimg + 1)
         self.started, self.started_nimg = time.perf_counter(), state.cur_nimg
 
@@ -304,8 +323,8 @@ class Recorder:
         nimg, stats = zip(*self.pending, strict=True)
         values = torch.stack(stats).cpu().double().numpy()
         self.pending = []
-        write_losses(self.run, np.column_stack([nimg, values]))
-        due = np.array([name not in ("r1", "path_length") for name in STATS])
+        append_losses(self.run, np.column_stack([nimg, values]))
+        due = np.stack([penalties_due(self.state.config, n) for n in nimg])
         for row, column in np.argwhere(np.isinf(values) | (np.isnan(values) & due)):
             raise diverged(self.state, STATS[column], nimg[row])
         return dict(zip(STATS, values[-1], strict=True))
@@ -314,7 +333,7 @@ class Recorder:
         """One line in log.jsonl, the same as TensorBoard scalars, and the grid when due."""
         self.flush()
         rows, nimg = read_losses(self.run), self.state.cur_nimg
-        rows = rows[rows[:, 0] > (epoch - 1) * self.epoch_nimg]
+        rows = rows[rows[:, 0] > max((line["nimg"] for line in read_log(self.run)), default=0)]
         seconds = time.perf_counter() - self.started
         speed = (nimg - self.started_nimg) / seconds
         line = {
@@ -332,7 +351,8 @@ class Recorder:
             if value is not None:
                 self.board.add_scalar(name, value, nimg)
         self.started, self.started_nimg = time.perf_counter(), nimg
-        if epoch % self.state.config.snapshot_epochs == 0:
+        config = self.state.config
+        if epoch % config.snapshot_epochs == 0 or epoch == config.epochs:
             self.save_grid(epoch)
 
     @torch.no_grad()
@@ -377,10 +397,10 @@ class StopRequest:
 def train(config: Config) -> None:
     """Train to `config.epochs`, or until asked to stop. Raises UserError for bad input or NaN."""
     device = resolve_device(config.device)
-    ensure_writable(config.out.parent)
+    saved = open_run(config)
     splits, data = load_slices(config)
     slices = splits["train"]
-    saved = open_run(config, slices.classes, data)
+    start_run(config, slices.classes, data)
 
     state = TrainingState(config, slices.c_dim, device)
     if saved is not None:
@@ -390,11 +410,12 @@ def train(config: Config) -> None:
         print(f"one class, {slices.classes[0]}: training without a condition")
     n, batch = len(slices.images), config.batch_size
     total = math.ceil(config.epochs * n / batch) * batch
+    recorder = Recorder(state, slices)
     if state.cur_nimg >= total:
+        recorder.close()
         print(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
         return
 
-    recorder = Recorder(state, slices)
     label_pool = one_hot(slices.labels, slices.c_dim)
     cuda = device.type == "cuda"
     loader = make_loader(slices, config, state.cur_nimg, total, cuda)
@@ -413,14 +434,18 @@ def train(config: Config) -> None:
                 if len(recorder.pending) == FLUSH_STEPS:
                     last = recorder.flush()
                     bar.set_postfix({k: f"{last[k]:.2f}" for k in ("d_loss", "g_loss")})
-                due = stop.name or state.cur_nimg == total
-                if state.cur_nimg >= epoch * n:
+                ended = state.cur_nimg >= epoch * n
+                if ended:
                     recorder.end_epoch(epoch)
-                    due = due or epoch % config.checkpoint_epochs == 0
-                if due:
+                stopping = bool(stop.name)  # read once: a signal may come at any time
+                if (
+                    stopping
+                    or state.cur_nimg == total
+                    or (ended and epoch % config.checkpoint_epochs == 0)
+                ):
                     recorder.flush()
                     save_run(state)
-                if stop.name:
+                if stopping:
                     break
         finally:
             recorder.close()
@@ -434,7 +459,9 @@ def parse_settings(args: list[str] | None = None) -> Config:
     device.add_argument("--device", default="auto")
     name = device.parse_known_args(args)[0].device
     cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return tyro.cli(Config, default=GPU if cuda else CPU, args=args, description=__doc__)
+    return tyro.cli(
+        Config, default=Config(**(GPU if cuda else CPU)), args=args, description=__doc__
+    )
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ A run is a folder: config.json, log.jsonl, losses.csv, grids/, plots, checkpoint
 generator.safetensors.
 """
 
-import csv
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -26,7 +26,8 @@ from config import Config, UserError
 from modules import Generator
 
 RUNS = Path("runs")
-STATS = ("d_loss", "g_loss", "r1", "path_length", "real_logit", "fake_logit")  # of each step
+# Statistics of each step, in the order in which they arise
+STATS = ("g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1")
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -82,7 +83,7 @@ def run_folder(path: Path) -> Path:
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name, sync it, rename it: readers see the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         with open(partial, "rb+") as file:
@@ -93,24 +94,25 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def ensure_writable(folder: Path) -> None:
-    """Create the folder if need be. Raises UserError where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    """Raises UserError where the folder could not be written or created; writes nothing itself."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"cannot write to {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: no permission in {existing}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint on the CPU, plain tensors and values only. Raises UserError if damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if {"G_ema", "settings", "cur_nimg"} <= state.keys():
+            return state
     except Exception as error:  # torch raises a different type for each kind of damage
         raise UserError(
-            f"{path} is truncated or no checkpoint; without it, the run goes on from the one before"
+            f"{path} is truncated or no checkpoint; move it away to go on from the one before it"
         ) from error
+    raise UserError(f"{path} is no checkpoint of this project")
 
 
 def plain_settings(config: Config) -> dict[str, str | int | float | None]:
@@ -179,29 +181,40 @@ def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
 # Logs
 
 
-def read_losses(run: Path, up_to: float = float("inf")) -> np.ndarray:
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a text file, without a last one that was cut off; none without the file."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def read_losses(run: Path, up_to: float = math.inf) -> np.ndarray:
     """Rows (nimg, *STATS) of losses.csv up to an image count; NaN where a penalty was not due."""
-    path = run / "losses.csv"
-    if not path.exists() or len(path.read_text().splitlines()) < 2:
-        return np.zeros((0, 1 + len(STATS)))
-    rows = np.genfromtxt(path, delimiter=",", skip_header=1, ndmin=2)
+    lines = whole_lines(run / "losses.csv")[1:]
+    values = [[float(value or "nan") for value in line.split(",")] for line in lines]
+    rows = np.array(values).reshape(-1, 1 + len(STATS))
     return rows[rows[:, 0] <= up_to]
 
 
-def write_losses(run: Path, rows: np.ndarray, append: bool = True) -> None:
-    """Append rows to losses.csv, or start it anew with them."""
-    with open(run / "losses.csv", "a" if append else "w", newline="") as file:
-        writer = csv.writer(file)
-        if not append:
-            writer.writerow(("nimg", *STATS))
-        writer.writerows(["" if np.isnan(v) else f"{v:.9g}" for v in row] for row in rows)
+def append_losses(run: Path, rows: np.ndarray) -> None:
+    """Append rows (nimg, *STATS) to losses.csv."""
+    with open(run / "losses.csv", "a") as file:
+        for row in rows:
+            file.write(",".join("" if np.isnan(v) else f"{v:.9g}" for v in row) + "\n")
 
 
-def read_log(run: Path, up_to: float = float("inf")) -> list[dict[str, Any]]:
+def read_log(run: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
     """Lines of log.jsonl up to an image count."""
-    path = run / "log.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in whole_lines(run / "log.jsonl")]
     return [line for line in lines if line["nimg"] <= up_to]
+
+
+def cut_logs(run: Path, up_to: int) -> None:
+    """Start both logs, or cut them back to what the last checkpoint has seen."""
+    header, *rows = whole_lines(run / "losses.csv") or [",".join(("nimg", *STATS))]
+    kept = [header, *(row for row in rows if float(row.split(",")[0]) <= up_to)]
+    log = [json.dumps(line) for line in read_log(run, up_to)]
+    for name, lines in (("losses.csv", kept), ("log.jsonl", log)):
+        text = "".join(line + "\n" for line in lines)
+        write_atomically(run / name, lambda path, text=text: path.write_text(text))
 
 
 # Pictures

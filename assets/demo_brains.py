@@ -185,7 +185,7 @@ def write_demo(root: Path, num_train: int = 160, num_test: int = 40, seed: int =
     def work(number: int) -> dict[str, str | float]:
         return write_subject(root, "train" if number < num_train else "test", number, seed)
 
-    # One thread a subject: faster than one subject on all, and the same bits on any machine
+    # One thread a subject: faster than one subject on all, and the same for any number
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         rows = list(tqdm(pool.map(work, range(count)), "demo brains", count, unit="subject"))
     torch.set_num_threads(threads)

@@ -146,7 +146,7 @@ def find(stream: TrainingSlices, image: torch.Tensor, start: int, count: int) ->
 def main() -> None:
     """Draw all three."""
     draw_architecture()
-    config = replace(CPU, img_resolution=128)
+    config = Config(**CPU | {"img_resolution": 128})
     slices = load_slices(config)[0][SPLITS[0]]
     draw_samples(slices)
     draw_augmentation(slices, config)

@@ -49,7 +49,7 @@ def data_root(tmp_path: Path) -> Path:
 def config(tmp_path: Path, data_root: Path) -> Config:
     """Settings small enough for a step in some 30 ms."""
     return replace(
-        CPU,
+        Config(**CPU),
         data_root=data_root,
         out=tmp_path / "runs" / "test",
         cache=tmp_path / "cache",

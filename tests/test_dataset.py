@@ -122,8 +122,18 @@ def test_an_id_on_both_sides_is_named(data_root: Path):
     expect_error(data_root, "1 id(s) on both sides", ": 1")
 
 
-def test_too_few_ids_to_split_is_an_error(tmp_path: Path):
-    expect_error(write_folder(tmp_path / "flat", {"": 1}), "2 ids")
+def test_too_few_ids_to_split_name_the_class(tmp_path: Path):
+    expect_error(write_folder(tmp_path / "flat", {"": 1}), "AD: too few ids")
+
+
+def test_files_that_are_each_an_id_of_their_own_are_pointed_out(tmp_path: Path, config, capsys):
+    root = write_folder(tmp_path / "flat", {"": 3}, slices=2)
+    load_slices(replace(config, data_root=root))
+    assert "note" not in capsys.readouterr().out
+    for path in list(root.rglob("*.png")):
+        path.rename(path.with_name(path.name.replace("_", "-")))
+    load_slices(replace(config, data_root=root))
+    assert "note: every file is an id of its own" in capsys.readouterr().out
 
 
 # Decoding
@@ -198,27 +208,36 @@ def test_all_bad_files_are_reported_in_one_table(data_root: Path, config: Config
         folder / "cut_1.jpeg"
     )
     (folder / "cut_1.jpeg").write_bytes((folder / "cut_1.jpeg").read_bytes()[:700])
+    (folder / "link_1.png").symlink_to(folder / "nowhere.png")
+    pages = [Image.new("L", (8, 8), grey) for grey in (0, 200)]
+    pages[0].save(folder / "pages_1.tif", save_all=True, append_images=pages[1:])
     nan = np.full((4, 4), np.nan, np.float32)
     Image.fromarray(nan).save(data_root / "test" / "NC" / "nan_1.tif")
     with pytest.raises(UserError) as error:
         load_slices(config)
     lines = str(error.value).splitlines()
-    assert lines[0] == "4 of 28 files cannot be used:"
+    assert lines[0] == "6 of 30 files cannot be used:"
     problems = {
         "text_1.jpeg": "not an image",
         "empty_1.png": "empty file",
         "cut_1.jpeg": "truncated",
         "nan_1.tif": "not finite",
+        "link_1.png": "No such file",
+        "pages_1.tif": "more than one image",
     }
     for name, problem in problems.items():
         assert sum(name in line and problem in line for line in lines[1:]) == 1
     assert list(config.cache.iterdir()) == []
+    with pytest.raises(UserError) as checked:
+        check(data_root)
+    assert str(checked.value).count("\n") == 6
 
 
 def test_a_full_disk_is_said_before_anything_is_written(config: Config, monkeypatch):
     monkeypatch.setattr(dataset.shutil, "disk_usage", lambda _: type("", (), {"free": 10})())
     with pytest.raises(UserError, match="less is free"):
         load_slices(config)
+    assert list(config.cache.iterdir()) == []
 
 
 def test_images_are_decoded_once_and_again_when_a_file_changes(config: Config, monkeypatch):
@@ -392,7 +411,8 @@ def test_no_data_root_means_demo_brains_made_once(config: Config, monkeypatch):
     config = replace(config, data_root=None)
     first, _ = load_slices(config)
     second, _ = load_slices(config)
-    assert len(made) == 1 and (first["train"].images == second["train"].images).all()
+    assert len(made) == 1 and not made[0].exists()  # renamed when complete
+    assert (first["train"].images == second["train"].images).all()
 
 
 def test_demo_never_writes_into_a_folder_in_use(

@@ -31,7 +31,7 @@ from train import (
     r1_penalty,
     train,
 )
-from utils import load_checkpoint, load_generator, read_log, read_losses
+from utils import STATS, load_checkpoint, load_generator, read_log, read_losses, read_run_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,15 +127,64 @@ def test_each_step_moves_its_own_network_only(config: Config):
     assert all(p.grad is None for net in (state.G, state.D) for p in net.parameters())
 
 
-def test_lazy_penalties_are_weighted_by_their_interval(config: Config):
-    """At gamma 0 and pl_weight 0 nothing is added; otherwise the step differs from a plain one."""
-    moved = {}
-    for gamma in (0.0, 10.0):
-        state, real, c = step_inputs(replace(config, r1_gamma=gamma))
-        torch.manual_seed(1)
-        d_step(state, real, c, c, lazy=gamma > 0)
-        moved[gamma] = state.D.fromrgb.weight.detach().clone()
-    assert not torch.equal(moved[0.0], moved[10.0])
+def recorded_gradients(monkeypatch) -> list[dict[int, torch.Tensor]]:
+    """Replaces the optimizer step by a record of the gradients it would have taken."""
+    record: list[dict[int, torch.Tensor]] = []
+
+    def keep(optimizer):
+        parameters = optimizer.param_groups[0]["params"]
+        record.append({id(p): p.grad.clone() for p in parameters if p.grad is not None})
+        optimizer.zero_grad()
+
+    monkeypatch.setattr(training, "update", keep)
+    return record
+
+
+def assert_gradients_equal(loss: torch.Tensor, net: nn.Module, recorded) -> None:
+    """The gradient of `loss`, by autograd, is what was recorded."""
+    parameters = [p for p in net.parameters() if id(p) in recorded]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for p, gradient in zip(parameters, gradients, strict=True):
+        expected = torch.zeros_like(p) if gradient is None else gradient
+        torch.testing.assert_close(recorded[id(p)], expected, rtol=1e-4, atol=1e-6)
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(("r1_gamma", "weight"), [(10.0, 80.0), (None, 0.0128 / 2 * 16)])
+def test_r1_is_a_step_of_its_own_with_gamma_half_times_its_interval(
+    config, monkeypatch, r1_gamma, weight
+):
+    state, real, c = step_inputs(replace(config, r1_gamma=r1_gamma))  # None: 0.0002 * 16^2 / 4
+    record = recorded_gradients(monkeypatch)
+    d_step(state, real, c, c, lazy=True)
+    assert len(record) == 2
+    real.requires_grad_(True)
+    (g,) = torch.autograd.grad(state.D(real, c).sum(), real, create_graph=True)
+    assert_gradients_equal(weight * g.square().sum((1, 2, 3)).mean(), state.D, record[1])
+
+
+def test_path_length_is_a_step_of_its_own_with_its_weight_times_its_interval(config, monkeypatch):
+    state, _, c = step_inputs(replace(config, pl_weight=3.0, pl_interval=5))
+    record = recorded_gradients(monkeypatch)
+    z = torch.randn(4, 8)
+    y = torch.randn(2, 1, 16, 16)
+    monkeypatch.setattr(training, "mixed_ws", lambda G, _z, c, _prob: G.mapping(z[: len(c)], c))
+    monkeypatch.setattr(torch, "randn_like", lambda img: y if img.shape == y.shape else img * 0)
+    g_step(state, c, lazy=True)
+    assert len(record) == 2
+    half = state.G.mapping(z, c)[:2]
+    img = state.G.synthesis(half)
+    (J,) = torch.autograd.grad((img * y).sum() / 16, half, create_graph=True)
+    lengths = J.square().sum(2).mean(1).sqrt()
+    mean = 0.01 * lengths.mean().detach()
+    assert_gradients_equal(15 * (lengths - mean).square().mean(), state.G, record[1])
+
+
+def test_penalties_come_at_their_intervals(config: Config):
+    train(replace(config, r1_interval=3, pl_interval=2))
+    due = dict(zip(STATS, np.isfinite(read_losses(config.out)).T[1:], strict=True))
+    assert due["r1"].tolist() == [True, False, False] * 2 + [True, False]
+    assert due["path_length"].tolist() == [True, False] * 4
 
 
 def test_path_length_mean_follows_the_lengths(config: Config):
@@ -239,8 +288,9 @@ def test_a_run_leaves_everything_it_promises(config: Config, capsys):
     assert (grid.mode, grid.size) == ("L", (8 * 16, 2 * 16))  # a row per class
     rows, log = read_losses(config.out), read_log(config.out)
     assert rows[:, 0].tolist() == list(range(4, 33, 4))
-    assert np.isfinite(rows[:, 1:3]).all() and np.isfinite(rows[0, 3:5]).all()
-    assert log[1]["d_loss"] == pytest.approx(rows[4:, 1].mean(), rel=1e-6)
+    assert np.isfinite(rows[0]).all()
+    d_loss = rows[4:, 1 + STATS.index("d_loss")]
+    assert log[1]["d_loss"] == pytest.approx(d_loss.mean(), rel=1e-6)
     capsys.readouterr()
     train(config)
     assert "a larger --epochs continues it" in capsys.readouterr().out
@@ -262,6 +312,18 @@ def test_a_changed_setting_is_named(config: Config, field, value):
     assert (config.out / "config.json").read_text() == before
 
 
+def test_a_stop_that_comes_at_the_end_of_an_epoch_is_saved(config: Config, monkeypatch):
+    end_epoch = training.Recorder.end_epoch
+
+    def interrupted(self, epoch):
+        end_epoch(self, epoch)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training.Recorder, "end_epoch", interrupted)
+    train(replace(config, epochs=5, checkpoint_epochs=5))
+    assert [p.stem for p in checkpoints(config.out)] == ["0000000016"]
+
+
 def test_changed_data_is_refused(config: Config):
     train(replace(config, epochs=1))
     next((config.data_root / "train" / "AD").iterdir()).unlink()
@@ -276,8 +338,14 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_still_works(config: 
     with pytest.raises(UserError, match=newest.name):
         train(replace(config, epochs=3))
     newest.unlink()
+    with open(config.out / "losses.csv", "a") as file:
+        file.write("36,0.7,0.")  # as a killed run may leave them
+    with open(config.out / "log.jsonl", "a") as file:
+        file.write('{"epoch": 3, "ni')
     train(config)
     assert load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"] == 32
+    assert read_losses(config.out)[:, 0].tolist() == list(range(4, 33, 4))
+    assert [line["epoch"] for line in read_log(config.out)] == [1, 2]
 
 
 def test_a_checkpoint_of_another_resolution_is_refused(config: Config):
@@ -298,11 +366,18 @@ def test_nan_stops_the_run_and_leaves_the_last_good_checkpoint(config: Config, m
         return step(state, *args)
 
     monkeypatch.setattr(training, "train_step", poisoned_step)
-    with pytest.raises(UserError, match=r"d_loss, at image 24.*0000000016.pt"):
+    with pytest.raises(UserError, match=r"g_loss, at image 24.*0000000016.pt"):
         train(config)
     assert [p.stem for p in checkpoints(config.out)] == ["0000000016"]
     state = load_checkpoint(checkpoints(config.out)[-1])
     assert all(v.isfinite().all() for v in state["D"].values())
+
+
+def test_nan_is_blamed_on_the_penalty_it_arose_in(config: Config, monkeypatch):
+    lengths = training.path_lengths
+    monkeypatch.setattr(training, "path_lengths", lambda *args: lengths(*args) * math.nan)
+    with pytest.raises(UserError, match="path_length, at image 4[.]"):
+        train(config)
 
 
 def test_weights_that_are_not_finite_are_never_saved(config: Config, monkeypatch):
@@ -322,8 +397,31 @@ def test_weights_that_are_not_finite_are_never_saved(config: Config, monkeypatch
 
 def test_output_that_cannot_be_written_is_one_line(config: Config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write to .*file"):
+    with pytest.raises(UserError, match="cannot write to .*file is not a folder"):
         train(replace(config, out=tmp_path / "file" / "run"))
+
+
+def test_an_error_leaves_nothing_behind(config: Config, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        train(replace(config, data_root=tmp_path / "nowhere"))
+    assert not config.out.parent.exists() and not config.cache.exists()
+
+
+def test_a_changed_setting_is_found_before_anything_is_decoded(config: Config):
+    train(replace(config, epochs=1))
+    decoded = sorted(config.cache.iterdir())
+    with pytest.raises(UserError, match="img_resolution"):
+        train(replace(config, img_resolution=32))
+    assert sorted(config.cache.iterdir()) == decoded
+
+
+def test_a_run_goes_on_after_its_data_moved(config: Config):
+    train(replace(config, epochs=1))
+    moved = config.data_root.with_name("moved")
+    config.data_root.rename(moved)
+    train(replace(config, data_root=moved))
+    assert [line["epoch"] for line in read_log(config.out)] == [1, 2]
+    assert read_run_config(config.out)[0].data_root == moved
 
 
 def test_one_class_trains_without_a_condition(config: Config, data_root):
@@ -344,7 +442,7 @@ def test_the_batch_may_be_larger_than_the_data(config: Config):
 def test_training_learns_the_class_and_the_shape(tmp_path):
     """After 200 steps slices are bright on black, and darker in the centre for the dark class."""
     config = replace(
-        CPU, data_root=write_folder(tmp_path / "data", {"train": 40, "test": 2}, slices=2),
+        Config(**CPU), data_root=write_folder(tmp_path / "data", {"train": 40, "test": 2}),
         out=tmp_path / "run", cache=tmp_path / "cache", device="cpu", img_resolution=16, z_dim=16,
         w_dim=16, channel_base=256, channel_max=32, batch_size=16, epochs=20, augment="none",
         learning_rate=0.005, pl_weight=0, snapshot_epochs=20, checkpoint_epochs=20,
@@ -383,18 +481,21 @@ def test_the_command_line_prints_its_settings_and_one_line_for_an_error(config: 
     failed = run_train("--data-root", "nowhere", cwd=tmp_path)
     assert failed.returncode == 2
     assert failed.stderr.strip() == "error: data_root = nowhere: no such folder"
-    assert not (tmp_path / "runs").joinpath("default").exists()
+    assert not (tmp_path / "runs" / "default").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_cleanly(config: Config, tmp_path, number):
-    command = [sys.executable, str(ROOT / "train.py"), *as_flags(replace(config, epochs=10000))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_a_signal_to_the_whole_group_saves_and_ends_cleanly(config, tmp_path, number, workers):
+    flags = [*as_flags(replace(config, epochs=10000)), "--num-workers", str(workers)]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags],
+        stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
+    )  # fmt: skip
     deadline = time.time() + 60
     while not (config.out / "log.jsonl").exists() or not read_log(config.out):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert f"stopped by {number.name}; the same command resumes" in out
@@ -404,9 +505,9 @@ def test_a_signal_saves_and_ends_cleanly(config: Config, tmp_path, number):
 
 
 def test_settings_follow_the_device():
-    assert training.parse_settings([]) == (GPU if torch.cuda.is_available() else CPU)
-    assert training.parse_settings(["--device", "cpu"]) == replace(CPU, device="cpu")
-    assert training.parse_settings(["--device", "cuda"]) == replace(GPU, device="cuda")
+    assert training.parse_settings([]) == Config(**(GPU if torch.cuda.is_available() else CPU))
+    assert training.parse_settings(["--device", "cpu"]) == Config(**CPU, device="cpu")
+    assert training.parse_settings(["--device", "cuda"]) == Config(**GPU, device="cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
