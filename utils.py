@@ -268,9 +268,9 @@ def plot_losses(run: Path, path: Path) -> None:
     titles = {"d_loss": "Discriminator", "g_loss": "Generator"}
     for ax, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         draw_loss(ax, run, name)
-        ax.set_title(
-            f"{title}: each step (thin), smoothed (thick), mean of an epoch (dots)", fontsize=9
-        )
+        ax.set_title(f"{title} loss")
+    caption = "thin: each step; thick: smoothed; dots: mean of an epoch"
+    figure.text(0.5, -0.07, caption, ha="center", fontsize=9)
     save_figure(figure, path)
 
 
@@ -288,7 +288,7 @@ def plot_progress(run: Path, path: Path, num_columns: int = 6) -> None:
     chosen = [
         grids[i] for i in np.unique(np.linspace(0, len(grids) - 1, num_columns).round().astype(int))
     ]
-    figure = Figure(figsize=(2.2 * len(chosen), 2.6))
+    figure = Figure(figsize=(3.2 * len(chosen), 2))
     for ax, grid in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
         ax.imshow(read_square(grid), cmap="gray", vmin=0, vmax=255)
         ax.set_title(f"epoch {int(grid.stem[5:])}", fontsize=9)
