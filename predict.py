@@ -263,7 +263,7 @@ def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
     device = next(G.parameters()).device
     w = G.mapping.map(z.to(device), one_hot(labels, G.c_dim).to(device)).cpu().numpy()
     caption = (
-        "w of the mapping network. The label is one of its inputs: separation is by construction."
+        "w of the mapping network. The label is one of its inputs: it may separate by that alone."
     )
     figure = draw_embedding(w, labels, np.ones(len(w), bool), names, caption)
     save_figure(figure, out / "embedding_w.png")
