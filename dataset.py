@@ -89,8 +89,9 @@ def split_by_id(files: list[SliceFile], root: Path) -> dict[str, list[SliceFile]
         "train": [f for f in files if f.subject not in test],
         "test": [f for f in files if f.subject in test],
     }
+    present = set.intersection(*({f.label for f in part} for part in splits.values()))
     for file in files:
-        if any(file.label not in {f.label for f in part} for part in splits.values()):
+        if file.label not in present:
             raise UserError(f"{file.path.parent}: too few ids to split them; make train/ and test/")
     return splits
 
