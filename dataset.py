@@ -78,7 +78,7 @@ def list_slices(folder: Path, label: int) -> list[SliceFile]:
     return sorted(files, key=lambda f: (f.subject, len(f.path.name), f.path.name))
 
 
-def split_by_id(files: list[SliceFile], root: Path) -> dict[str, list[SliceFile]]:
+def split_by_id(files: list[SliceFile]) -> dict[str, list[SliceFile]]:
     """Give whole ids to test, a fixed share of each class, by a hash of the id."""
     test: set[str] = set()
     for label in sorted({f.label for f in files}):
@@ -115,7 +115,7 @@ def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
     if has_split and classes != (others := [folder.name for folder in subfolders(parents[1])]):
         raise UserError(f"classes differ: {parents[0]} has {classes}, {parents[1]} has {others}")
     found = [[f for i, c in enumerate(classes) for f in list_slices(p / c, i)] for p in parents]
-    splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0], root)
+    splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0])
     if shared := {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}:
         names = ", ".join(sorted(shared)[:5])
         raise UserError(f"{len(shared)} id(s) on both sides of the split of {root}: {names}")
@@ -162,8 +162,9 @@ def reason(path: Path, error: Exception) -> str:
     """Why a file cannot be used, in one line."""
     if file_stamp(path)[0] == 0:
         return "empty file"
-    known = {UnidentifiedImageError: "not an image"}
-    return known.get(type(error)) or (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def decode_subject(paths: list[Path], resolution: int) -> tuple[Tensor | None, list[str]]:

@@ -232,15 +232,15 @@ def draw_embedding(
 def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> None:
     """Real test slices by true class with as many generated ones, in features of the images."""
     train, test = splits["train"], splits["test"]
+    if len(test.labels) < 4:
+        print("fewer than 4 test slices: no embedding of them")
+        return
     fitted = pixels(train.images[spread(len(train.images), MAX_FITTED)])
     components = min(NUM_COMPONENTS, len(fitted) - 1)
     pca = PCA(components, svd_solver="randomized", random_state=0).fit(fitted)
     features = {k: pca.transform(pixels(s.images)) for k, s in splits.items()}
     probe = probe_by_id((features["train"], train), (features["test"], test))
 
-    if len(test.labels) < 4:
-        print("fewer than 4 test slices: no embedding of them")
-        return
     chosen = spread(len(test.labels), MAX_POINTS)
     labels = test.labels[chosen]
     z = latents(list(range(len(labels))), G.z_dim)
@@ -269,7 +269,7 @@ def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
     save_figure(figure, out / "embedding_w.png")
 
 
-# Command line
+# Comparison
 
 
 def plot_comparison(runs: Sequence[Path], path: Path) -> None:
@@ -286,6 +286,9 @@ def plot_comparison(runs: Sequence[Path], path: Path) -> None:
         draw_loss(bottom, run, "g_loss", "C1")
         bottom.legend(fontsize=8)
     save_figure(figure, path)
+
+
+# Command line
 
 
 def chosen_classes(wanted: tuple[str, ...] | None, known: list[str]) -> dict[int, str]:

@@ -63,14 +63,8 @@ from utils import (
     write_run_config,
 )
 
-FREE_TO_CHANGE = {
-    "epochs",
-    "out",
-    "cache",
-    "data_root",
-    "device",
-    "num_workers",
-}  # not what is learned
+# Settings that say where and how long a run goes, not what it learns
+FREE_TO_CHANGE = ("epochs", "out", "cache", "data_root", "device", "num_workers")
 FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
 KEPT_CHECKPOINTS = 2
 GRID_COLUMNS = 8

@@ -132,7 +132,7 @@ def read_run_config(run: Path) -> tuple[Config, list[str], str]:
     path = run / "config.json"
     try:
         saved = json.loads(path.read_text())
-        known = {field.name: field for field in fields(Config)}
+        known = {field.name for field in fields(Config)}
         settings = {k: v for k, v in saved["settings"].items() if k in known}
         paths = {k: Path(settings[k]) for k in ("data_root", "out", "cache") if settings.get(k)}
         return Config(**settings | paths), saved["classes"], saved["data"]
