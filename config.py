@@ -38,7 +38,11 @@ class Config:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute; auto takes CUDA, then MPS, then the CPU."""
     num_workers: int = 8
-    """Loader processes; 0 loads in the main process."""
+    """Loader processes of each device; 0 loads in the main process."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Features from 16 x 16 pixels upwards; auto: bfloat16 where the GPU or CPU computes in it."""
+    compile: Literal["auto", "on", "graphs", "off"] = "auto"
+    """torch.compile, with graphs as CUDA graphs too; auto: on with CUDA, off without."""
 
     # Networks
     img_resolution: int = 256

@@ -25,13 +25,22 @@ import torch
 import tyro
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from assets.demo_brains import write_demo
 from config import Config, UserError
-from utils import ensure_writable, one_hot, run_command, stream_seed, write_atomically
+from utils import (
+    ensure_writable,
+    num_ranks,
+    one_hot,
+    rank,
+    run_command,
+    stream_seed,
+    write_atomically,
+)
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.2  # of the ids of each class, where the folder itself has no split
@@ -275,39 +284,58 @@ def demo_root(cache: Path) -> Path:
 # Loading
 
 
-def augmentation(config: Config) -> v2.Compose:
-    """uint8 [1, R, R] -> float32 in [-1, 1]; with `augment` "dataset", changed at random."""
-    random = [
-        v2.RandomHorizontalFlip(config.flip_prob),
-        v2.RandomRotation(config.rotation, v2.InterpolationMode.BILINEAR),
-        v2.ColorJitter(config.brightness, config.contrast),
-    ]
-    to_range = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
-    return v2.Compose((random if config.augment == "dataset" else []) + to_range)
+def augment(images: Tensor, draws: Tensor, config: Config) -> Tensor:
+    """Flip, rotate, and change brightness and contrast, each image by its own draws.
+
+    Args:
+        images: float32 [N, 1, R, R] in [0, 1].
+        draws: [N, 4], uniform in [0, 1).
+
+    Returns:
+        float32 [N, 1, R, R] in [0, 1]; what a rotation brings in is black.
+    """
+    flip = 1 - 2 * (draws[:, 0] < config.flip_prob).float()  # -1 mirrors left and right
+    angle, brightness, contrast = (draws[:, 1:] * 2 - 1).T
+    angle = angle * math.radians(config.rotation)
+    rows = [flip * angle.cos(), flip * -angle.sin(), angle.sin(), angle.cos()]
+    rotation = torch.stack(rows, 1).view(-1, 2, 2)
+    grid = F.affine_grid(F.pad(rotation, (0, 1)), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False)
+    brightness = 1 + config.brightness * brightness[:, None, None, None]
+    images = (images * brightness).clamp(0, 1)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    contrast = 1 + config.contrast * contrast[:, None, None, None]
+    return (mean + (images - mean) * contrast).clamp(0, 1)
 
 
 class TrainingSlices(Dataset):
-    """The endless stream of training slices: item `position` depends only on (seed, position).
+    """The endless stream of training slices: what lies at a position depends only on (seed, it).
 
-    Each epoch is a new permutation of all slices. Items are (image [1, R, R], label [c_dim]).
+    Each epoch is a new permutation of all slices. An item is a batch, asked for by its positions:
+    images float32 [N, 1, R, R] in [-1, 1] and labels [N, c_dim].
     """
 
     def __init__(self, slices: Slices, config: Config) -> None:
-        self.images, self.seed = slices.images, config.seed
+        self.images, self.config = slices.images, config
         self.c = one_hot(slices.labels, slices.c_dim)
-        self.transform = augmentation(config)
         self.epoch, self.order = -1, np.zeros(0, int)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, positions: range) -> tuple[Tensor, Tensor]:
+        indices = [self.index(position) for position in positions]
+        images = torch.from_numpy(self.images[indices])[:, None].float() / 255
+        if self.config.augment == "dataset":
+            seeds = (stream_seed("augment", self.config.seed, p) for p in positions)
+            draws = np.stack([np.random.default_rng(seed).random(4) for seed in seeds])
+            images = augment(images, torch.from_numpy(draws).float(), self.config)
+        return images * 2 - 1, self.c[indices]
+
+    def index(self, position: int) -> int:
+        """The slice shown at a position."""
         epoch, place = divmod(position, len(self.images))
         if epoch != self.epoch:
-            rng = np.random.default_rng(stream_seed("order", self.seed, epoch))
+            rng = np.random.default_rng(stream_seed("order", self.config.seed, epoch))
             self.epoch, self.order = epoch, rng.permutation(len(self.images))
-        index = self.order[place]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed("augment", self.seed, position))
-            image = self.transform(torch.from_numpy(self.images[index].copy())[None])
-        return image, self.c[index]
+        return int(self.order[place])
 
 
 def ignore_signals(_: int) -> None:
@@ -317,15 +345,17 @@ def ignore_signals(_: int) -> None:
 
 
 def make_loader(slices: Slices, config: Config, start: int, stop: int, cuda: bool) -> DataLoader:
-    """Batches of the stream from image `start` to `stop`, in order for any number of workers."""
+    """This rank's share of each batch of the stream, from image `start` to `stop`, in order."""
+    batch = config.batch_size
+    share = batch // num_ranks()
+    starts = range(start + rank() * share, stop - batch + 1 + rank() * share, batch)
     return DataLoader(
         TrainingSlices(slices, config),
-        config.batch_size,
-        sampler=range(start, stop),
+        batch_size=None,  # an item is a batch
+        sampler=[range(first, first + share) for first in starts],
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=cuda,
-        drop_last=True,
     )
 
 

@@ -22,6 +22,8 @@ from config import Config
 
 NoiseMode = Literal["random", "const", "none"]
 ACTIVATION_GAIN = math.sqrt(2)  # keeps unit variance through a leaky ReLU
+MEMORY_FORMAT = torch.channels_last  # of features and kernels: the faster one, tests/benchmark.py
+HIGH_RESOLUTION = 16  # pixels; features of this size and above take the dtype of their network
 
 
 def normalize_2nd_moment(x: Tensor) -> Tensor:
@@ -34,10 +36,10 @@ def channels(resolution: int, channel_base: int, channel_max: int) -> int:
     return max(1, min(channel_base // resolution, channel_max))
 
 
-def fir_kernel(x: Tensor) -> Tensor:
-    """The low-pass filter [1, 3, 3, 1] in both axes, once per channel. -> [C, 1, 4, 4]."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
-    return taps.outer(taps).expand(x.shape[1], 1, 4, 4)
+def fir_kernel(x: Tensor, taps: tuple[int, ...] = (1, 3, 3, 1)) -> Tensor:
+    """A low-pass filter in both axes, of sum 1, once per channel. -> [C, 1, taps, taps]."""
+    row = torch.tensor(taps, device=x.device, dtype=x.dtype) / sum(taps)
+    return row.outer(row).expand(x.shape[1], 1, -1, -1)
 
 
 def fir_filter(x: Tensor, padding: int, gain: float = 1) -> Tensor:
@@ -51,17 +53,26 @@ def upsample(x: Tensor) -> Tensor:
 
 
 def downsample(x: Tensor) -> Tensor:
-    """Low-pass filter and decimation in one depthwise pass. [N, C, 2H, 2W] -> [N, C, H, W]."""
-    return F.conv2d(x, fir_kernel(x), stride=2, padding=1, groups=x.shape[1])
+    """Low-pass filter and decimation. [N, C, 2H, 2W] -> [N, C, H, W].
+
+    [1, 3, 3, 1] is [1, 2, 1] and then the mean of each pair, whose gradients are faster.
+    """
+    kernel = fir_kernel(x, (1, 2, 1))
+    return F.avg_pool2d(F.conv2d(x, kernel, padding=1, groups=x.shape[1]), 2)
 
 
 def leaky_relu(x: Tensor) -> Tensor:
-    """Leaky ReLU of slope 0.2 that keeps the variance of its input."""
-    return F.leaky_relu(x, 0.2) * ACTIVATION_GAIN
+    """Leaky ReLU of slope 0.2; its gain is applied by the layer before, since it commutes."""
+    return F.leaky_relu(x, 0.2)
 
 
 def modulated_conv2d(
-    x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool = True, up: bool = False
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    demodulate: bool = True,
+    up: bool = False,
+    gain: float = 1,
 ) -> Tensor:
     """Convolution whose input channels are scaled per image by `styles` ([1], section 2.2).
 
@@ -73,21 +84,22 @@ def modulated_conv2d(
         x: features [N, I, H, W].
         weight: [O, I, K, K], shared by the batch.
         styles: scale of each input channel [N, I].
-        demodulate: give each output map unit expected variance.
+        demodulate: give each output map the expected deviation `gain`.
         up: double the size: stride-2 transposed convolution, then the low-pass filter.
 
     Returns:
         [N, O, H, W], or [N, O, 2H, 2W] with `up`.
     """
-    x = x * styles[:, :, None, None]
+    x = x * styles.to(x.dtype)[:, :, None, None]
+    kernel = weight.to(x.dtype)
     if up:
-        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # [N, O, 2H + 1, 2W + 1]
+        x = F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2)  # [N, O, 2H + 1, 2W + 1]
         x = fir_filter(x, padding=1, gain=4)  # [N, O, 2H, 2W]
     else:
-        x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
     if demodulate:
         energy = styles.square() @ weight.square().sum((2, 3)).T  # [N, O]
-        x = x * (energy + 1e-8).rsqrt()[:, :, None, None]
+        x = x * (gain * (energy + 1e-8).rsqrt()).to(x.dtype)[:, :, None, None]
     return x
 
 
@@ -99,13 +111,18 @@ class EqualizedLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, lr_multiplier: float = 1, bias_init: float = 0
+        self,
+        in_features: int,
+        out_features: int,
+        lr_multiplier: float = 1,
+        bias_init: float = 0,
+        gain: float = 1,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full([out_features], bias_init / lr_multiplier))
-        self.weight_gain = lr_multiplier / math.sqrt(in_features)
-        self.bias_gain = lr_multiplier
+        self.weight_gain = gain * lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = gain * lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, I] -> [N, O]."""
@@ -116,22 +133,29 @@ class EqualizedConv2d(nn.Module):
     """Convolution with equalized learning rate ([3], section 4.1). [N, I, H, W] -> [N, O, H, W]."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, down: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        gain: float = 1,
+        down: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.weight_gain = 1 / math.sqrt(in_channels * kernel * kernel)
+        self.weight_gain = gain / math.sqrt(in_channels * kernel * kernel)
+        self.bias_gain = gain
         self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, I, H, W] -> [N, O, H, W] or [N, O, H / 2, W / 2]; filtered before it is decimated."""
-        weight, padding = self.weight * self.weight_gain, self.weight.shape[-1] // 2
+        weight, padding = (self.weight * self.weight_gain).to(x.dtype), self.weight.shape[-1] // 2
+        bias = (self.bias * self.bias_gain).to(x.dtype)
         if not self.down:
-            return F.conv2d(x, weight, self.bias, padding=padding)
+            return F.conv2d(x, weight, bias, padding=padding)
         if padding == 0:  # a 1x1 kernel commutes with the filter: decimate first
-            return F.conv2d(downsample(x), weight, self.bias)
-        return F.conv2d(fir_filter(x, padding=2), weight, self.bias, stride=2)
+            return F.conv2d(downsample(x), weight, bias)
+        return F.conv2d(fir_filter(x, padding=2), weight, bias, stride=2)
 
 
 class SynthesisLayer(nn.Module):
@@ -151,12 +175,14 @@ class SynthesisLayer(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode = "random") -> Tensor:
         """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W], or twice the size with `up`."""
-        x = modulated_conv2d(x, self.weight * self.weight_gain, self.affine(w), up=self.up)
-        if noise_mode == "random":
-            x = x + torch.randn_like(x[:, :1]) * self.noise_strength
-        elif noise_mode == "const":
-            x = x + self.noise_const * self.noise_strength
-        return leaky_relu(x + self.bias[:, None, None])
+        gain, weight = ACTIVATION_GAIN, self.weight * self.weight_gain
+        x = modulated_conv2d(x, weight, self.affine(w), True, self.up, gain)
+        if noise_mode != "none":
+            noise = self.noise_const
+            if noise_mode == "random":
+                noise = torch.randn_like(x[:, :1], dtype=torch.float32)
+            x = x + (noise * (self.noise_strength * gain)).to(x.dtype)
+        return leaky_relu(x + (self.bias * gain).to(x.dtype)[:, None, None])
 
 
 class ToRGB(nn.Module):
@@ -172,9 +198,8 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x [N, I, H, W], w [N, w_dim] -> [N, img_channels, H, W], linear."""
         weight = self.weight * self.weight_gain
-        return (
-            modulated_conv2d(x, weight, self.affine(w), demodulate=False) + self.bias[:, None, None]
-        )
+        x = modulated_conv2d(x, weight, self.affine(w), demodulate=False)
+        return x.float() + self.bias[:, None, None]
 
 
 class MinibatchStd(nn.Module):
@@ -213,7 +238,7 @@ class MappingNetwork(nn.Module):
         self.embed = EqualizedLinear(c_dim, z_dim) if c_dim else None
         widths = [z_dim * 2 if c_dim else z_dim] + [w_dim] * num_layers
         self.layers = nn.ModuleList(
-            EqualizedLinear(i, o, lr_multiplier=0.01)
+            EqualizedLinear(i, o, lr_multiplier=0.01, gain=ACTIVATION_GAIN)
             for i, o in zip(widths, widths[1:], strict=False)
         )
         self.register_buffer("w_avg", torch.zeros(max(1, c_dim), w_dim))
@@ -258,9 +283,16 @@ class SynthesisBlock(nn.Module):
     """One resolution of the skip generator ([1], figure 7b): two layers (one at 4x4), a ToRGB."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, w_dim: int, resolution: int, img_channels: int
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        img_channels: int,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        self.dtype = dtype if resolution >= HIGH_RESOLUTION else torch.float32
         layer = (out_channels, w_dim, resolution)
         self.conv0 = SynthesisLayer(in_channels, *layer, up=True) if resolution > 4 else None
         self.conv1 = SynthesisLayer(out_channels, *layer)
@@ -270,6 +302,7 @@ class SynthesisBlock(nn.Module):
         self, x: Tensor, img: Tensor | None, ws: Tensor, noise_mode: NoiseMode
     ) -> tuple[Tensor, Tensor]:
         """x [N, I, H, W], img at the same size, ws [N, 3, w_dim] -> both at [2H, 2W]."""
+        x = x.to(self.dtype)
         if self.conv0 is not None:
             x = self.conv0(x, ws[:, 0], noise_mode)
         x = self.conv1(x, ws[:, -2], noise_mode)
@@ -290,6 +323,7 @@ class SynthesisNetwork(nn.Module):
         img_channels: int,
         channel_base: int,
         channel_max: int,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         resolutions = [2**i for i in range(2, img_resolution.bit_length())]
@@ -297,7 +331,7 @@ class SynthesisNetwork(nn.Module):
         self.num_ws = 2 * len(resolutions)
         self.const = nn.Parameter(torch.randn(1, widths[0], 4, 4))
         self.blocks = nn.ModuleList(
-            SynthesisBlock(i, o, w_dim, resolution, img_channels)
+            SynthesisBlock(i, o, w_dim, resolution, img_channels, dtype)
             for i, o, resolution in zip(widths[:1] + widths, widths, resolutions, strict=False)
         )
 
@@ -312,7 +346,9 @@ class SynthesisNetwork(nn.Module):
 class Generator(nn.Module):
     """Latents z and labels c to images: the mapping and the synthesis network ([1], figure 2)."""
 
-    def __init__(self, config: Config, c_dim: int, img_channels: int = 1) -> None:
+    def __init__(
+        self, config: Config, c_dim: int, img_channels: int = 1, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.z_dim, self.c_dim = config.z_dim, c_dim
         self.synthesis = SynthesisNetwork(
@@ -321,6 +357,7 @@ class Generator(nn.Module):
             img_channels,
             config.channel_base,
             config.channel_max,
+            dtype,
         )
         num_ws = self.synthesis.num_ws
         self.mapping = MappingNetwork(config.z_dim, c_dim, config.w_dim, num_ws)
@@ -341,16 +378,18 @@ class Generator(nn.Module):
 class DiscriminatorBlock(nn.Module):
     """Residual block with filtered downsampling ([1], figure 7c)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.conv0 = EqualizedConv2d(in_channels, in_channels, 3)
-        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, down=True)
-        self.skip = EqualizedConv2d(in_channels, out_channels, 1, down=True)
+        self.dtype = dtype
+        self.conv0 = EqualizedConv2d(in_channels, in_channels, 3, ACTIVATION_GAIN)
+        half = math.sqrt(0.5)  # gain of each of the two summands: the sum keeps unit variance
+        self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, ACTIVATION_GAIN * half, True)
+        self.skip = EqualizedConv2d(in_channels, out_channels, 1, half, True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, I, H, W] -> [N, O, H / 2, W / 2]; the sum keeps unit variance."""
-        y = leaky_relu(self.conv1(leaky_relu(self.conv0(x))))
-        return (y + self.skip(x)) / math.sqrt(2)
+        """[N, I, H, W] -> [N, O, H / 2, W / 2]."""
+        x = x.to(self.dtype)
+        return leaky_relu(self.conv1(leaky_relu(self.conv0(x)))) + self.skip(x)
 
 
 class Discriminator(nn.Module):
@@ -359,26 +398,30 @@ class Discriminator(nn.Module):
     `features` is the layer before the logit; the label adds the product of its embedding with it.
     """
 
-    def __init__(self, config: Config, c_dim: int, img_channels: int = 1) -> None:
+    def __init__(
+        self, config: Config, c_dim: int, img_channels: int = 1, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         resolutions = [2**i for i in range(config.img_resolution.bit_length() - 1, 1, -1)]
         widths = [channels(r, config.channel_base, config.channel_max) for r in resolutions]
-        self.fromrgb = EqualizedConv2d(img_channels, widths[0], 1)
+        self.fromrgb = EqualizedConv2d(img_channels, widths[0], 1, ACTIVATION_GAIN)
         self.blocks = nn.ModuleList(
-            DiscriminatorBlock(i, o) for i, o in zip(widths, widths[1:], strict=False)
+            DiscriminatorBlock(i, o, dtype if r >= HIGH_RESOLUTION else torch.float32)
+            for r, i, o in zip(resolutions, widths, widths[1:], strict=False)
         )
         self.mbstd = MinibatchStd()
-        self.conv = EqualizedConv2d(widths[-1] + 1, widths[-1], 3)
-        self.fc = EqualizedLinear(widths[-1] * 16, widths[-1])
+        self.conv = EqualizedConv2d(widths[-1] + 1, widths[-1], 3, ACTIVATION_GAIN)
+        self.fc = EqualizedLinear(widths[-1] * 16, widths[-1], gain=ACTIVATION_GAIN)
         self.out = EqualizedLinear(widths[-1], 1)
         self.embed = nn.Parameter(torch.randn(c_dim, widths[-1])) if c_dim else None
 
     def features(self, img: Tensor) -> Tensor:
         """Images [N, img_channels, H, W] -> [N, channels(4)]."""
-        x = leaky_relu(self.fromrgb(img))
+        x = leaky_relu(self.fromrgb(img.to(self.dtype, memory_format=MEMORY_FORMAT)))
         for block in self.blocks:
             x = block(x)
-        x = leaky_relu(self.conv(self.mbstd(x)))
+        x = leaky_relu(self.conv(self.mbstd(x.float())))
         return leaky_relu(self.fc(x.flatten(1)))
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:

@@ -17,12 +17,12 @@ References:
 """
 
 import argparse
-import copy
 import json
 import math
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -38,17 +38,24 @@ from tqdm import tqdm
 
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader
-from modules import Discriminator, Generator, SynthesisNetwork
+from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from utils import (
     STATS,
     append_losses,
+    average_over_ranks,
     cut_logs,
     ensure_writable,
+    feature_dtype,
+    keep_freed_memory,
     load_checkpoint,
+    most_of_ranks,
+    num_ranks,
     one_hot,
     plain_settings,
     plot_losses,
     plot_progress,
+    rank,
+    rank_0_first,
     read_log,
     read_losses,
     read_run_config,
@@ -56,6 +63,7 @@ from utils import (
     run_command,
     save_generator,
     save_grey,
+    say,
     stream_seed,
     tile,
     to_uint8,
@@ -64,7 +72,9 @@ from utils import (
 )
 
 # Settings that say where and how long a run goes, not what it learns
-FREE_TO_CHANGE = ("epochs", "out", "cache", "data_root", "device", "num_workers")
+FREE_TO_CHANGE = (
+    "epochs", "out", "cache", "data_root", "device", "num_workers", "precision", "compile",
+)  # fmt: skip
 FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
 KEPT_CHECKPOINTS = 2
 GRID_COLUMNS = 8
@@ -103,6 +113,102 @@ def mixed_ws(G: Generator, z: Tensor, c: Tensor, style_mixing_prob: float) -> Te
     return torch.where(first[:, :, None], ws, G.mapping(torch.randn_like(z), c))
 
 
+# Phases: each is one loss, with its weight, and what to record of it
+
+
+def g_main(
+    G: Generator, D: Discriminator, c: Tensor, config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Non-saturating loss of G ([2])."""
+    z = torch.randn(len(c), config.z_dim, device=c.device)
+    fake = G.synthesis(mixed_ws(G, z, c, config.style_mixing_prob))
+    loss = F.softplus(-D(fake, c)).mean()
+    return loss, {"g_loss": loss}
+
+
+def g_path(
+    G: Generator, c: Tensor, pl_mean: Tensor, config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Path length penalty ([1], section 3.2), and the running mean it draws lengths to."""
+    z = torch.randn(len(c), config.z_dim, device=c.device)
+    lengths = path_lengths(G.synthesis, mixed_ws(G, z, c, config.style_mixing_prob))
+    pl_mean = pl_mean.lerp(lengths.detach().mean(), config.pl_decay)
+    penalty = (lengths - pl_mean).square().mean()
+    stats = {"path_length": lengths.mean(), "pl_mean": pl_mean}
+    return penalty * (config.pl_weight * config.pl_interval), stats
+
+
+def d_main(
+    G: Generator, D: Discriminator, real: Tensor, c: Tensor, c_fake: Tensor, config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logistic loss of D ([2])."""
+    with torch.no_grad():
+        z = torch.randn(len(real), config.z_dim, device=real.device)
+        fake = G.synthesis(mixed_ws(G, z, c_fake, config.style_mixing_prob))
+    real_logits, fake_logits = D(real, c), D(fake, c_fake)
+    loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    stats = {"d_loss": loss, "real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
+    return loss, stats
+
+
+def d_r1(
+    D: Discriminator, real: Tensor, c: Tensor, config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """R1 penalty ([3])."""
+    gamma = config.r1_gamma
+    if gamma is None:
+        gamma = 0.0002 * config.img_resolution**2 / config.batch_size
+    penalty = r1_penalty(D, real, c).mean()
+    return penalty * (gamma / 2 * config.r1_interval), {"r1": penalty}
+
+
+PHASES = (g_main, g_path, d_main, d_r1)
+
+
+class Phases:
+    """Runs a phase, compiled into one graph forward and one backward, or as it is.
+
+    `mode` is that of config.compile. Where something cannot be compiled, a warning says why, once,
+    and all phases run as they are.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.graphs = mode == "graphs"
+        options = {"fullgraph": True, "mode": "reduce-overhead" if self.graphs else None}
+        chosen = () if mode == "off" else PHASES
+        self.compiled = {phase: torch.compile(phase, dynamic=False, **options) for phase in chosen}
+
+    def __call__(
+        self, phase: Callable, optimizer: torch.optim.Adam, seed: int, *args: Any
+    ) -> dict[str, Tensor]:
+        """One update by a phase, on its own random stream. -> its statistics over all ranks."""
+        try:
+            stats = self.backward(phase, seed, *args)
+        except Exception as error:  # the compiler's are of many types
+            if phase not in self.compiled:
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            say(f"warning: {phase.__name__} cannot be compiled, going on without: {reason[0]}")
+            self.compiled = {}
+            optimizer.zero_grad(set_to_none=True)
+            stats = self.backward(phase, seed, *args)
+        parameters = optimizer.param_groups[0]["params"]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        average_over_ranks(gradients + list(stats.values()))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return stats
+
+    def backward(self, phase: Callable, seed: int, *args: Any) -> dict[str, Tensor]:
+        """Leave the gradients of a phase in the parameters. -> its statistics."""
+        torch.manual_seed(seed)
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what earlier graphs returned is used up
+        loss, stats = self.compiled.get(phase, phase)(*args)
+        loss.backward()
+        return {name: value.detach().clone() for name, value in stats.items()}
+
+
 # State
 
 
@@ -113,24 +219,32 @@ class TrainingState:
 
     def __init__(self, config: Config, c_dim: int, device: torch.device) -> None:
         torch.manual_seed(config.seed)
-        like_conv = {"device": device, "memory_format": torch.channels_last}
+        like_conv = {"device": device, "memory_format": MEMORY_FORMAT}
+        dtype = feature_dtype(config.precision, device)
         self.config, self.device = config, device
-        self.G = Generator(config, c_dim).to(**like_conv)
-        self.D = Discriminator(config, c_dim).to(**like_conv)
-        self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
+        self.G = Generator(config, c_dim, dtype=dtype).to(**like_conv)
+        self.D = Discriminator(config, c_dim, dtype=dtype).to(**like_conv)
+        self.G_ema = Generator(config, c_dim).to(**like_conv).eval().requires_grad_(False)
+        self.G_ema.load_state_dict(self.G.state_dict())
         self.g_opt = lazy_adam(self.G, config.learning_rate, config.pl_interval)
         self.d_opt = lazy_adam(self.D, config.learning_rate, config.r1_interval)
         self.pl_mean = torch.zeros([], device=device)
         self.cur_nimg = 0
+        auto = "on" if device.type == "cuda" else "off"
+        self.phases = Phases(auto if config.compile == "auto" else config.compile)
 
     def state_dict(self) -> dict[str, Any]:
-        """All state, of plain tensors and values."""
-        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        settings = plain_settings(self.config)
-        return parts | {"pl_mean": self.pl_mean, "cur_nimg": self.cur_nimg, "settings": settings}
+        """Tensors and plain values only."""
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return state | {
+            "pl_mean": self.pl_mean,
+            "cur_nimg": self.cur_nimg,
+            "num_ranks": num_ranks(),
+            "settings": plain_settings(self.config),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over all state."""
+        """Continue from a checkpoint."""
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.pl_mean.copy_(state["pl_mean"])
@@ -140,62 +254,11 @@ class TrainingState:
 def lazy_adam(net: torch.nn.Module, learning_rate: float, interval: int) -> torch.optim.Adam:
     """Adam, corrected for its extra step every `interval` steps, for a penalty ([1], app. B)."""
     ratio = interval / (interval + 1)
-    return torch.optim.Adam(net.parameters(), learning_rate * ratio, (0.0, 0.99**ratio), eps=1e-8)
+    betas = (0.0, 0.99**ratio)
+    return torch.optim.Adam(net.parameters(), learning_rate * ratio, betas, eps=1e-8, fused=True)
 
 
-# Steps
-
-
-def d_step(
-    state: TrainingState, real: Tensor, c: Tensor, c_fake: Tensor, lazy: bool
-) -> dict[str, Tensor]:
-    """Update D for the logistic loss ([2]), and with `lazy` once more for the R1 penalty."""
-    config, D = state.config, state.D
-    with torch.no_grad():
-        z = torch.randn(len(real), config.z_dim, device=real.device)
-        fake = state.G.synthesis(mixed_ws(state.G, z, c_fake, config.style_mixing_prob))
-    real_logits, fake_logits = D(real, c), D(fake, c_fake)
-    loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
-    loss.backward()
-    update(state.d_opt)
-    stats = {"d_loss": loss, "real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
-    if lazy:
-        gamma = config.r1_gamma
-        if gamma is None:
-            gamma = 0.0002 * config.img_resolution**2 / config.batch_size
-        stats["r1"] = r1_penalty(D, real, c).mean()
-        (stats["r1"] * (gamma / 2 * config.r1_interval)).backward()
-        update(state.d_opt)
-    return {name: value.detach() for name, value in stats.items()}
-
-
-def g_step(state: TrainingState, c_fake: Tensor, lazy: bool) -> dict[str, Tensor]:
-    """Update G for the non-saturating loss ([2]), and with `lazy` for the path lengths."""
-    config, G = state.config, state.G
-    state.D.requires_grad_(False)
-    z = torch.randn(len(c_fake), config.z_dim, device=state.device)
-    fake = G.synthesis(mixed_ws(G, z, c_fake, config.style_mixing_prob))
-    loss = F.softplus(-state.D(fake, c_fake)).mean()
-    loss.backward()
-    update(state.g_opt)
-    state.D.requires_grad_(True)
-    stats = {"g_loss": loss}
-    if lazy:
-        half = max(1, len(z) // 2)
-        ws = mixed_ws(G, torch.randn_like(z[:half]), c_fake[:half], config.style_mixing_prob)
-        lengths = path_lengths(G.synthesis, ws)
-        state.pl_mean.lerp_(lengths.detach().mean(), config.pl_decay)
-        penalty = (lengths - state.pl_mean).square().mean()
-        (penalty * (config.pl_weight * config.pl_interval)).backward()
-        update(state.g_opt)
-        stats["path_length"] = lengths.mean()
-    return {name: value.detach() for name, value in stats.items()}
-
-
-def update(optimizer: torch.optim.Optimizer) -> None:
-    """Step and forget the gradients."""
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+# Step
 
 
 @torch.no_grad()
@@ -208,15 +271,47 @@ def ema_step(state: TrainingState) -> None:
     torch._foreach_lerp_(list(state.G_ema.parameters()), list(state.G.parameters()), weight)
 
 
+def penalties_due(config: Config, nimg: int) -> dict[str, bool]:
+    """Which of the lazy penalties belong to the step that starts at image `nimg`."""
+    step = nimg // config.batch_size
+    return {
+        "r1": step % config.r1_interval == 0,
+        "path_length": config.pl_weight > 0 and step % config.pl_interval == 0,
+    }
+
+
 def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor) -> Tensor:
-    """One step of both networks, on its own random stream. -> [len(STATS)], NaN if not due."""
-    config, step = state.config, state.cur_nimg // state.config.batch_size
-    torch.manual_seed(stream_seed("step", config.seed, state.cur_nimg))
-    drawn = torch.randint(len(label_pool), [2, len(real)])
-    c_d, c_g = label_pool[drawn].to(real.device)  # each [N, c_dim]
-    stats = g_step(state, c_g, config.pl_weight > 0 and step % config.pl_interval == 0)
-    stats |= d_step(state, real, c, c_d, step % config.r1_interval == 0)
-    state.cur_nimg += len(real)
+    """One step of both networks on this rank's share of a batch, waiting for no device.
+
+    Args:
+        state: moved on by one step, whose random numbers depend on (seed, rank, cur_nimg) only.
+        real: [N, C, H, W] in [-1, 1].
+        c: [N, c_dim].
+        label_pool: [n, c_dim], the training labels: those of fakes are drawn from it.
+
+    Returns:
+        [len(STATS)], NaN where a penalty was not due.
+    """
+    config, G, D = state.config, state.G, state.D
+    N, due = len(real), penalties_due(config, state.cur_nimg)
+
+    def run(phase: Callable, optimizer: torch.optim.Adam, *args: Any) -> dict[str, Tensor]:
+        seed = stream_seed(phase.__name__, config.seed, rank(), state.cur_nimg)
+        return state.phases(phase, optimizer, seed, *args, config)
+
+    torch.manual_seed(stream_seed("labels", config.seed, rank(), state.cur_nimg))
+    drawn = torch.randint(len(label_pool), [3, N], device=real.device)
+    c_g, c_path, c_d = label_pool[drawn]  # each [N, c_dim]
+    D.requires_grad_(False)
+    stats = run(g_main, state.g_opt, G, D, c_g)
+    D.requires_grad_(True)
+    if due["path_length"]:
+        stats |= run(g_path, state.g_opt, G, c_path[: max(1, N // 2)], state.pl_mean)
+        state.pl_mean = stats.pop("pl_mean")
+    stats |= run(d_main, state.d_opt, G, D, real, c, c_d)
+    if due["r1"]:
+        stats |= run(d_r1, state.d_opt, D, real, c)
+    state.cur_nimg += config.batch_size
     ema_step(state)
     missing = torch.tensor(math.nan, device=real.device)
     return torch.stack([stats.get(name, missing) for name in STATS])
@@ -287,58 +382,84 @@ def diverged(state: TrainingState, where: str, nimg: float) -> UserError:
     )
 
 
-def penalties_due(config: Config, nimg: int) -> list[bool]:
-    """Which of STATS the step that ended at `nimg` must have."""
-    step = nimg // config.batch_size - 1
-    lazy = {
-        "r1": step % config.r1_interval == 0,
-        "path_length": config.pl_weight > 0 and step % config.pl_interval == 0,
-    }
-    return [lazy.get(name, True) for name in STATS]
-
-
 class Recorder:
-    """Writes what a run says of itself: losses.csv, log.jsonl, TensorBoard, grids and plots."""
+    """Writes, on rank 0, what a run says of itself: losses.csv, log.jsonl, grids, plots."""
 
     def __init__(self, state: TrainingState, slices: Slices) -> None:
-        self.state, self.run = state, state.config.out
+        self.state, self.config, self.run = state, state.config, state.config.out
+        self.epoch_size = len(slices.images)
         self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, statistics) not yet written
-        rng = torch.Generator().manual_seed(stream_seed("grid", state.config.seed))
-        z = torch.randn(1, GRID_COLUMNS, state.config.z_dim, generator=rng)
+        rng = torch.Generator().manual_seed(stream_seed("grid", self.config.seed))
+        z = torch.randn(1, GRID_COLUMNS, self.config.z_dim, generator=rng)
         num_rows = len(slices.classes)  # every class shows the same latents
         self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(state.device)
         self.c = one_hot(np.arange(num_rows).repeat(GRID_COLUMNS), slices.c_dim).to(state.device)
-        cut_logs(self.run, state.cur_nimg)
-        self.board = SummaryWriter(self.run / "tensorboard", purge_step=state.cur_nimg + 1)
-        self.started, self.started_nimg = time.perf_counter(), state.cur_nimg
+        if rank() == 0:
+            cut_logs(self.run, state.cur_nimg)
+            self.board = SummaryWriter(self.run / "tensorboard", purge_step=state.cur_nimg + 1)
+            logged = max((line["nimg"] for line in read_log(self.run)), default=0)
+            rows = read_losses(self.run)
+            self.epoch_rows = list(rows[rows[:, 0] > logged])  # of the epoch that is under way
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        self.started, self.started_nimg, self.waited = time.perf_counter(), self.state.cur_nimg, 0.0
+
+    def batches(self, loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of a loader on the device, clocking how long each is waited for."""
+        iterator, device = iter(loader), self.state.device
+        self.start_clock()
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield tuple(part.to(device, non_blocking=device.type == "cuda") for part in batch)
+
+    def end_step(self, stats: Tensor, last: bool) -> dict[str, float]:
+        """Write what is due after a step: statistics, an epoch's line and grid, a checkpoint.
+
+        Returns:
+            The newest statistics, when they were looked at: that waits for the device.
+        """
+        state, config = self.state, self.config
+        self.pending.append((state.cur_nimg, stats))
+        ended = state.cur_nimg % self.epoch_size < config.batch_size
+        epoch = state.cur_nimg // self.epoch_size
+        shown = self.flush() if last or ended or len(self.pending) == FLUSH_STEPS else {}
+        if ended:
+            self.end_epoch(epoch)
+        if last or (ended and epoch % config.checkpoint_epochs == 0):
+            save_run(state)
+        return shown
 
     def flush(self) -> dict[str, float]:
         """Write the waiting rows of losses.csv. Raises UserError at a number that is not finite."""
-        if not self.pending:
-            return {}
         nimg, stats = zip(*self.pending, strict=True)
         values = torch.stack(stats).cpu().double().numpy()
         self.pending = []
-        append_losses(self.run, np.column_stack([nimg, values]))
-        due = np.stack([penalties_due(self.state.config, n) for n in nimg])
-        for row, column in np.argwhere(np.isinf(values) | (np.isnan(values) & due)):
-            raise diverged(self.state, STATS[column], nimg[row])
+        rows = np.column_stack([nimg, values])
+        self.epoch_rows.extend(rows)
+        append_losses(self.run, rows)
+        for n, row in zip(nimg, values, strict=True):
+            due = penalties_due(self.config, n - self.config.batch_size)
+            for name, value in zip(STATS, row, strict=True):
+                if math.isinf(value) or (math.isnan(value) and due.get(name, True)):
+                    raise diverged(self.state, name, n)
         return dict(zip(STATS, values[-1], strict=True))
 
     def end_epoch(self, epoch: int) -> None:
         """One line in log.jsonl, the same as TensorBoard scalars, and the grid when due."""
-        self.flush()
-        rows, nimg = read_losses(self.run), self.state.cur_nimg
-        rows = rows[rows[:, 0] > max((line["nimg"] for line in read_log(self.run)), default=0)]
-        seconds = time.perf_counter() - self.started
-        speed = (nimg - self.started_nimg) / seconds
+        nimg, seconds = self.state.cur_nimg, time.perf_counter() - self.started
         line = {
             "epoch": epoch,
             "nimg": nimg,
             "seconds": round(seconds, 2),
-            "img_per_s": round(speed, 2),
+            "img_per_s": round((nimg - self.started_nimg) / seconds, 2),
+            "data_wait": round(self.waited / seconds, 4),
         }
-        for name, column in zip(STATS, rows.T[1:], strict=True):
+        for name, column in zip(STATS, np.array(self.epoch_rows).T[1:], strict=True):
             line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
         line["pl_mean"] = self.state.pl_mean.item()
         with open(self.run / "log.jsonl", "a") as file:
@@ -346,10 +467,10 @@ class Recorder:
         for name, value in line.items():
             if value is not None:
                 self.board.add_scalar(name, value, nimg)
-        self.started, self.started_nimg = time.perf_counter(), nimg
-        config = self.state.config
-        if epoch % config.snapshot_epochs == 0 or epoch == config.epochs:
+        self.epoch_rows = []
+        if epoch % self.config.snapshot_epochs == 0 or epoch == self.config.epochs:
             self.save_grid(epoch)
+        self.start_clock()
 
     @torch.no_grad()
     def save_grid(self, epoch: int) -> None:
@@ -364,9 +485,10 @@ class Recorder:
 
     def close(self) -> None:
         """Draw the plots of the run so far."""
-        self.board.close()
-        plot_losses(self.run, self.run / "losses.png")
-        plot_progress(self.run, self.run / "progress.png")
+        if rank() == 0:
+            self.board.close()
+            plot_losses(self.run, self.run / "losses.png")
+            plot_progress(self.run, self.run / "progress.png")
 
 
 class StopRequest:
@@ -378,7 +500,7 @@ class StopRequest:
         return self
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.name:
+        if self.name and num_ranks() == 1:  # torchrun passes on what the terminal sent already
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
@@ -390,63 +512,82 @@ class StopRequest:
 # Loop
 
 
-def train(config: Config) -> None:
-    """Train to `config.epochs`, or until asked to stop. Raises UserError for bad input or NaN."""
-    device = resolve_device(config.device)
+def prepare(config: Config) -> tuple[dict[str, Any] | None, Slices]:
+    """The last checkpoint, if any, and the training slices; writes config.json.
+
+    Raises:
+        UserError: whatever is wrong with the settings, the run folder or the data.
+    """
+    if config.batch_size % num_ranks():
+        raise UserError(
+            f"batch_size = {config.batch_size}: must be a multiple of the {num_ranks()} processes"
+        )
     saved = open_run(config)
     splits, data = load_slices(config)
-    slices = splits["train"]
-    start_run(config, slices.classes, data)
+    if rank() == 0:
+        start_run(config, splits["train"].classes, data)
+    return saved, splits["train"]
 
+
+def start_state(config: Config, slices: Slices, device: torch.device, saved: Any) -> TrainingState:
+    """Fresh or resumed. Raises UserError if the ranks do not see the same checkpoint and data."""
     state = TrainingState(config, slices.c_dim, device)
     if saved is not None:
         state.load_state_dict(saved)
-        print(f"resuming {config.out} at {state.cur_nimg:,} images")
+        before = saved.get("num_ranks", 1)
+        other = f", with {num_ranks()} processes after {before}: bits will differ"
+        say(f"resuming {config.out} at {state.cur_nimg:,} images{other * (before != num_ranks())}")
+    for value in (state.cur_nimg, len(slices.images)):
+        if not value == most_of_ranks(value) == -most_of_ranks(-value):
+            raise UserError(f"{config.out} or the data differ between nodes: use shared storage")
+    return state
+
+
+def train(config: Config) -> None:
+    """Train to `config.epochs`, or until asked to stop. Raises UserError for bad input or NaN."""
+    device = resolve_device(config.device)
+    keep_freed_memory(device)
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    with rank_0_first(device):
+        saved, slices = prepare(config)
+    state = start_state(config, slices, device, saved)
     if not slices.c_dim:
-        print(f"one class, {slices.classes[0]}: training without a condition")
+        say(f"one class, {slices.classes[0]}: training without a condition")
     n, batch = len(slices.images), config.batch_size
     total = math.ceil(config.epochs * n / batch) * batch
     recorder = Recorder(state, slices)
     if state.cur_nimg >= total:
         recorder.close()
-        print(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
+        say(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
         return
 
-    label_pool = one_hot(slices.labels, slices.c_dim)
-    cuda = device.type == "cuda"
-    loader = make_loader(slices, config, state.cur_nimg, total, cuda)
+    label_pool = one_hot(slices.labels, slices.c_dim).to(device)
+    loader = make_loader(slices, config, state.cur_nimg, total, device.type == "cuda")
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file needs no thousands of lines
-    bar = tqdm(total=total, initial=state.cur_nimg, unit="img", mininterval=pace, smoothing=0.05)
+    bar = tqdm(
+        total=total, initial=state.cur_nimg, unit="img", mininterval=pace, smoothing=0.05,
+        disable=rank() > 0,
+    )  # fmt: skip
     with StopRequest() as stop, bar:
         try:
-            for real, c in loader:
+            for real, c in recorder.batches(loader):
                 epoch = state.cur_nimg // n + 1
                 bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
-                real, c = real.to(device, non_blocking=cuda), c.to(device, non_blocking=cuda)
                 stats = train_step(state, real, c, label_pool)
-                recorder.pending.append((state.cur_nimg, stats))
                 bar.update(batch)
 
-                if len(recorder.pending) == FLUSH_STEPS:
-                    last = recorder.flush()
-                    bar.set_postfix({k: f"{last[k]:.2f}" for k in ("d_loss", "g_loss")})
-                ended = state.cur_nimg >= epoch * n
-                if ended:
-                    recorder.end_epoch(epoch)
-                stopping = bool(stop.name)  # read once: a signal may come at any time
-                if (
-                    stopping
-                    or state.cur_nimg == total
-                    or (ended and epoch % config.checkpoint_epochs == 0)
-                ):
-                    recorder.flush()
-                    save_run(state)
+                stopping = bool(most_of_ranks(bool(stop.name)))  # once: a signal may come any time
+                if rank() == 0:
+                    shown = recorder.end_step(stats, last=stopping or state.cur_nimg == total)
+                    if shown:
+                        bar.set_postfix({k: f"{shown[k]:.2f}" for k in ("d_loss", "g_loss")})
                 if stopping:
                     break
         finally:
             recorder.close()
-    end = f"stopped by {stop.name}; the same command resumes" if stop.name else "done"
-    print(f"{end}: {state.cur_nimg:,} images, {config.out}")
+    signal_name = stop.name or "another rank"
+    end = f"stopped by {signal_name}; the same command resumes" if stopping else "done"
+    say(f"{end}: {state.cur_nimg:,} images, {config.out}")
 
 
 def parse_settings(args: list[str] | None = None) -> Config:
@@ -456,7 +597,11 @@ def parse_settings(args: list[str] | None = None) -> Config:
     name = device.parse_known_args(args)[0].device
     cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     return tyro.cli(
-        Config, default=Config(**(GPU if cuda else CPU)), args=args, description=__doc__
+        Config,
+        default=Config(**(GPU if cuda else CPU)),
+        args=args,
+        description=__doc__,
+        console_outputs=rank() == 0,
     )
 
 
@@ -464,8 +609,8 @@ def main() -> None:
     """Command line of this module."""
     config = parse_settings()
     if config.data_root is None:
-        print("No data_root: training on the built-in demo brains (synthetic, template-derived)")
-    print(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
+        say("No data_root: training on the built-in demo brains (synthetic, template-derived)")
+    say(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
     train(config)
 
 

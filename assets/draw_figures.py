@@ -131,16 +131,17 @@ def draw_augmentation(slices: Slices, config: Config) -> None:
         TrainingSlices(slices, replace(config, augment=a)) for a in ("none", "dataset")
     )
     n, pictures = len(slices.images), []
-    for position in range(NUM_SUBJECTS):
-        image = plain[position][0]
-        same = [p for epoch in range(1, NUM_DRAWS) for p in [find(plain, image, epoch * n, n)]]
-        pictures += [image, changed[position][0], *(changed[p][0] for p in same)]
+    for image in plain[range(NUM_SUBJECTS)][0]:
+        places = [find(plain, image, epoch * n, n) for epoch in range(NUM_DRAWS)]
+        pictures += [image, *(changed[range(p, p + 1)][0][0] for p in places)]
     save_grey(tile(to_uint8(torch.stack(pictures)), NUM_DRAWS + 1), FOLDER / "augmentation.png")
 
 
 def find(stream: TrainingSlices, image: torch.Tensor, start: int, count: int) -> int:
     """Position in an epoch at which the stream shows the same slice again."""
-    return next(p for p in range(start, start + count) if torch.equal(stream[p][0], image))
+    return start + next(
+        i for i, shown in enumerate(stream[range(start, start + count)][0]) if shown.equal(image)
+    )
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ def config(tmp_path: Path, data_root: Path) -> Config:
         out=tmp_path / "runs" / "test",
         cache=tmp_path / "cache",
         device="cpu",
+        precision="float32",  # on every machine
         img_resolution=16,
         z_dim=8,
         w_dim=8,

@@ -18,7 +18,7 @@ from assets.demo_brains import draw_subject, load_template, subject_rng, write_d
 from config import Config, UserError
 from dataset import (
     TrainingSlices,
-    augmentation,
+    augment,
     check,
     decode,
     find_slices,
@@ -256,24 +256,31 @@ def test_images_are_decoded_once_and_again_when_a_file_changes(config: Config, m
 # Loading
 
 
-def test_an_item_depends_on_seed_and_position_only(config: Config):
+def show(stream: TrainingSlices, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image [1, R, R] and label [c_dim] at one position."""
+    images, c = stream[range(position, position + 1)]
+    return images[0], c[0]
+
+
+def test_a_slice_shown_depends_on_seed_and_position_only(config: Config):
     slices = load_slices(config)[0]["train"]
     stream, fresh = TrainingSlices(slices, config), TrainingSlices(slices, config)
-    in_order = [stream[i] for i in range(40)]
+    images, c = stream[range(40)]
     torch.manual_seed(123)
     for position in (33, 5, 17):
-        image, c = fresh[position]
-        assert torch.equal(image, in_order[position][0]) and torch.equal(c, in_order[position][1])
-    other = TrainingSlices(slices, replace(config, seed=1))
-    assert not all(torch.equal(other[i][0], in_order[i][0]) for i in range(16))
+        image, label = show(fresh, position)
+        torch.testing.assert_close(image, images[position], rtol=0, atol=1e-6)
+        assert torch.equal(label, c[position])
+    other = TrainingSlices(slices, replace(config, seed=1))[range(16)][0]
+    assert (other - images[:16]).abs().amax((1, 2, 3)).max() > 0.1
 
 
-def test_an_item_leaves_the_global_random_state_alone(config: Config):
+def test_loading_leaves_the_global_random_state_alone(config: Config):
     stream = TrainingSlices(load_slices(config)[0]["train"], config)
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    stream[3]
+    stream[range(3, 7)]
     assert torch.rand(1) == expected
 
 
@@ -283,12 +290,10 @@ def test_an_epoch_shows_every_slice_once_in_a_new_order(config: Config):
     images = torch.from_numpy(slices.images.copy()).float() / 127.5 - 1
     orders = []
     for epoch in range(2):
-        items = [stream[epoch * 16 + i] for i in range(16)]
-        rows = [int((images - image).abs().sum((1, 2)).argmin()) for image, _ in items]
+        shown, c = stream[range(epoch * 16, epoch * 16 + 16)]
+        rows = [int((images - image).abs().sum((1, 2)).argmin()) for image in shown]
         assert sorted(rows) == list(range(16))
-        assert all(
-            c.argmax() == slices.labels[row] for row, (_, c) in zip(rows, items, strict=True)
-        )
+        assert c.argmax(1).tolist() == slices.labels[rows].tolist()
         orders.append(rows)
     assert orders[0] != orders[1]
 
@@ -303,30 +308,68 @@ def test_the_loader_goes_on_at_any_image_with_any_number_of_workers(config: Conf
     assert torch.equal(torch.cat(parts), torch.cat(parallel))
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_ranks_share_each_batch_evenly(config: Config, monkeypatch, ranks):
+    slices = load_slices(config)[0]["train"]
+    whole = list(make_loader(slices, config, 4, 32, False))
+    shares = []
+    for number in range(ranks):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        monkeypatch.setenv("RANK", str(number))
+        shares.append(list(make_loader(slices, config, 4, 32, False)))
+    assert len(whole) == 7
+    for step, (images, c) in enumerate(whole):
+        parts = [share[step] for share in shares]
+        assert all(len(image) == 4 // ranks for image, _ in parts)
+        torch.testing.assert_close(torch.cat([image for image, _ in parts]), images)
+        assert torch.equal(torch.cat([label for _, label in parts]), c)
+
+
+STILL = {"flip_prob": 0.0, "rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
+
+
+def ramp() -> torch.Tensor:
+    return torch.arange(256.0).view(1, 1, 16, 16) / 255
+
+
 def test_images_are_normalized_to_plus_minus_one(config: Config):
-    transform = augmentation(replace(config, augment="none"))
-    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
-    torch.testing.assert_close(transform(image), image / 127.5 - 1)
+    slices = load_slices(config)[0]["train"]
+    stream = TrainingSlices(slices, replace(config, augment="none"))
+    images, _ = stream[range(16)]
+    assert (images.min(), images.dtype, images.shape[1]) == (-1, torch.float32, 1)
+    assert images.max() == slices.images.max() / 127.5 - 1
 
 
 def test_each_augmentation_can_be_turned_off(config: Config):
-    still = {"flip_prob": 0.0, "rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
-    image = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
-    plain = augmentation(replace(config, augment="none"))(image)
-    torch.testing.assert_close(augmentation(replace(config, **still))(image), plain)
-    flipped = augmentation(replace(config, **still | {"flip_prob": 1.0}))(image)
-    torch.testing.assert_close(flipped, plain.flip(2))  # left-right, never up-down
-    for name, value in (("rotation", 20.0), ("brightness", 0.5), ("contrast", 0.5)):
-        torch.manual_seed(0)
-        changed = augmentation(replace(config, **still | {name: value}))(image)
-        assert not torch.equal(changed, plain), name
+    draws = torch.tensor([[0.2, 0.9, 0.1, 0.3]])
+    for flip_prob, expected in ((0.0, ramp()), (0.1, ramp()), (0.3, ramp().flip(3))):
+        image = augment(ramp(), draws, replace(config, **STILL | {"flip_prob": flip_prob}))
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)  # never up-down
 
 
-def test_rotation_fills_with_background(config: Config):
-    transform = augmentation(replace(config, rotation=45.0, brightness=0.0, contrast=0.0))
-    torch.manual_seed(3)
-    image = transform(torch.full([1, 16, 16], 255, dtype=torch.uint8))
-    assert image.min() == -1 and image[0, 8, 8] == 1
+def test_augmentations_do_what_they_are_named(config: Config):
+    image, draws = ramp() * 0.6 + 0.2, torch.tensor([[0.0, 1.0, 1.0, 1.0]])
+    bright = augment(image, draws, replace(config, **STILL | {"brightness": 0.25}))
+    torch.testing.assert_close(bright, image * 1.25)
+    contrast = augment(image, draws, replace(config, **STILL | {"contrast": 0.2}))
+    torch.testing.assert_close(contrast - image.mean(), (image - image.mean()) * 1.2)
+    assert augment(image, draws, replace(config, **STILL | {"brightness": 1.0})).max() == 1
+    turned = augment(image, draws, replace(config, **STILL | {"rotation": 90.0}))
+    torch.testing.assert_close(turned, image.rot90(1, (2, 3)), rtol=0, atol=1e-5)
+
+
+def test_every_image_has_draws_of_its_own(config: Config):
+    images, draws = ramp().expand(3, -1, -1, -1), torch.rand(3, 4)
+    config = replace(config, rotation=20.0)
+    alone = torch.cat([augment(ramp(), draw[None], config) for draw in draws])
+    torch.testing.assert_close(augment(images, draws, config), alone)
+
+
+def test_rotation_turns_by_its_angle_and_fills_with_background(config: Config):
+    config = replace(config, **STILL | {"rotation": 45.0})
+    image = augment(torch.ones(1, 1, 16, 16), torch.tensor([[0.0, 1.0, 0.5, 0.5]]), config)
+    assert image[0, 0, 0, 0] == 0 and image[0, 0, 8, 8] == 1
+    assert 0.7 < image.mean() < 0.9  # an octagon is left: 2 sqrt(2) - 2
 
 
 # Demo brains

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from config import Config
 from modules import (
     Discriminator,
+    DiscriminatorBlock,
     EqualizedConv2d,
     EqualizedLinear,
     Generator,
@@ -111,6 +112,39 @@ def test_strided_convolution_filters_before_it_decimates():
     skip = EqualizedConv2d(3, 4, 1, down=True)
     every_second = F.conv2d(F.pad(x, [1] * 4), outer_kernel(3), groups=3)[:, :, ::2, ::2]
     torch.testing.assert_close(skip(x), F.conv2d(every_second, skip.weight / math.sqrt(3)))
+
+
+def test_a_discriminator_block_equals_its_figure_written_out():
+    """Activations gain sqrt(2), the residual sum loses it: [1], figure 7c."""
+    block, x = DiscriminatorBlock(3, 5, torch.float32), torch.randn(2, 3, 8, 8)
+    for conv in (block.conv0, block.conv1):
+        torch.nn.init.normal_(conv.bias)
+    y = F.conv2d(x, block.conv0.weight / math.sqrt(27), block.conv0.bias, padding=1)
+    y = F.conv2d(F.leaky_relu(y, 0.2) * math.sqrt(2), outer_kernel(3), padding=2, groups=3)
+    y = F.conv2d(y, block.conv1.weight / math.sqrt(27), block.conv1.bias, stride=2)
+    skip = F.conv2d(downsample(x), block.skip.weight / math.sqrt(3))
+    expected = (F.leaky_relu(y, 0.2) * math.sqrt(2) + skip) / math.sqrt(2)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_bfloat16_reaches_the_high_resolutions_only(config: Config):
+    config = replace(config, img_resolution=32)
+    G, D = (net(config, 2, dtype=torch.bfloat16) for net in (Generator, Discriminator))
+    seen = {}
+    for net in (G, D):
+        for name, module in net.named_modules():
+            if name:
+                module.register_forward_hook(
+                    lambda _m, _i, out, name=name: seen.setdefault(name, out)
+                )
+    image = G(torch.randn(2, 8), torch.eye(2))
+    logits = D(image, torch.eye(2))
+    for i, dtype in enumerate([torch.float32] * 2 + [torch.bfloat16] * 2):
+        assert seen[f"synthesis.blocks.{i}.conv1"].dtype == dtype
+    assert [seen[f"blocks.{i}"].dtype for i in range(3)] == [torch.bfloat16] * 2 + [torch.float32]
+    wide = ["mapping.layers.7", "synthesis.blocks.3.torgb", "mbstd", "conv", "fc", "out"]
+    assert all(seen[name].dtype == torch.float32 for name in wide)
+    assert image.dtype == logits.dtype == torch.float32
 
 
 def outer_kernel(count: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,20 +17,26 @@ import torch
 from conftest import write_folder
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 import train as training
 from config import CPU, GPU, Config, UserError
 from modules import Discriminator, Generator
 from train import (
+    PHASES,
+    Phases,
     TrainingState,
     checkpoints,
-    d_step,
+    d_main,
+    d_r1,
     ema_step,
-    g_step,
+    g_main,
+    g_path,
     mixed_ws,
     path_lengths,
     r1_penalty,
     train,
+    train_step,
 )
 from utils import STATS, load_checkpoint, load_generator, read_log, read_losses, read_run_config
 
@@ -105,38 +112,45 @@ def test_the_logistic_losses_start_at_their_known_values(config: Config):
     with torch.no_grad():
         for p in state.D.parameters():
             p.zero_()  # D says 0: its loss is 2 ln 2, that of G is ln 2
-    assert g_step(state, c, False)["g_loss"].item() == pytest.approx(math.log(2))
-    assert d_step(state, real, c, c, False)["d_loss"].item() == pytest.approx(2 * math.log(2))
+    assert g_main(state.G, state.D, c, config)[0].item() == pytest.approx(math.log(2))
+    loss, _ = d_main(state.G, state.D, real, c, c, config)
+    assert loss.item() == pytest.approx(2 * math.log(2))
 
 
-def test_each_step_moves_its_own_network_only(config: Config):
+def test_each_phase_moves_its_own_network_only(config: Config):
     state, real, c = step_inputs(config)
+    G, D = state.G, state.D
 
     def snapshot(net):
         return [p.detach().clone() for p in net.parameters()]
 
-    def same(a, b):
-        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    def moved(net, before):
+        return any(not torch.equal(x, y) for x, y in zip(before, snapshot(net), strict=True))
 
-    G, D = snapshot(state.G), snapshot(state.D)
-    d_step(state, real, c, c, lazy=True)
-    assert same(G, snapshot(state.G)) and not same(D, snapshot(state.D))
-    D = snapshot(state.D)
-    g_step(state, c, lazy=True)
-    assert same(D, snapshot(state.D)) and not same(G, snapshot(state.G))
-    assert all(p.grad is None for net in (state.G, state.D) for p in net.parameters())
+    for phase, optimizer, args in (
+        (g_path, state.g_opt, (G, c, state.pl_mean)),
+        (d_main, state.d_opt, (G, D, real, c, c)),
+        (d_r1, state.d_opt, (D, real, c)),
+    ):
+        before_G, before_D = snapshot(G), snapshot(D)
+        state.phases(phase, optimizer, 0, *args, config)
+        assert moved(G, before_G) == (optimizer is state.g_opt), phase
+        assert moved(D, before_D) == (optimizer is state.d_opt), phase
+        assert all(p.grad is None for net in (G, D) for p in net.parameters())
 
 
-def recorded_gradients(monkeypatch) -> list[dict[int, torch.Tensor]]:
-    """Replaces the optimizer step by a record of the gradients it would have taken."""
-    record: list[dict[int, torch.Tensor]] = []
+def recorded_phases(monkeypatch, state) -> dict[str, dict[int, torch.Tensor]]:
+    """Replaces each update by a record, under the name of its phase, of the gradients it had."""
+    record: dict[str, dict[int, torch.Tensor]] = {}
 
-    def keep(optimizer):
+    def run(phase, optimizer, seed, *args):
+        stats = state_phases.backward(phase, seed, *args)
         parameters = optimizer.param_groups[0]["params"]
-        record.append({id(p): p.grad.clone() for p in parameters if p.grad is not None})
+        record[phase.__name__] = {id(p): p.grad for p in parameters if p.grad is not None}
         optimizer.zero_grad()
+        return stats
 
-    monkeypatch.setattr(training, "update", keep)
+    state_phases, state.phases = state.phases, run
     return record
 
 
@@ -155,29 +169,36 @@ def test_r1_is_a_step_of_its_own_with_gamma_half_times_its_interval(
     config, monkeypatch, r1_gamma, weight
 ):
     state, real, c = step_inputs(replace(config, r1_gamma=r1_gamma))  # None: 0.0002 * 16^2 / 4
-    record = recorded_gradients(monkeypatch)
-    d_step(state, real, c, c, lazy=True)
-    assert len(record) == 2
+    record = recorded_phases(monkeypatch, state)
+    train_step(state, real, c, torch.eye(2))
+    assert list(record) == ["g_main", "g_path", "d_main", "d_r1"]
     real.requires_grad_(True)
     (g,) = torch.autograd.grad(state.D(real, c).sum(), real, create_graph=True)
-    assert_gradients_equal(weight * g.square().sum((1, 2, 3)).mean(), state.D, record[1])
+    penalty = g.square().sum((1, 2, 3)).mean()
+    assert_gradients_equal(weight * penalty, state.D, record["d_r1"])
 
 
 def test_path_length_is_a_step_of_its_own_with_its_weight_times_its_interval(config, monkeypatch):
-    state, _, c = step_inputs(replace(config, pl_weight=3.0, pl_interval=5))
-    record = recorded_gradients(monkeypatch)
+    state, real, c = step_inputs(replace(config, pl_weight=3.0, pl_interval=5))
+    record = recorded_phases(monkeypatch, state)
     z = torch.randn(4, 8)
-    y = torch.randn(2, 1, 16, 16)
-    monkeypatch.setattr(training, "mixed_ws", lambda G, _z, c, _prob: G.mapping(z[: len(c)], c))
+    y = torch.randn(2, 1, 16, 16)  # half the batch
+    labels = []
+
+    def fixed_ws(G, _z, c, _prob):
+        labels.append(c)
+        return G.mapping(z[: len(c)], c)
+
+    monkeypatch.setattr(training, "mixed_ws", fixed_ws)
     monkeypatch.setattr(torch, "randn_like", lambda img: y if img.shape == y.shape else img * 0)
-    g_step(state, c, lazy=True)
-    assert len(record) == 2
-    half = state.G.mapping(z, c)[:2]
+    train_step(state, real, c, torch.eye(2))
+    half = state.G.mapping(z[:2], labels[1])
     img = state.G.synthesis(half)
     (J,) = torch.autograd.grad((img * y).sum() / 16, half, create_graph=True)
     lengths = J.square().sum(2).mean(1).sqrt()
     mean = 0.01 * lengths.mean().detach()
-    assert_gradients_equal(15 * (lengths - mean).square().mean(), state.G, record[1])
+    penalty = 15 * (lengths - mean).square().mean()
+    assert_gradients_equal(penalty, state.G, record["g_path"])
 
 
 def test_penalties_come_at_their_intervals(config: Config):
@@ -188,9 +209,118 @@ def test_penalties_come_at_their_intervals(config: Config):
 
 
 def test_path_length_mean_follows_the_lengths(config: Config):
-    state, _, c = step_inputs(config)
-    first = g_step(state, c, lazy=True)["path_length"]
-    torch.testing.assert_close(state.pl_mean, config.pl_decay * first)
+    state, real, c = step_inputs(config)
+    stats = dict(zip(STATS, train_step(state, real, c, torch.eye(2)), strict=True))
+    torch.testing.assert_close(state.pl_mean, config.pl_decay * stats["path_length"])
+
+
+# Compilation and precision
+
+
+def phase_calls(state: TrainingState, real, c) -> dict:
+    """Each phase with the network that it trains and its arguments."""
+    G, D, config = state.G, state.D, state.config
+    return {
+        g_main: (G, (G, D, c, config)),
+        g_path: (G, (G, c, torch.tensor(0.3), config)),
+        d_main: (D, (G, D, real, c, c, config)),
+        d_r1: (D, (D, real, c, config)),
+    }
+
+
+def phase_gradients(state: TrainingState, real, c, run) -> dict[str, torch.Tensor]:
+    """The gradients of each phase, all parameters in one vector; none where they are zero."""
+    found = {}
+    for phase, (net, args) in phase_calls(state, real, c).items():
+        state.D.requires_grad_(phase is not g_main)
+        run(phase, 1, *args)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
+        found[phase.__name__] = torch.cat([g.flatten() for g in grads])
+        state.G.zero_grad()
+        state.D.zero_grad()
+    return found
+
+
+def noisy_state(config: Config):
+    """A state in which noise has a strength, as after some training."""
+    state, real, c = step_inputs(config)
+    for name, p in state.G.named_parameters():
+        if name.endswith("noise_strength"):
+            p.data.fill_(0.1)
+    return state, real, c
+
+
+def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(config: Config):
+    """Traced and differentiated by the compiler's front end, run by its reference backend."""
+    state, real, c = noisy_state(config)
+    expected = phase_gradients(state, real, c, Phases("off").backward)
+    torch.compiler.reset()
+    traced = Phases("off")
+    traced.compiled = {
+        phase: torch.compile(phase, backend="aot_eager", fullgraph=True, dynamic=False)
+        for phase in PHASES
+    }
+    for name, gradient in phase_gradients(state, real, c, traced.backward).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_phase_has_the_gradients_it_has_uncompiled(config: Config, monkeypatch):
+    """The default backend, on R1 alone: the others take minutes on a CPU."""
+    state, real, c = noisy_state(config)
+    _, args = phase_calls(state, real, c)[d_r1]
+    phases = Phases("on")
+    for run in (Phases("off"), phases):
+        run.backward(d_r1, 1, *args)
+    assert d_r1 in phases.compiled
+    doubled = [p.grad.clone() for p in state.D.parameters() if p.grad is not None]
+    state.D.zero_grad()
+    Phases("off").backward(d_r1, 1, *args)
+    single = [p.grad for p in state.D.parameters() if p.grad is not None]
+    for a, b in zip(doubled, single, strict=False):
+        torch.testing.assert_close(a, 2 * b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_compiled_is_said_once_and_trains_as_it_is(config, monkeypatch, capsys):
+    def broken(phase, **_options):
+        def run(*_args):
+            torch.randn(7)  # a failed attempt leaves no trace in the random numbers
+            raise RuntimeError("no compiler found\nand much more")
+
+        return run
+
+    train(config)
+    other = replace(config, out=config.out.with_name("compiled"), compile="on")
+    monkeypatch.setattr(torch, "compile", broken)
+    capsys.readouterr()
+    train(other)
+    out = capsys.readouterr().out
+    assert out.count("warning") == 1
+    assert "warning: g_main cannot be compiled, going on without: no compiler found\n" in out
+    assert (config.out / "losses.csv").read_text() == (other.out / "losses.csv").read_text()
+
+
+def test_bfloat16_gradients_stay_close(config: Config):
+    """Over a batch: of four images alone, R1's may fall to a cosine of 0.94."""
+    config = replace(config, img_resolution=64, channel_base=512, channel_max=64, batch_size=16)
+    coarse = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    real = F.interpolate(coarse, size=64, mode="bicubic").clamp(-1, 1)
+    c, found = torch.eye(2)[torch.arange(16) % 2], []
+    for precision in ("float32", "bfloat16"):
+        state, _, _ = noisy_state(replace(config, precision=precision))
+        found.append(phase_gradients(state, real, c, Phases("off").backward))
+    for name, exact in found[0].items():
+        assert torch.cosine_similarity(found[1][name], exact, dim=0) > 0.99, name
+        assert not torch.equal(found[1][name], exact)
+
+
+def test_a_thousand_steps_in_bfloat16_stay_finite(config: Config):
+    config = replace(config, precision="bfloat16", channel_max=4, num_workers=0)
+    state, real, c = step_inputs(config)
+    stats = torch.stack([train_step(state, real, c, torch.eye(2)) for _ in range(1000)])
+    assert stats[:, [STATS.index(n) for n in ("g_loss", "d_loss")]].isfinite().all()
+    for net in (state.G, state.D, state.G_ema):
+        assert all(p.isfinite().all() and p.dtype == torch.float32 for p in net.parameters())
 
 
 def test_adam_is_corrected_for_laziness(config: Config):
@@ -321,7 +451,7 @@ def test_a_stop_that_comes_at_the_end_of_an_epoch_is_saved(config: Config, monke
 
     monkeypatch.setattr(training.Recorder, "end_epoch", interrupted)
     train(replace(config, epochs=5, checkpoint_epochs=5))
-    assert [p.stem for p in checkpoints(config.out)] == ["0000000016"]
+    assert [p.stem for p in checkpoints(config.out)] == ["0000000020"]  # after the next step
 
 
 def test_changed_data_is_refused(config: Config):
