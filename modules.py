@@ -36,20 +36,24 @@ def channels(resolution: int, channel_base: int, channel_max: int) -> int:
     return max(1, min(channel_base // resolution, channel_max))
 
 
-def fir_kernel(x: Tensor, taps: tuple[int, ...] = (1, 3, 3, 1)) -> Tensor:
-    """A low-pass filter in both axes, of sum 1, once per channel. -> [C, 1, taps, taps]."""
-    row = torch.tensor(taps, device=x.device, dtype=x.dtype) / sum(taps)
+def fir_kernel(x: Tensor, num_taps: int = 4, gain: float = 1) -> Tensor:
+    """The low-pass filter [1, 3, 3, 1], or [1, 2, 1], in both axes, of sum `gain`. -> [C, 1, K, K].
+
+    Computed where x is: a constant from the host would make a GPU wait for it.
+    """
+    i = torch.arange(num_taps, device=x.device, dtype=x.dtype)
+    row = (1 + i * (num_taps - 1 - i)) * (math.sqrt(gain) / 2 ** (num_taps - 1))
     return row.outer(row).expand(x.shape[1], 1, -1, -1)
 
 
 def fir_filter(x: Tensor, padding: int, gain: float = 1) -> Tensor:
     """Low-pass filter at the same rate ([5]). [N, C, H, W] -> [N, C, H + 2p - 3, W + 2p - 3]."""
-    return F.conv2d(x, fir_kernel(x) * gain, padding=padding, groups=x.shape[1])
+    return F.conv2d(x, fir_kernel(x, gain=gain), padding=padding, groups=x.shape[1])
 
 
 def upsample(x: Tensor) -> Tensor:
     """Zero insertion and low-pass filter in one depthwise pass. [N, C, H, W] -> [N, C, 2H, 2W]."""
-    return F.conv_transpose2d(x, fir_kernel(x) * 4, stride=2, padding=1, groups=x.shape[1])
+    return F.conv_transpose2d(x, fir_kernel(x, gain=4), stride=2, padding=1, groups=x.shape[1])
 
 
 def downsample(x: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ def downsample(x: Tensor) -> Tensor:
 
     [1, 3, 3, 1] is [1, 2, 1] and then the mean of each pair, whose gradients are faster.
     """
-    kernel = fir_kernel(x, (1, 2, 1))
+    kernel = fir_kernel(x, num_taps=3)
     return F.avg_pool2d(F.conv2d(x, kernel, padding=1, groups=x.shape[1]), 2)
 
 

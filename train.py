@@ -105,12 +105,13 @@ def path_lengths(synthesis: SynthesisNetwork, ws: Tensor) -> Tensor:
 
 def mixed_ws(G: Generator, z: Tensor, c: Tensor, style_mixing_prob: float) -> Tensor:
     """ws [N, num_ws, w_dim]; a share of the images swaps to a second latent at some layer."""
-    ws = G.mapping(z, c)
-    N, num_ws, _ = ws.shape
+    both = G.mapping(torch.cat([z, torch.randn_like(z)]), torch.cat([c, c]))
+    first, second = both.chunk(2)  # each [N, num_ws, w_dim]
+    N, num_ws, _ = first.shape
     cutoff = torch.randint(1, num_ws, [N, 1], device=z.device)
     keep = torch.rand([N, 1], device=z.device) >= style_mixing_prob
-    first = (torch.arange(num_ws, device=z.device) < cutoff) | keep  # [N, num_ws]
-    return torch.where(first[:, :, None], ws, G.mapping(torch.randn_like(z), c))
+    from_first = (torch.arange(num_ws, device=z.device) < cutoff) | keep  # [N, num_ws]
+    return torch.where(from_first[:, :, None], first, second)
 
 
 # Phases: each is one loss, with its weight, and what to record of it
@@ -313,7 +314,7 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
         stats |= run(d_r1, state.d_opt, D, real, c)
     state.cur_nimg += config.batch_size
     ema_step(state)
-    missing = torch.tensor(math.nan, device=real.device)
+    missing = torch.full([], math.nan, device=real.device)
     return torch.stack([stats.get(name, missing) for name in STATS])
 
 

@@ -37,6 +37,8 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command; bad input ends it with one line on stderr and exit code 2."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         print(f"rank {rank()}: " * (rank() > 0) + f"error: {error}", file=sys.stderr)
         sys.exit(2)
