@@ -116,10 +116,10 @@ def mixed_ws(G: Generator, z: Tensor, c: Tensor, style_mixing_prob: float) -> Te
 
 # Phases: each is one loss, with its weight, and what to record of it
 
+Loss = tuple[Tensor, dict[str, Tensor]]
 
-def g_main(
-    G: Generator, D: Discriminator, c: Tensor, config: Config
-) -> tuple[Tensor, dict[str, Tensor]]:
+
+def g_main(G: Generator, D: Discriminator, c: Tensor, config: Config) -> Loss:
     """Non-saturating loss of G ([2])."""
     z = torch.randn(len(c), config.z_dim, device=c.device)
     fake = G.synthesis(mixed_ws(G, z, c, config.style_mixing_prob))
@@ -127,9 +127,7 @@ def g_main(
     return loss, {"g_loss": loss}
 
 
-def g_path(
-    G: Generator, c: Tensor, pl_mean: Tensor, config: Config
-) -> tuple[Tensor, dict[str, Tensor]]:
+def g_path(G: Generator, c: Tensor, pl_mean: Tensor, config: Config) -> Loss:
     """Path length penalty ([1], section 3.2), and the running mean it draws lengths to."""
     z = torch.randn(len(c), config.z_dim, device=c.device)
     lengths = path_lengths(G.synthesis, mixed_ws(G, z, c, config.style_mixing_prob))
@@ -141,7 +139,7 @@ def g_path(
 
 def d_main(
     G: Generator, D: Discriminator, real: Tensor, c: Tensor, c_fake: Tensor, config: Config
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """Logistic loss of D ([2])."""
     with torch.no_grad():
         z = torch.randn(len(real), config.z_dim, device=real.device)
@@ -152,9 +150,7 @@ def d_main(
     return loss, stats
 
 
-def d_r1(
-    D: Discriminator, real: Tensor, c: Tensor, config: Config
-) -> tuple[Tensor, dict[str, Tensor]]:
+def d_r1(D: Discriminator, real: Tensor, c: Tensor, config: Config) -> Loss:
     """R1 penalty ([3])."""
     gamma = config.r1_gamma
     if gamma is None:
