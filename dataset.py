@@ -38,6 +38,7 @@ from utils import (
     one_hot,
     rank,
     run_command,
+    say,
     stream_seed,
     write_atomically,
 )
@@ -136,7 +137,7 @@ def warn_of_single_slices(splits: dict[str, list[SliceFile]]) -> None:
     files = splits["train"] + splits["test"]
     if len({f.subject for f in files}) == len(files):
         name = files[0].path.name
-        print(f"note: every file is an id of its own; if {name} has sisters, name them ID_SLICE")
+        say(f"note: every file is an id of its own; if {name} has sisters, name them ID_SLICE")
 
 
 # Decoding

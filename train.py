@@ -22,6 +22,7 @@ import math
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,7 @@ from utils import (
     STATS,
     append_losses,
     average_over_ranks,
+    broadcast_from_rank_0,
     cut_logs,
     ensure_writable,
     feature_dtype,
@@ -173,6 +175,7 @@ class Phases:
         self.graphs = mode == "graphs"
         options = {"fullgraph": True, "mode": "reduce-overhead" if self.graphs else None}
         chosen = () if mode == "off" else PHASES
+        self.proven: set[Callable] = set()  # those that ran once
         self.compiled = {phase: torch.compile(phase, dynamic=False, **options) for phase in chosen}
 
     def __call__(
@@ -182,13 +185,14 @@ class Phases:
         try:
             stats = self.backward(phase, seed, *args)
         except Exception as error:  # the compiler's are of many types
-            if phase not in self.compiled:
+            if phase not in self.compiled or phase in self.proven:
                 raise
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            say(f"warning: {phase.__name__} cannot be compiled, going on without: {reason[0]}")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            print(f"warning: {phase.__name__} cannot be compiled, going on without: {reason}")
             self.compiled = {}
             optimizer.zero_grad(set_to_none=True)
             stats = self.backward(phase, seed, *args)
+        self.proven.add(phase)
         parameters = optimizer.param_groups[0]["params"]
         gradients = [p.grad for p in parameters if p.grad is not None]
         average_over_ranks(gradients + list(stats.values()))
@@ -228,7 +232,9 @@ class TrainingState:
         self.pl_mean = torch.zeros([], device=device)
         self.cur_nimg = 0
         auto = "on" if device.type == "cuda" else "off"
-        self.phases = Phases(auto if config.compile == "auto" else config.compile)
+        mode = auto if config.compile == "auto" else config.compile
+        self.phases = Phases(mode)
+        say(f"computing on {device} in {str(dtype).removeprefix('torch.')}, compile {mode}")
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -242,6 +248,8 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
+        for name in ("g_opt", "d_opt"):  # those of earlier versions were not fused
+            state[name]["param_groups"][0]["fused"] = True
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.pl_mean.copy_(state["pl_mean"])
@@ -403,16 +411,25 @@ class Recorder:
         self.started, self.started_nimg, self.waited = time.perf_counter(), self.state.cur_nimg, 0.0
 
     def batches(self, loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a loader on the device, clocking how long each is waited for."""
+        """The batches of a loader on the device, clocking how long this rank waits for them.
+
+        A GPU is at most two steps behind, so that what is waited for is what it lacks.
+        """
         iterator, device = iter(loader), self.state.device
+        steps: deque[torch.cuda.Event] = deque()
         self.start_clock()
         while True:
+            if len(steps) == 2:
+                steps.popleft().synchronize()
             asked = time.perf_counter()
             batch = next(iterator, None)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
             yield tuple(part.to(device, non_blocking=device.type == "cuda") for part in batch)
+            if device.type == "cuda":
+                steps.append(torch.cuda.Event())
+                steps[-1].record()
 
     def end_step(self, stats: Tensor, last: bool) -> dict[str, float]:
         """Write what is due after a step: statistics, an epoch's line and grid, a checkpoint.
@@ -422,8 +439,8 @@ class Recorder:
         """
         state, config = self.state, self.config
         self.pending.append((state.cur_nimg, stats))
-        ended = state.cur_nimg % self.epoch_size < config.batch_size
-        epoch = state.cur_nimg // self.epoch_size
+        epoch = (state.cur_nimg - config.batch_size) // self.epoch_size + 1
+        ended = state.cur_nimg >= epoch * self.epoch_size
         shown = self.flush() if last or ended or len(self.pending) == FLUSH_STEPS else {}
         if ended:
             self.end_epoch(epoch)
@@ -456,6 +473,7 @@ class Recorder:
             "img_per_s": round((nimg - self.started_nimg) / seconds, 2),
             "data_wait": round(self.waited / seconds, 4),
         }
+        self.start_clock()
         for name, column in zip(STATS, np.array(self.epoch_rows).T[1:], strict=True):
             line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
         line["pl_mean"] = self.state.pl_mean.item()
@@ -467,7 +485,6 @@ class Recorder:
         self.epoch_rows = []
         if epoch % self.config.snapshot_epochs == 0 or epoch == self.config.epochs:
             self.save_grid(epoch)
-        self.start_clock()
 
     @torch.no_grad()
     def save_grid(self, epoch: int) -> None:
@@ -489,7 +506,10 @@ class Recorder:
 
 
 class StopRequest:
-    """Context in which Ctrl-C or SIGTERM asks the loop to end after its step; a second kills."""
+    """Context in which Ctrl-C or SIGTERM asks the loop to end after its step.
+
+    A second one kills a single process; of many, each may get one from torchrun and one from Slurm.
+    """
 
     def __enter__(self) -> "StopRequest":
         self.name = ""
@@ -497,7 +517,7 @@ class StopRequest:
         return self
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.name and num_ranks() == 1:  # torchrun passes on what the terminal sent already
+        if self.name and num_ranks() == 1:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
@@ -515,9 +535,11 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, Slices]:
     Raises:
         UserError: whatever is wrong with the settings, the run folder or the data.
     """
-    if config.batch_size % num_ranks():
+    share, left_over = divmod(config.batch_size, num_ranks())
+    if left_over or share < 2:
         raise UserError(
-            f"batch_size = {config.batch_size}: must be a multiple of the {num_ranks()} processes"
+            f"batch_size = {config.batch_size}: must split evenly over the {num_ranks()} "
+            "processes, 2 images or more for each"
         )
     saved = open_run(config)
     splits, data = load_slices(config)
@@ -532,11 +554,14 @@ def start_state(config: Config, slices: Slices, device: torch.device, saved: Any
     if saved is not None:
         state.load_state_dict(saved)
         before = saved.get("num_ranks", 1)
-        other = f", with {num_ranks()} processes after {before}: bits will differ"
+        other = f", number of processes {before}, now {num_ranks()}: bits will differ"
         say(f"resuming {config.out} at {state.cur_nimg:,} images{other * (before != num_ranks())}")
     for value in (state.cur_nimg, len(slices.images)):
-        if not value == most_of_ranks(value) == -most_of_ranks(-value):
+        most, least = most_of_ranks(value), -most_of_ranks(-value)
+        if most != least:
             raise UserError(f"{config.out} or the data differ between nodes: use shared storage")
+    for net in (state.G, state.D, state.G_ema):
+        broadcast_from_rank_0(list(net.parameters()) + list(net.buffers()))
     return state
 
 

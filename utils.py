@@ -59,6 +59,8 @@ def resolve_device(name: str) -> torch.device:
     elif not available.get(name, True):
         raise UserError(f"device = {name}: torch {torch.__version__} finds none on this machine")
     if name == "cuda" and num_ranks() > 1:
+        if "LOCAL_RANK" not in os.environ:
+            raise UserError("WORLD_SIZE is set but LOCAL_RANK is not: start with torchrun")
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise UserError(f"--nproc-per-node: more than the {gpus} GPU(s) of this machine")
@@ -132,6 +134,13 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
     dist.all_reduce(flat)
     parts = (flat / num_ranks()).split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
+
+
+@torch.no_grad()
+def broadcast_from_rank_0(tensors: list[Tensor]) -> None:
+    """Give every rank the values of rank 0: random numbers may differ between kinds of CPU."""
+    for tensor in tensors if num_ranks() > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 def most_of_ranks(value: int) -> int:

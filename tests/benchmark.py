@@ -8,7 +8,8 @@ Every row is a process of its own. Rows take turns, `repeats` times over, and ra
 within a turn, since machines are noisy and shared. "naive" is the form most implementations have:
 weights scaled per image and a grouped convolution, NCHW, float32, eager double backward. "share" is
 the arithmetic of the networks (FLOPs of the dense form, a multiply-add being two) over the rate
-that large matrix products of that precision reach on the same device.
+that large matrix products of that precision reach on the same device, TF32 for float32 on a GPU.
+On Linux CPUs all rows but "naive" and the peer reuse freed memory, as training does.
 """
 
 import json
@@ -82,13 +83,16 @@ class Form(NamedTuple):
     compile: str
     naive: bool = False
     peer: bool = False
+    reuse_memory: bool = True
 
 
 FORMS = {
-    "naive": Form("float32", "NCHW", "off", naive=True),
+    "naive": Form("float32", "NCHW", "off", naive=True, reuse_memory=False),
+    "naive, memory reused": Form("float32", "NCHW", "off", naive=True),
     "float32 NCHW": Form("float32", "NCHW", "off"),
     "float32 NHWC": Form("float32", "NHWC", "off"),
     "bfloat16 NCHW": Form("bfloat16", "NCHW", "off"),
+    "bfloat16 NHWC, fresh memory": Form("bfloat16", "NHWC", "off", reuse_memory=False),
     "bfloat16 NHWC": Form("bfloat16", "NHWC", "off"),
     "float32 NHWC compiled": Form("float32", "NHWC", "on"),
     "bfloat16 NHWC compiled": Form("bfloat16", "NHWC", "on"),
@@ -140,14 +144,14 @@ def path_lengths_by_double_backward(synthesis: modules.SynthesisNetwork, ws: Ten
     return gradient.square().sum(2).mean(1).sqrt()
 
 
-def downsample_by_slicing(x: Tensor) -> Tensor:
-    """`modules.downsample` as a filter at full rate, of which a quarter is kept."""
-    return modules.fir_filter(x, padding=1)[:, :, ::2, ::2]
+def downsample_by_stride(x: Tensor) -> Tensor:
+    """`modules.downsample` as one strided filter."""
+    return F.conv2d(x, modules.fir_kernel(x), stride=2, padding=1, groups=x.shape[1])
 
 
 def use_naive_form() -> None:
     modules.modulated_conv2d = grouped_modulated_conv2d
-    modules.downsample = downsample_by_slicing
+    modules.downsample = downsample_by_stride
     train.r1_penalty = r1_by_double_backward
     train.path_lengths = path_lengths_by_double_backward
 
@@ -161,7 +165,7 @@ def our_phases(config: Config, form: Form, device: torch.device) -> dict[str, Ca
     modules.MEMORY_FORMAT = train.MEMORY_FORMAT = layout
     if form.naive:
         use_naive_form()
-    else:
+    if form.reuse_memory:
         keep_freed_memory(device)
     config = replace(config, precision=form.precision, compile=form.compile)
     state = train.TrainingState(config, 2, device)
@@ -196,11 +200,13 @@ def peer_phases(
     common = {"c_dim": 2, "img_resolution": config.img_resolution, "img_channels": 1}
     widths = {"channel_base": config.channel_base, "channel_max": config.channel_max}
     widths |= {"num_fp16_res": half_blocks, "conv_clamp": 256 if half_blocks else None}
+    layout = {"fp16_channels_last": True} if half_blocks else {}
     G = Generator(
         z_dim=config.z_dim, w_dim=config.w_dim, mapping_kwargs={"num_layers": 8},
-        synthesis_kwargs=widths, **common,
+        synthesis_kwargs=widths | layout, **common,
     ).to(device).train().requires_grad_(False)  # fmt: skip
-    D = Discriminator(epilogue_kwargs={"mbstd_group_size": 4}, **widths, **common)
+    last_block = {"mbstd_group_size": 4}
+    D = Discriminator(block_kwargs=layout, epilogue_kwargs=last_block, **widths, **common)
     D = D.to(device).train().requires_grad_(False)
     loss = StyleGAN2Loss(device, G.mapping, G.synthesis, D, style_mixing_prob=0.9, r1_gamma=0.1)
     N = config.batch_size
@@ -260,6 +266,8 @@ def measure_row(config: Config, form: Form, options: Options) -> dict[str, float
     for call in phases.values():
         call()
     row = {"build_s": time.perf_counter() - started}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     warm_up = 3 if form.compile == "graphs" else 1  # graphs are recorded at the second call
     for name, call in phases.items():
         row[name] = milliseconds(call, options.seconds, device, warm_up)
@@ -269,7 +277,9 @@ def measure_row(config: Config, form: Form, options: Options) -> dict[str, float
     if device.type == "cuda":
         row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
     else:
-        row["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        in_bytes = sys.platform == "darwin"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row["memory_mb"] = peak / (2**20 if in_bytes else 2**10)
     return row
 
 
@@ -312,6 +322,7 @@ def flops_per_image(config: Config) -> float:
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating point operations per second of a large square matrix product: the best of ten."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = [milliseconds(lambda: a @ b, 0, device) for _ in range(10)]
@@ -397,9 +408,14 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         print("| " + " | ".join(row) + " |", flush=True)
 
 
-def measured_rows(config: Config, names: list[str], options: Options) -> dict[str, list[dict]]:
-    """The figures of every form, `repeats` times, each from a fresh process, in turns."""
-    found: dict[str, list[dict]] = {name: [] for name in names}
+def measured_rows(
+    config: Config, names: list[str], options: Options
+) -> dict[str, list[dict | None]]:
+    """The figures of every form, `repeats` times, in turns, each from a fresh process.
+
+    None for a turn that failed; forms that always do are left out.
+    """
+    found: dict[str, list[dict | None]] = {name: [] for name in names}
     for _ in range(options.repeats):
         for name in names:
             settings = {k: v for k, v in asdict(config).items() if not isinstance(v, Path)}
@@ -410,9 +426,11 @@ def measured_rows(config: Config, names: list[str], options: Options) -> dict[st
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 print(f"{name}: failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                continue
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    return {name: rows for name, rows in found.items() if rows}
+            good = done.returncode == 0
+            found[name].append(json.loads(done.stdout.splitlines()[-1]) if good else None)
+    if not (rows := {name: turns for name, turns in found.items() if any(turns)}):
+        raise UserError("every form failed")
+    return rows
 
 
 def report(config: Config, names: list[str], options: Options) -> dict[str, Any]:
@@ -420,31 +438,37 @@ def report(config: Config, names: list[str], options: Options) -> dict[str, Any]
     device = resolve_device(options.device)
     flops = flops_per_image(config)
     rates = {p: matrix_rate(getattr(torch, p), device) for p in ("float32", "bfloat16")}
-    rates["float16"] = matrix_rate(torch.float16, device) if device.type == "cuda" else math.nan
+    if device.type == "cuda":
+        rates["float16"] = matrix_rate(torch.float16, device)
     print(
         f"\n{config.img_resolution} pixels, channel_base {config.channel_base}, channel_max "
         f"{config.channel_max}, w {config.w_dim}, batch {config.batch_size}: "
         f"{flops / 1e9:.2f} GFLOP an image; matrix rate "
-        + ", ".join(f"{p} {rate / 1e12:.2f} TFLOP/s" for p, rate in rates.items() if rate == rate)
+        + ", ".join(f"{p} {rate / 1e12:.2f} TFLOP/s" for p, rate in rates.items())
     )
     rows, table = measured_rows(config, names, options), []
     for name, turns in rows.items():
-        middle = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+        good = [turn for turn in turns if turn]
+        middle = {key: statistics.median(turn[key] for turn in good) for key in good[0]}
         share = flops / (middle["s_per_kimg"] / 1000) / rates[FORMS[name].precision]
         pairs = zip(rows.get("naive", []), turns, strict=False)
-        ratios = [naive["s_per_kimg"] / turn["s_per_kimg"] for naive, turn in pairs]
+        ratios = [a["s_per_kimg"] / b["s_per_kimg"] for a, b in pairs if a and b]
         shown = [f"{middle[phase]:.1f}" for phase in PHASES]
         table.append(
             [name, f"{1000 / middle['s_per_kimg']:.1f}", f"{middle['s_per_kimg']:.1f}", *shown,
-             f"{middle['memory_mb']:.0f}", f"{share:.0%}" if share == share else "",
+             f"{middle['memory_mb']:.0f}", f"{share:.0%}",
              f"{min(ratios):.2f} - {max(ratios):.2f}" if ratios else "",
              f"{middle['build_s']:.0f}"]
         )  # fmt: skip
     header = ["form", "img/s", "s/kimg", *(f"{phase} ms" for phase in PHASES)]
     print_table([*header, "MB", "share", "times naive", "build s"], table)
     loading = loader_rate(config, options.seconds)
-    fastest = max(1000 / turn["s_per_kimg"] for turns in rows.values() for turn in turns)
-    print(f"loader, {config.num_workers} workers: {loading:.0f} img/s, {loading / fastest:.1f} x")
+    ours = [turn for name, turns in rows.items() for turn in turns if not FORMS[name].peer]
+    fastest = max((1000 / turn["s_per_kimg"] for turn in ours if turn), default=math.inf)
+    print(
+        f"loader, {config.num_workers} workers: {loading:.0f} img/s, {loading / fastest:.1f} times "
+        "the fastest form"
+    )
     return {"settings": {k: str(v) for k, v in asdict(config).items()}, "flops_per_image": flops,
             "matrix_rates": rates, "rows": rows, "loader_img_per_s": loading}  # fmt: skip
 

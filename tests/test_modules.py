@@ -117,12 +117,12 @@ def test_strided_convolution_filters_before_it_decimates():
 def test_a_discriminator_block_equals_its_figure_written_out():
     """Activations gain sqrt(2), the residual sum loses it: [1], figure 7c."""
     block, x = DiscriminatorBlock(3, 5, torch.float32), torch.randn(2, 3, 8, 8)
-    for conv in (block.conv0, block.conv1):
+    for conv in (block.conv0, block.conv1, block.skip):
         torch.nn.init.normal_(conv.bias)
     y = F.conv2d(x, block.conv0.weight / math.sqrt(27), block.conv0.bias, padding=1)
     y = F.conv2d(F.leaky_relu(y, 0.2) * math.sqrt(2), outer_kernel(3), padding=2, groups=3)
     y = F.conv2d(y, block.conv1.weight / math.sqrt(27), block.conv1.bias, stride=2)
-    skip = F.conv2d(downsample(x), block.skip.weight / math.sqrt(3))
+    skip = F.conv2d(downsample(x), block.skip.weight / math.sqrt(3), block.skip.bias)
     expected = (F.leaky_relu(y, 0.2) * math.sqrt(2) + skip) / math.sqrt(2)
     torch.testing.assert_close(block(x), expected)
 

@@ -218,6 +218,12 @@ def test_path_length_mean_follows_the_lengths(config: Config):
 # Compilation and precision
 
 
+@pytest.fixture
+def fresh_compiler() -> None:
+    """No code compiled by an earlier test is used again."""
+    torch.compiler.reset()
+
+
 def phase_calls(state: TrainingState, real, c) -> dict:
     """Each phase with the network that it trains and its arguments."""
     G, D, config = state.G, state.D, state.config
@@ -251,11 +257,10 @@ def noisy_state(config: Config):
     return state, real, c
 
 
-def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(config: Config):
+def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(config, fresh_compiler):
     """Traced and differentiated by the compiler's front end, run by its reference backend."""
     state, real, c = noisy_state(config)
     expected = phase_gradients(state, real, c, Phases("off").backward)
-    torch.compiler.reset()
     traced = Phases("off")
     traced.compiled = {
         phase: torch.compile(phase, backend="aot_eager", fullgraph=True, dynamic=False)
@@ -266,20 +271,19 @@ def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(config: C
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiled_phase_has_the_gradients_it_has_uncompiled(config: Config, monkeypatch):
+def test_a_compiled_phase_has_the_gradients_it_has_uncompiled(config: Config, fresh_compiler):
     """The default backend, on R1 alone: the others take minutes on a CPU."""
     state, real, c = noisy_state(config)
     _, args = phase_calls(state, real, c)[d_r1]
-    phases = Phases("on")
-    for run in (Phases("off"), phases):
-        run.backward(d_r1, 1, *args)
-    assert d_r1 in phases.compiled
-    doubled = [p.grad.clone() for p in state.D.parameters() if p.grad is not None]
-    state.D.zero_grad()
-    Phases("off").backward(d_r1, 1, *args)
-    single = [p.grad for p in state.D.parameters() if p.grad is not None]
-    for a, b in zip(doubled, single, strict=False):
-        torch.testing.assert_close(a, 2 * b, rtol=1e-4, atol=1e-5)
+    found = []
+    for phases in (Phases("off"), Phases("on")):
+        stats = phases.backward(d_r1, 1, *args)
+        found.append([torch.zeros(1) if p.grad is None else p.grad for p in state.D.parameters()])
+        found[-1].append(stats["r1"])
+        state.D.zero_grad()
+    for plain, compiled in zip(*found, strict=True):
+        compiled = compiled if compiled.any() else torch.zeros_like(plain)  # zeros for None
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_what_cannot_be_compiled_is_said_once_and_trains_as_it_is(config, monkeypatch, capsys):
@@ -313,6 +317,20 @@ def test_bfloat16_gradients_stay_close(config: Config):
     for name, exact in found[0].items():
         assert torch.cosine_similarity(found[1][name], exact, dim=0) > 0.99, name
         assert not torch.equal(found[1][name], exact)
+
+
+def test_what_ran_once_is_not_blamed_on_the_compiler_later(config: Config):
+    state, real, c = step_inputs(config)
+    state.phases.compiled = {d_r1: d_r1}
+    args = (state.d_opt, 0, state.D, real, c, config)
+    state.phases(d_r1, *args)
+
+    def out_of_memory(*_args):
+        raise torch.OutOfMemoryError("no memory")
+
+    state.phases.compiled = {d_r1: out_of_memory}
+    with pytest.raises(torch.OutOfMemoryError):
+        state.phases(d_r1, *args)
 
 
 def test_a_thousand_steps_in_bfloat16_stay_finite(config: Config):
@@ -566,8 +584,9 @@ def test_one_class_trains_without_a_condition(config: Config, data_root):
 
 
 def test_the_batch_may_be_larger_than_the_data(config: Config):
-    train(replace(config, epochs=1, batch_size=24))
-    assert load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"] == 24
+    train(replace(config, epochs=2, batch_size=24, snapshot_epochs=2))
+    assert [(line["epoch"], line["nimg"]) for line in read_log(config.out)] == [(1, 24), (2, 48)]
+    assert (config.out / "grids" / "epoch0002.png").exists()
 
 
 def test_training_learns_the_class_and_the_shape(tmp_path):
@@ -644,16 +663,16 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 @needs_cuda
 @pytest.mark.parametrize("compile", ["off", "on", "graphs"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_same_code_trains_on_cuda(config: Config, capsys, precision, compile):
+def test_the_same_code_trains_on_cuda(config, capsys, fresh_compiler, precision, compile):
     how = {"device": "cuda", "precision": precision, "compile": compile, "num_workers": 2}
-    train(replace(config, **how))
+    train(replace(config, **how, r1_interval=2))  # every graph is recorded, and replayed
     assert "warning" not in capsys.readouterr().out
     assert read_log(config.out)[-1]["nimg"] == 32
 
 
 @needs_cuda
 @pytest.mark.parametrize("compile", ["off", "on", "graphs"])
-def test_a_step_never_waits_for_the_gpu(config: Config, compile):
+def test_a_step_never_waits_for_the_gpu(config: Config, fresh_compiler, compile):
     device = torch.device("cuda")
     state = TrainingState(replace(config, compile=compile), 2, device)
     real, c = torch.rand(4, 1, 16, 16, device=device), torch.eye(2, device=device)[[0, 1, 1, 0]]
@@ -669,7 +688,9 @@ def test_a_step_never_waits_for_the_gpu(config: Config, compile):
 
 @needs_cuda
 @pytest.mark.parametrize("compile", ["on", "graphs"])
-def test_compiled_gradients_on_cuda_are_those_of_the_plain_phases(config, monkeypatch, compile):
+def test_compiled_gradients_on_cuda_are_those_of_the_plain_phases(
+    config, monkeypatch, fresh_compiler, compile
+):
     monkeypatch.setattr("torch._inductor.config.fallback_random", True)
     state = TrainingState(config, 2, torch.device("cuda"))
     real = torch.rand(4, 1, 16, 16, device="cuda") * 2 - 1
@@ -720,7 +741,7 @@ def test_two_gpus_train_as_one(config: Config, tmp_path):
     process = start_ranks(script, 2, replace(config, epochs=1, device="cuda"), tmp_path)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    a, b = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2))
+    a, b = (torch.load(tmp_path / f"rank{i}.pt", "cpu", weights_only=True) for i in range(2))
     assert same_tensors(a["state"], b["state"]) == [".G_ema.mapping.w_avg"]
 
 
@@ -741,7 +762,7 @@ def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, c
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert out.count("done: 16 images") == out.count("data_root=") == 1  # rank 0 alone speaks
-    a, b = (torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2))
+    a, b = (torch.load(tmp_path / f"rank{i}.pt", "cpu", weights_only=True) for i in range(2))
     differing = same_tensors(a["state"], b["state"])
     assert differing == [".G_ema.mapping.w_avg"]  # estimated when saved, on rank 0
     assert a["seed"] != b["seed"]  # random streams of their own
@@ -751,7 +772,7 @@ def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, c
 
     train(config)
     out = capsys.readouterr().out
-    assert "at 16 images, with 1 processes after 2: bits will differ" in out
+    assert "at 16 images, number of processes 2, now 1: bits will differ" in out
     assert [line["nimg"] for line in read_log(config.out)] == [16, 32]
 
 
@@ -791,7 +812,10 @@ def test_a_signal_stops_all_ranks_at_the_same_step(config: Config, tmp_path):
 
 def test_a_batch_that_cannot_be_split_evenly_is_an_error(config: Config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="batch_size = 4: must be a multiple of the 3 processes"):
+    with pytest.raises(UserError, match="batch_size = 4: must split evenly over the 3 processes"):
+        train(config)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="2 images or more for each"):
         train(config)
     assert not config.out.exists()
 
