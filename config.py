@@ -40,7 +40,7 @@ class Config:
     num_workers: int = 8
     """Loader processes of each device; 0 loads in the main process."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Features from 16 x 16 pixels upwards; auto: bfloat16 where the GPU or CPU computes in it."""
+    """Features from 16 x 16 pixels upwards; auto: bfloat16 where that is native and faster."""
     compile: Literal["auto", "on", "graphs", "off"] = "auto"
     """torch.compile, with graphs as CUDA graphs too; auto: on with CUDA, off without."""
 

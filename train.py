@@ -221,7 +221,7 @@ class TrainingState:
     def __init__(self, config: Config, c_dim: int, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         like_conv = {"device": device, "memory_format": MEMORY_FORMAT}
-        dtype = feature_dtype(config.precision, device)
+        dtype = feature_dtype(config, device)
         self.config, self.device = config, device
         self.G = Generator(config, c_dim, dtype=dtype).to(**like_conv)
         self.D = Discriminator(config, c_dim, dtype=dtype).to(**like_conv)

@@ -507,7 +507,7 @@ def main() -> None:
         "torch": torch.__version__,
         "device": device_name(device),
         "date": str(date.today()),
-        "default_precision": str(feature_dtype("auto", device)),
+        "default_precision": str(feature_dtype(config, device)),
         "tables": [],
     }
     for resolution in options.resolutions or (config.img_resolution,):

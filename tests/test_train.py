@@ -37,7 +37,15 @@ from train import (
     train,
     train_step,
 )
-from utils import STATS, load_checkpoint, load_generator, read_log, read_losses, read_run_config
+from utils import (
+    STATS,
+    feature_dtype,
+    load_checkpoint,
+    load_generator,
+    read_log,
+    read_losses,
+    read_run_config,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -303,6 +311,15 @@ def test_what_cannot_be_compiled_is_said_once_and_trains_as_it_is(config, monkey
     assert out.count("warning") == 1
     assert "warning: g_main cannot be compiled, going on without: no compiler found\n" in out
     assert (config.out / "losses.csv").read_text() == (other.out / "losses.csv").read_text()
+
+
+def test_precision_is_chosen_by_device_and_width():
+    native = torch.cpu._is_avx512_bf16_supported()
+    cpu, wide = torch.device("cpu"), Config(**CPU | {"channel_base": 1024})
+    assert feature_dtype(wide, cpu) == (torch.bfloat16 if native else torch.float32)
+    assert feature_dtype(Config(**CPU), cpu) == torch.float32  # 8 maps
+    assert feature_dtype(replace(wide, precision="float32"), cpu) == torch.float32
+    assert feature_dtype(Config(**CPU, precision="bfloat16"), cpu) == torch.bfloat16
 
 
 def test_bfloat16_gradients_stay_close(config: Config):
