@@ -106,6 +106,14 @@ def split_by_id(files: list[SliceFile]) -> dict[str, list[SliceFile]]:
     return splits
 
 
+def find_class_folders(folder: Path) -> tuple[list[str], list[SliceFile]]:
+    """Class names and files of FOLDER/CLASS/*. Raises UserError if there are none."""
+    classes = [path.name for path in subfolders(folder)]
+    if not classes:
+        raise UserError(f"{folder} holds no class folders (CLASS/ID_SLICE.jpeg)")
+    return classes, [f for i, c in enumerate(classes) for f in list_slices(folder / c, i)]
+
+
 def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
     """Class names and the files of each split.
 
@@ -119,17 +127,14 @@ def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
     if has_split and not (root / "test").is_dir():
         raise UserError(f"{root} has train/ but no test/; class folders alone are split by id")
     parents = [root / split for split in SPLITS] if has_split else [root]
-    classes = [folder.name for folder in subfolders(parents[0])]
-    if not classes:
-        raise UserError(f"{parents[0]} holds no class folders (CLASS/ID_SLICE.jpeg)")
-    if has_split and classes != (others := [folder.name for folder in subfolders(parents[1])]):
-        raise UserError(f"classes differ: {parents[0]} has {classes}, {parents[1]} has {others}")
-    found = [[f for i, c in enumerate(classes) for f in list_slices(p / c, i)] for p in parents]
+    names, found = zip(*map(find_class_folders, parents), strict=True)
+    if has_split and names[0] != names[1]:
+        raise UserError(f"classes differ: {parents[0]} has {names[0]}, {parents[1]} {names[1]}")
     splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0])
     if shared := {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}:
-        names = ", ".join(sorted(shared)[:5])
-        raise UserError(f"{len(shared)} id(s) on both sides of the split of {root}: {names}")
-    return classes, splits
+        first = ", ".join(sorted(shared)[:5])
+        raise UserError(f"{len(shared)} id(s) on both sides of the split of {root}: {first}")
+    return names[0], splits
 
 
 def warn_of_single_slices(splits: dict[str, list[SliceFile]]) -> None:
