@@ -1,5 +1,6 @@
 """Figures against other people's arithmetic, closed forms, and sets whose rank is known."""
 
+import csv
 import json
 import math
 from dataclasses import replace
@@ -8,10 +9,12 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import evaluate as evaluation
+from assets.demo_brains import write_demo
 from config import Config, UserError
-from dataset import Slices
+from dataset import Slices, load_slices
 from evaluate import (
     Extractor,
     Fakes,
@@ -245,6 +248,19 @@ def test_areas_of_a_drawn_brain():
     assert share == pytest.approx(brain.mean(), rel=0.02)
     assert dark == pytest.approx(ventricle.mean(), rel=0.1)
     assert areas(np.zeros((64, 64), np.uint8)) == (0, 0)
+
+
+def test_ventricle_areas_follow_the_drawn_volumes_of_demo_brains(config: Config, tmp_path):
+    write_demo(tmp_path / "demo", num_train=24, num_test=2)
+    config = replace(config, data_root=tmp_path / "demo", img_resolution=64)
+    slices = load_slices(config)[0]["train"]
+    with open(tmp_path / "demo" / "subjects.csv", newline="") as file:
+        volume = {row["subject"]: float(row["ventricle_ml"]) for row in csv.DictReader(file)}
+    measured = np.array([areas(image)[1] for image in slices.images])
+    by_id = {name: measured[slices.subjects == name].mean() for name in set(slices.subjects)}
+    pairs = np.array([(by_id[name], volume[name]) for name in by_id])
+    assert len(pairs) == 24
+    assert spearmanr(pairs[:, 0], pairs[:, 1])[0] > 0.85
 
 
 def test_otsu_parts_two_groups():
