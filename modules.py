@@ -425,7 +425,7 @@ class Discriminator(nn.Module):
         x = leaky_relu(self.fromrgb(img.to(self.dtype, memory_format=MEMORY_FORMAT)))
         for block in self.blocks:
             x = block(x)
-        x = leaky_relu(self.conv(self.mbstd(x.float())))
+        x = leaky_relu(self.conv(self.mbstd(x)))
         return leaky_relu(self.fc(x.flatten(1)))
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:

@@ -204,6 +204,18 @@ def test_noise_has_the_strength_it_learned():
     torch.testing.assert_close(noise[:, 0], noise[:, 3])  # one map for all channels
 
 
+def test_noise_is_the_same_in_both_precisions():
+    layer = SynthesisLayer(4, 4, 8, resolution=16)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.noise_strength.fill_(1)
+    x, w, found = torch.randn(2, 4, 16, 16), torch.randn(2, 8), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        found.append(layer(x.to(dtype), w).float())
+    torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
+
+
 def test_torgb_is_linear_and_not_demodulated():
     torgb = ToRGB(4, 2, 8)
     x, w = torch.randn(3, 4, 5, 5), torch.randn(3, 8)
