@@ -44,6 +44,7 @@ from modules import Generator
 from utils import (
     ensure_writable,
     load_generator,
+    mean_by_id,
     newest_run,
     one_hot,
     read_log,
@@ -51,6 +52,7 @@ from utils import (
     run_command,
     run_folder,
     save_grey,
+    spread,
     stream_seed,
     tile,
     to_uint8,
@@ -107,6 +109,11 @@ class Fakes(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """uint8 [n, R, R], which may be a read-only map of a file -> uint8 [n, 1, R, R]."""
+    return torch.from_numpy(np.array(images))[:, None]
 
 
 # Samples
@@ -212,9 +219,7 @@ def fit_encoder(
     encoder = Encoder(targets.shape[1])
     optimizer = torch.optim.AdamW(encoder.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    x = F.adaptive_avg_pool2d(
-        torch.from_numpy(np.array(images))[:, None].float(), min(64, images.shape[-1])
-    )
+    x = F.adaptive_avg_pool2d(to_tensor(images).float(), min(64, images.shape[-1]))
     for _ in range(steps):
         chosen = torch.randint(len(x), [64])
         batch = x[chosen] / 127.5 - 1
@@ -267,7 +272,7 @@ def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str
     path = cache / f"features-{extractor.name}-{key.hexdigest()[:16]}.npy"
     if not path.exists():
         parts = [
-            extractor.network(torch.from_numpy(images[i : i + BATCH].copy())[:, None]).cpu()
+            extractor.network(to_tensor(images[i : i + BATCH])).cpu()
             for i in tqdm(range(0, len(images), BATCH), f"{extractor.name} of {name}", unit="batch")
         ]
         values = torch.cat(parts).flatten(1).float().numpy()
@@ -369,11 +374,6 @@ def interval(values: list[float]) -> list[float]:
     return [float(v) for v in np.percentile(values, [2.5, 97.5])]
 
 
-def evenly(rows: np.ndarray, count: int) -> np.ndarray:
-    """Up to `count` of the rows, at even distances."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
-
-
 def relative_distance(
     real: np.ndarray, slices: Slices, fake: np.ndarray, seed: int
 ) -> dict[str, Any]:
@@ -386,8 +386,9 @@ def relative_distance(
         a, b = (resampled_ids(half, slices.subjects, rng) for half in halves_by_id(slices, rng))
         n = min(len(a), len(b), len(fake))
         fakes = fake[rng.choice(len(fake), n, replace=False)]
-        floors.append(frechet_distance(real[evenly(b, n)], real[evenly(a, n)]))
-        ratios.append(frechet_distance(fakes, real[evenly(a, n)]) / floors[-1])
+        a, b = (rows[spread(len(rows), n)] for rows in (a, b))
+        floors.append(frechet_distance(real[b], real[a]))
+        ratios.append(frechet_distance(fakes, real[a]) / floors[-1])
     found = {"relative_fd": float(np.median(ratios)), "relative_fd_interval": interval(ratios)}
     return found | {"floor_fd": float(np.median(floors)), "floor_n": n}
 
@@ -406,7 +407,7 @@ def compare_sets(
         row[f"fid_{split}"] = frechet_distance(fake[0], real)
         row[f"kid_{split}"], row[f"kid_{split}_error"] = kernel_distance(fake[0], real, seed)
     n = min(len(fake[0]), len(train[0]))
-    every = [evenly(np.arange(len(part[0])), n) for part in (train, fake)]
+    every = [spread(len(part[0]), n) for part in (train, fake)]
     row |= manifold_figures(
         train[0][every[0]], fake[0][every[1]], train[1][every[0]], fake[1][every[1]]
     )
@@ -448,7 +449,7 @@ def measure_distribution(
 
 def similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """MS-SSIM ([5]) of pairs [n, 2] of uint8 images, over as many scales as their size allows."""
-    x = torch.from_numpy(images)[:, None].float() / 255
+    x = to_tensor(images).float() / 255
     scales = max(1, min(5, int(math.log2(x.shape[-1] / 11)) + 1))
     betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:scales]
     betas = tuple(b / sum(betas) for b in betas)
@@ -514,7 +515,7 @@ def measure_diversity(
 def class_scores(encoder: Encoder, images: np.ndarray) -> np.ndarray:
     """Probability of each class. [n, R, R] -> [n, classes]."""
     parts = [
-        encoder(torch.from_numpy(images[i : i + 500].copy())[:, None] / 127.5 - 1).softmax(1)
+        encoder(to_tensor(images[i : i + 500]) / 127.5 - 1).softmax(1)
         for i in range(0, len(images), 500)
     ]
     return torch.cat(parts).numpy()
@@ -525,15 +526,6 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     if scores.shape[1] == 2:
         return float(roc_auc_score(labels, scores[:, 1]))
     return float(roc_auc_score(labels, scores, multi_class="ovo"))
-
-
-def mean_by_id(
-    values: np.ndarray, subjects: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the slices of each id. -> values [ids, ...], labels [ids]."""
-    keys, rows = np.unique(np.stack([subjects, labels.astype(str)]), axis=1, return_inverse=True)
-    means = [values[rows == i].mean(0) for i in range(keys.shape[1])]
-    return np.stack(means), keys[1].astype(int)
 
 
 def measure_labels(splits: dict[str, Slices], fakes: Fakes, seed: int) -> dict[str, Any]:
@@ -649,10 +641,12 @@ def nearest(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def audit(train: np.ndarray, test: np.ndarray, fake: np.ndarray) -> dict[str, Any]:
     """Share of fakes nearer to a training slice than all but 1 % of the real test slices are."""
-    threshold = float(np.percentile(nearest(test, train)[0], 1))
+    test_gaps, _ = nearest(test, train)
+    threshold = float(np.percentile(test_gaps, 1))
     gaps, partners = nearest(fake, train)
     return {
         "threshold": threshold,
+        "test_gaps": test_gaps,
         "share_too_near": float((gaps < threshold).mean()),
         "gaps": gaps,
         "partners": partners,
@@ -672,8 +666,7 @@ def plant_copies(fakes: Fakes, train: Slices, share: float, seed: int) -> tuple[
 
 def small_pixels(images: np.ndarray) -> np.ndarray:
     """uint8 [n, R, R] -> float32 [n, 1024]: averaged to 32 x 32, in grey levels."""
-    x = torch.from_numpy(images)[:, None].float()
-    return F.adaptive_avg_pool2d(x, 32).flatten(1).numpy()
+    return F.adaptive_avg_pool2d(to_tensor(images).float(), 32).flatten(1).numpy()
 
 
 def measure_memorisation(
@@ -697,16 +690,13 @@ def measure_memorisation(
     found: dict[str, Any] = {"planted_share": PLANTED, "spaces": {}}
     for name, space in spaces.items():
         real, unseen = space(train.images, "train"), space(test.images, "test")
-        fake = space(fakes.images, "samples")
-        control = fake.copy()
-        control[rows] = space(planted.images[rows], "planted copies")
-        result = audit(real, unseen, fake)
-        checked = audit(real, unseen, control)
+        result = audit(real, unseen, space(fakes.images, "samples"))
+        copies, _ = nearest(space(planted.images[rows], "planted copies"), real)
         found["spaces"][name] = {
             "share_too_near": result["share_too_near"],
-            "planted_found": float((checked["gaps"][rows] < checked["threshold"]).mean()),
+            "planted_found": float((copies < result["threshold"]).mean()),
             "median_gap_fake": float(np.median(result["gaps"])),
-            "median_gap_test": float(np.median(nearest(unseen, real)[0])),
+            "median_gap_test": float(np.median(result["test_gaps"])),
         }
         order = result["gaps"].argsort()[:20]
         pairs = np.stack([fakes.images[order], train.images[result["partners"][order]]])

@@ -41,6 +41,7 @@ from utils import (
     draw_loss,
     ensure_writable,
     load_generator,
+    mean_by_id,
     newest_run,
     one_hot,
     read_run_config,
@@ -50,6 +51,7 @@ from utils import (
     run_folder,
     save_figure,
     save_grey,
+    spread,
     tile,
     to_uint8,
 )
@@ -167,11 +169,6 @@ def pixels(images: np.ndarray) -> np.ndarray:
     return torch.nn.functional.adaptive_avg_pool2d(x, min(64, x.shape[-1])).flatten(1).numpy()
 
 
-def spread(n: int, most: int) -> np.ndarray:
-    """Up to `most` indices out of n, at even distances."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
-
-
 def probe_by_id(train: tuple[np.ndarray, Slices], test: tuple[np.ndarray, Slices]) -> str:
     """How well a linear classifier tells the classes of unseen ids apart, in words.
 
@@ -183,16 +180,11 @@ def probe_by_id(train: tuple[np.ndarray, Slices], test: tuple[np.ndarray, Slices
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000)).fit(
         x, known.labels
     )
-    scores = probe.predict_proba(y)
-    ids = sorted({(s, label) for s, label in zip(unseen.subjects, unseen.labels, strict=True)})
-    per_id = np.array(
-        [scores[(unseen.subjects == s) & (unseen.labels == k)].mean(0) for s, k in ids]
-    )
-    truth = np.array([label for _, label in ids])
+    per_id, truth = mean_by_id(probe.predict_proba(y), unseen.subjects, unseen.labels)
     text = f"accuracy {np.mean(per_id.argmax(1) == truth):.2f}"
     if len(known.classes) == 2:
         text += f", AUC {roc_auc_score(truth, per_id[:, 1]):.2f}"
-    return f"linear probe on {len(ids)} unseen ids: {text}"
+    return f"linear probe on {len(truth)} unseen ids: {text}"
 
 
 def embed(features: np.ndarray) -> dict[str, np.ndarray]:

@@ -432,15 +432,14 @@ class Recorder:
                 steps.append(torch.cuda.Event())
                 steps[-1].record()
 
-    def end_step(self, stats: Tensor, last: bool) -> dict[str, float]:
-        """Write what is due after a step: statistics, an epoch's line and grid, a checkpoint.
+    def end_step(self, stats: Tensor, epoch: int, last: bool) -> dict[str, float]:
+        """Write what is due after a step of an epoch: statistics, its line and grid, a checkpoint.
 
         Returns:
             The newest statistics, when they were looked at: that waits for the device.
         """
         state, config = self.state, self.config
         self.pending.append((state.cur_nimg, stats))
-        epoch = (state.cur_nimg - config.batch_size) // self.epoch_size + 1
         ended = state.cur_nimg >= epoch * self.epoch_size
         shown = self.flush() if last or ended or len(self.pending) == FLUSH_STEPS else {}
         if ended:
@@ -601,7 +600,8 @@ def train(config: Config) -> None:
 
                 stopping = bool(most_of_ranks(bool(stop.name)))  # once: a signal may come any time
                 if rank() == 0:
-                    shown = recorder.end_step(stats, last=stopping or state.cur_nimg == total)
+                    last = stopping or state.cur_nimg == total
+                    shown = recorder.end_step(stats, epoch, last)
                     if shown:
                         bar.set_postfix({k: f"{shown[k]:.2f}" for k in ("d_loss", "g_loss")})
                 if stopping:

@@ -42,7 +42,7 @@ from config import CPU, GPU, Config, UserError
 from dataset import Slices, make_loader
 from utils import feature_dtype, keep_freed_memory, resolve_device, run_command
 
-PHASES = ("g_main", "g_path", "d_main", "d_r1")
+PHASES = tuple(phase.__name__ for phase in train.PHASES)
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,28 @@ def use_naive_form() -> None:
 # One row
 
 
+def phase_arguments(
+    G: modules.Generator, D: modules.Discriminator, config: Config, device: torch.device
+) -> dict[str, tuple[Any, ...]]:
+    """What each phase of train.py is called with: a batch of noise as real images."""
+    N = config.batch_size
+    real = torch.randn(N, 1, config.img_resolution, config.img_resolution, device=device)
+    c = torch.eye(2, device=device)[torch.arange(N, device=device) % 2]
+    return {
+        "g_main": (G, D, c, config),
+        "g_path": (G, c[: max(1, N // 2)], torch.zeros([], device=device), config),
+        "d_main": (G, D, real, c, c, config),
+        "d_r1": (D, real, c, config),
+    }
+
+
+def per_image(costs: dict[str, float], config: Config) -> float:
+    """Costs of the phases of a batch -> cost of a whole step, lazy penalties in share, an image."""
+    step = costs["g_main"] + costs["d_main"] + costs.get("ema", 0)
+    step += costs["g_path"] / config.pl_interval + costs["d_r1"] / config.r1_interval
+    return step / config.batch_size
+
+
 def our_phases(config: Config, form: Form, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Each phase with its optimizer step, ready to be called."""
     layout = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}[form.memory_format]
@@ -169,20 +191,12 @@ def our_phases(config: Config, form: Form, device: torch.device) -> dict[str, Ca
         keep_freed_memory(device)
     config = replace(config, precision=form.precision, compile=form.compile)
     state = train.TrainingState(config, 2, device)
-    N = config.batch_size
-    real = torch.randn(N, 1, config.img_resolution, config.img_resolution, device=device)
-    c = torch.eye(2, device=device)[torch.arange(N, device=device) % 2]
-    half, G, D = c[: max(1, N // 2)], state.G, state.D
-    arguments = {
-        "g_main": (state.g_opt, 0, G, D, c, config),
-        "g_path": (state.g_opt, 0, G, half, state.pl_mean, config),
-        "d_main": (state.d_opt, 0, G, D, real, c, c, config),
-        "d_r1": (state.d_opt, 0, D, real, c, config),
-    }
+    arguments = phase_arguments(state.G, state.D, config, device)
 
     def call(name: str) -> None:
-        D.requires_grad_(name != "g_main")
-        state.phases(getattr(train, name), *arguments[name])
+        state.D.requires_grad_(name != "g_main")
+        optimizer = state.g_opt if name[0] == "g" else state.d_opt
+        state.phases(getattr(train, name), optimizer, 0, *arguments[name])
 
     phases = {name: lambda name=name: call(name) for name in PHASES}
     return phases | {"ema": lambda: train.ema_step(state)}
@@ -271,9 +285,7 @@ def measure_row(config: Config, form: Form, options: Options) -> dict[str, float
     warm_up = 3 if form.compile == "graphs" else 1  # graphs are recorded at the second call
     for name, call in phases.items():
         row[name] = milliseconds(call, options.seconds, device, warm_up)
-    step = row["g_main"] + row["d_main"] + row.get("ema", 0)
-    step += row["g_path"] / config.pl_interval + row["d_r1"] / config.r1_interval
-    row["s_per_kimg"] = step / config.batch_size
+    row["s_per_kimg"] = per_image(row, config)  # ms for one are s for a thousand
     if device.type == "cuda":
         row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
     else:
@@ -300,24 +312,15 @@ class FlopCounter(TorchDispatchMode):
 
 def flops_per_image(config: Config) -> float:
     """Floating point operations of a step with its share of the penalties, for one image."""
-    device, N = torch.device("meta"), 8
-    G, D = modules.Generator(config, 2).to(device), modules.Discriminator(config, 2).to(device)
-    real = torch.empty(N, 1, config.img_resolution, config.img_resolution, device=device)
-    c = torch.empty(N, 2, device=device)
-    weights = {
-        (train.g_main, (G, D, c, config)): 1,
-        (train.g_path, (G, c[: N // 2], torch.empty([], device=device), config)):
-            1 / config.pl_interval,
-        (train.d_main, (G, D, real, c, c, config)): 1,
-        (train.d_r1, (D, real, c, config)): 1 / config.r1_interval,
-    }  # fmt: skip
-    total = 0.0
-    for (phase, arguments), weight in weights.items():
-        D.requires_grad_(phase is not train.g_main)
+    meta = torch.device("meta")
+    G, D = modules.Generator(config, 2).to(meta), modules.Discriminator(config, 2).to(meta)
+    costs = {}
+    for name, arguments in phase_arguments(G, D, config, meta).items():
+        D.requires_grad_(name != "g_main")
         with FlopCounter() as counter:
-            phase(*arguments)[0].backward()
-        total += weight * counter.total
-    return total / N
+            getattr(train, name)(*arguments)[0].backward()
+        costs[name] = counter.total
+    return per_image(costs, config)
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:

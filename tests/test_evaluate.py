@@ -31,7 +31,6 @@ from evaluate import (
     kernel_distance,
     load_inception,
     manifold_figures,
-    mean_by_id,
     measure_labels,
     otsu,
     plant_copies,
@@ -42,6 +41,7 @@ from evaluate import (
     spread_labels,
 )
 from train import train
+from utils import mean_by_id
 
 
 def features(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:
