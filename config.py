@@ -56,17 +56,53 @@ class Config:
     channel_max: int = 512
     """Most feature maps at any resolution, 1 or more."""
 
-    # Augmentation of the real slices by the loader; what it does to the data, G learns to reproduce
-    augment: Literal["dataset", "none"] = "dataset"
-    """dataset: the random changes below; none: the slices as they are."""
+    # Labels
+    conditional: bool = True
+    """Condition on the class; False takes all slices for one class."""
+    label_ramp_kimg: float = 0.0
+    """Thousands of images over which the label gains its full weight from none; 0: at once."""
+    init_from: Path | None = None
+    """Run whose newest weights a new run starts from, such as an unconditional one."""
+
+    # Augmentation
+    augment: Literal["ada", "dataset", "none"] = "dataset"
+    """ada: of all that D sees, adaptively; dataset: of the real slices, by the loader; or none."""
+    # dataset: what it does to the data, G learns to reproduce
     flip_prob: float = 0.5
-    """Probability of a left-right flip, 0 to 1."""
+    """dataset: probability of a left-right flip, 0 to 1."""
     rotation: float = 5.0
-    """Largest rotation in degrees, either way, 0 to 180."""
+    """dataset: largest rotation in degrees, either way, 0 to 180."""
     brightness: float = 0.1
-    """Largest relative change of brightness, 0 to 1."""
+    """dataset: largest relative change of brightness, 0 to 1."""
     contrast: float = 0.1
-    """Largest relative change of contrast, 0 to 1."""
+    """dataset: largest relative change of contrast, 0 to 1."""
+    # ada: each kind of change has the probability p and, if its strength is 0, no effect
+    ada_p: float | None = None
+    """ada: a fixed probability, 0 to 1; None: p follows ada_target from 0 on, up to 0.8."""
+    ada_target: float = 0.6
+    """ada: mean sign of D(real) above which p rises, -1 to 1."""
+    ada_interval: int = 4
+    """ada: steps from one change of p to the next, 1 or more."""
+    ada_kimg: float = 500.0
+    """ada: thousands of images in which p could go from 0 to 1, above 0."""
+    ada_flip: float = 0.5
+    """ada: share of left-right flips, 0 to 1."""
+    ada_translation: float = 0.1
+    """ada: largest shift by whole pixels, deviation of a finer one, in sides, 0 to 1."""
+    ada_scale: float = 0.2
+    """ada: deviation of log2 of the size, 0 to 1."""
+    ada_anisotropy: float = 0.1
+    """ada: deviation of log2 of the ratio of width to height, 0 to 1."""
+    ada_rotation: float = 15.0
+    """ada: largest rotation in degrees, either way, 0 to 180."""
+    ada_brightness: float = 0.2
+    """ada: deviation of what is added to all pixels of an image, which is in [-1, 1], 0 to 1."""
+    ada_contrast: float = 0.5
+    """ada: deviation of log2 of the contrast, 0 to 1."""
+    ada_noise: float = 0.1
+    """ada: deviation of the deviation of added noise, in an image in [-1, 1], 0 to 1."""
+    ada_cutout: float = 0.5
+    """ada: side of a square that is blackened, of the image's side, 0 to 1."""
 
     # Regularization
     r1_gamma: float | None = None
@@ -92,21 +128,38 @@ class Config:
     checkpoint_epochs: int = 1
     """Epochs from one checkpoint to the next, 1 or more; the newest two are kept."""
 
+    # What a run measures of itself
+    fid_epochs: int = 1
+    """Epochs from one measurement (FID, KID, leaks, health of the labels) to the next; 0: never."""
+    fid_images: int = 5000
+    """Samples in each, 100 or more."""
+    fid_extractor: Literal["encoder", "inception"] = "encoder"
+    """Features of FID: of a small network trained on the training slices, or FID's own."""
+
     def __post_init__(self) -> None:
         sizes = (16, 32, 64, 128, 256, 512)
         at_least = {
             "epochs": 1, "batch_size": 2, "num_workers": 0, "z_dim": 1, "w_dim": 1,
             "channel_base": 16, "channel_max": 1, "r1_interval": 1, "pl_weight": 0,
             "pl_interval": 1, "ema_rampup": 0, "snapshot_epochs": 1, "checkpoint_epochs": 1,
+            "label_ramp_kimg": 0, "ada_interval": 1, "fid_epochs": 0, "fid_images": 100,
         }  # fmt: skip
         self._require("img_resolution", self.img_resolution in sizes, f"one of {sizes}")
         for name, low in at_least.items():
             self._require(name, low <= getattr(self, name) < float("inf"), f"{low} or more")
         self._require("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1")
-        for name in ("flip_prob", "style_mixing_prob", "brightness", "contrast"):
+        for name in (
+            "flip_prob", "style_mixing_prob", "brightness", "contrast", "ada_flip",
+            "ada_translation", "ada_scale", "ada_anisotropy", "ada_brightness", "ada_contrast",
+            "ada_noise", "ada_cutout",
+        ):  # fmt: skip
             self._require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        self._require("rotation", 0 <= self.rotation <= 180, "0 to 180 degrees")
-        self._require("learning_rate", 0 < self.learning_rate < float("inf"), "above 0")
+        for name in ("rotation", "ada_rotation"):
+            self._require(name, 0 <= getattr(self, name) <= 180, "0 to 180 degrees")
+        for name in ("learning_rate", "ada_kimg"):
+            self._require(name, 0 < getattr(self, name) < float("inf"), "above 0")
+        self._require("ada_target", -1 <= self.ada_target <= 1, "-1 to 1")
+        self._require("ada_p", self.ada_p is None or 0 <= self.ada_p <= 1, "0 to 1, or None")
         self._require("pl_decay", 0 < self.pl_decay <= 1, "above 0, up to 1")
         for name in ("r1_gamma", "ema_kimg"):
             value = getattr(self, name)
@@ -128,4 +181,5 @@ CPU: dict[str, Any] = {  # seven epochs of demo brains end within ten minutes on
     "w_dim": 64,
     "channel_base": 512,
     "channel_max": 64,
+    "fid_images": 500,
 }

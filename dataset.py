@@ -264,6 +264,8 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     root = config.data_root or demo_root(config.cache)
     classes, splits = find_slices(root)
     warn_of_single_slices(splits)
+    if not config.conditional:
+        classes, splits = ["all"], {k: [f._replace(label=0) for f in v] for k, v in splits.items()}
     files = splits["train"] + splits["test"]
     images = decoded(files, root, config.img_resolution, config.cache)
     labels = np.array([f.label for f in files])

@@ -16,6 +16,7 @@ References:
     [4] Naeem et al. 2020, Reliable Fidelity and Diversity Metrics, arXiv:2002.09797
     [5] Wang et al. 2003, Multi-scale Structural Similarity, Asilomar Conference
     [6] Esteban et al. 2017, Real-valued Medical Time Series Generation, arXiv:1706.02633
+    [7] Karras et al. 2020, Training GANs with Limited Data, arXiv:2006.06676
 """
 
 import hashlib
@@ -38,9 +39,9 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 from tqdm import tqdm
 
-from config import UserError
+from config import Config, UserError
 from dataset import Slices, decoded, find_class_folders, load_slices
-from modules import Generator
+from modules import Discriminator, Generator
 from utils import (
     ensure_writable,
     load_generator,
@@ -120,10 +121,10 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def sample_fakes(G: Generator, labels: np.ndarray, seed: int) -> Fakes:
+def sample_fakes(G: Generator, labels: np.ndarray, seed: int, silent: bool = False) -> Fakes:
     """Untruncated samples with fresh noise, one for each label."""
     device, images = next(G.parameters()).device, []
-    for start in tqdm(range(0, len(labels), BATCH), "sampling", unit="batch"):
+    for start in tqdm(range(0, len(labels), BATCH), "sampling", unit="batch", disable=silent):
         torch.manual_seed(stream_seed("evaluate", seed, start))
         c = one_hot(labels[start : start + BATCH], G.c_dim).to(device)
         images.append(to_uint8(G(torch.randn(len(c), G.z_dim, device=device), c)))
@@ -241,8 +242,11 @@ def level_of_slices(subjects: np.ndarray) -> np.ndarray:
     return level
 
 
-def train_extractor(train: Slices, data: str, cache: Path) -> Extractor:
-    """An Encoder trained to tell class and level of the training slices: it must see anatomy."""
+def trained_encoder(train: Slices, data: str, cache: Path) -> tuple[Encoder, str]:
+    """An Encoder trained to tell class and level of the training slices, and its sha256.
+
+    Its outputs are a score for each class, and the level.
+    """
     path = cache / f"encoder-{data[:16]}-{train.images.shape[-1]}.pt"
     classes = one_hot(train.labels, len(train.classes))
     targets = torch.cat([classes, torch.from_numpy(level_of_slices(train.subjects))[:, None]], 1)
@@ -259,23 +263,34 @@ def train_extractor(train: Slices, data: str, cache: Path) -> Extractor:
         write_atomically(path, lambda partial: torch.save(encoder.state_dict(), partial))
     encoder = Encoder(targets.shape[1]).eval()
     encoder.load_state_dict(torch.load(path, weights_only=True))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return encoder, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def train_extractor(train: Slices, data: str, cache: Path) -> Extractor:
+    """The features of `trained_encoder`: of a network that must see anatomy."""
+    encoder, digest = trained_encoder(train, data, cache)
     identity = f"{digest}, trained on {data[:16]}, averaged to 64 x 64 at most"
     return Extractor("encoder", identity, lambda images: encoder.features(images / 127.5 - 1))
 
 
 @torch.no_grad()
+def extract(images: np.ndarray, extractor: Extractor, name: str | None = None) -> np.ndarray:
+    """Features float32 [n, F] of uint8 images [n, R, R]; with a name, under a progress bar."""
+    title = f"{extractor.name} of {name}"
+    parts = [
+        extractor.network(to_tensor(images[i : i + BATCH])).cpu()
+        for i in tqdm(range(0, len(images), BATCH), title, unit="batch", disable=name is None)
+    ]
+    return torch.cat(parts).flatten(1).float().numpy()
+
+
 def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str) -> np.ndarray:
     """Features float32 [n, F] of uint8 images [n, R, R], computed once for each content."""
     key = hashlib.sha256(extractor.identity.encode())
     key.update(np.ascontiguousarray(images).data)
     path = cache / f"features-{extractor.name}-{key.hexdigest()[:16]}.npy"
     if not path.exists():
-        parts = [
-            extractor.network(to_tensor(images[i : i + BATCH])).cpu()
-            for i in tqdm(range(0, len(images), BATCH), f"{extractor.name} of {name}", unit="batch")
-        ]
-        values = torch.cat(parts).flatten(1).float().numpy()
+        values = extract(images, extractor, name)
         write_atomically(path, lambda partial: save_array(partial, values))
     return np.load(path)
 
@@ -472,23 +487,27 @@ def draw_pairs(ids: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def conditional_variation(G: Generator, seed: int, count: int = 64) -> dict[str, float]:
-    """Deviation of a pixel, in grey levels, when z, or the noise, or the class alone changes."""
-    device = next(G.parameters()).device
+    """Deviation of a pixel, in grey levels, when z, or the noise, or the class alone changes.
+
+    Of z and noise the mean over the classes, of the class that over 8 latents.
+    """
+    device, num = next(G.parameters()).device, max(1, G.c_dim)
     torch.manual_seed(stream_seed("variation", seed))
     z = torch.randn(count, G.z_dim, device=device)
-    c = one_hot(np.arange(count) % max(1, G.c_dim), G.c_dim).to(device)
-    first = c[:1].expand(count, -1)
+    labels = one_hot(np.arange(num), G.c_dim).to(device)
 
-    def deviation(images: Tensor) -> float:
+    def deviation(z: Tensor, c: Tensor, noise_mode: str) -> float:
+        """Over one batch: z and c have one row, or as many as there are images."""
+        n = max(len(z), len(c))
+        images = G(z.expand(n, -1), c.expand(n, -1), noise_mode=noise_mode)
         return float(images.std(0).mean() * 127.5)
 
-    found = {
-        "z": deviation(G(z, first, noise_mode="const")),
-        "noise": deviation(G(z[:1].expand(count, -1), first, noise_mode="random")),
-    }
+    found = {"z": np.mean([deviation(z, c, "const") for c in labels.split(1)])}
+    one = [z[:1].expand(count, -1), labels]
+    found["noise"] = np.mean([deviation(one[0], c, "random") for c in labels.split(1)])
     if G.c_dim:
-        found["class"] = deviation(G(z[:1].expand(count, -1), c, noise_mode="const"))
-    return found
+        found["class"] = np.mean([deviation(row, labels, "const") for row in z[:8].split(1)])
+    return {name: float(value) for name, value in found.items()}
 
 
 def measure_diversity(
@@ -704,6 +723,117 @@ def measure_memorisation(
                        .reshape(40, *pairs.shape[2:]), 10)  # fmt: skip
         save_grey(picture, out / f"nearest_{name}.png")
     return found
+
+
+# In training
+
+
+def pose(images: np.ndarray) -> np.ndarray:
+    """How each head lies in its picture, to see whether augmentation leaks. [n, R, R] -> [n, 3].
+
+    Tilt of its long axis to the right, in degrees; grey of the right half minus the left, as a
+    share of all; mean grey level of the outermost pixels.
+    """
+    R = images.shape[-1]
+    at = np.arange(R) - (R - 1) / 2
+    grey = images.astype(np.float32) + 1e-3
+    grey /= grey.sum((1, 2), keepdims=True)
+    columns, rows = grey.sum(1), grey.sum(2)  # each [n, R]
+    x, y = columns @ at, rows @ at
+    xx, yy = columns @ at**2 - x**2, rows @ at**2 - y**2
+    xy = np.einsum("nyx,y,x->n", grey, at, at) - x * y
+    tilt = np.degrees(0.5 * np.arctan2(-2 * xy, yy - xx))
+    side = columns @ np.sign(at)
+    border = images.copy()
+    border[:, 1:-1, 1:-1] = 0
+    return np.stack([tilt, side, border.sum((1, 2)) / (4 * R - 4)], 1)
+
+
+def leaks(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+    """Poses [n, 3] of fakes against real ones: spread of tilt as a ratio, sides in deviations of
+    the real ones, border in grey levels. Without a leak 1, 0 and 0."""
+    low, high = np.percentile(real, [16, 84], 0)
+    fake_low, fake_high = np.percentile(fake, [16, 84], 0)
+    shift = fake.mean(0) - real.mean(0)
+    return {
+        "leak_rotation": float((fake_high - fake_low)[0] / (high - low)[0]),
+        "leak_flip": float(shift[1] / real[:, 1].std()),
+        "leak_border": float(shift[2]),
+    }
+
+
+class TrainingFigures:
+    """What a run measures of itself at an interval, on fresh samples of the averaged generator.
+
+    - `fid`, `kid` to the training slices, and `fid_floor`, that of their two id-disjoint halves.
+    - `leak_rotation`, `leak_flip`, `leak_border`: see `leaks`.
+    - `vary_z`, `vary_noise`, `vary_class`: how far a pixel moves when only z, only the noise or
+      only the class changes, as a share of its deviation among real slices of a class.
+    - `agreement`: share of samples in which an encoder, trained on real slices, sees the class
+      asked for; `agreement_real`: the same of real test slices.
+    - `overfitting`: how far D holds test slices for fakes, 0 to 1 ([7], equation 1).
+    """
+
+    def __init__(
+        self, splits: dict[str, Slices], data: str, config: Config, device: torch.device
+    ) -> None:
+        train, test = splits["train"], splits["test"]
+        self.config, rng = config, np.random.default_rng(0)
+        self.encoder, _ = trained_encoder(train, data, config.cache)
+        if config.fid_extractor == "inception":
+            self.extractor = load_inception(None, device)
+        else:
+            self.extractor = train_extractor(train, data, config.cache)
+        self.real = features_of(train.images, self.extractor, config.cache, "training slices")
+        halves = halves_by_id(train, rng)
+        self.floor = frechet_distance(*(self.real[half] for half in halves))
+        self.labels = spread_labels(train.labels, config.fid_images)
+        self.samples = {}  # as many slices of each split, for D
+        for name, part in splits.items():
+            rows = np.sort(rng.permutation(len(part.labels))[: config.fid_images])
+            self.samples[name] = Fakes(np.array(part.images[rows]), part.labels[rows])
+        classes = [train.images[train.labels == i] for i in range(len(train.classes))]
+        self.deviation = float(np.mean([images.std(0).mean() for images in classes]))
+        self.pose = pose(self.samples["train"].images)
+        self.seen_real = self.agreement(Fakes(test.images, test.labels))
+
+    @torch.no_grad()
+    def agreement(self, slices: Fakes) -> float:
+        """Share of the slices whose class the encoder names."""
+        named = class_scores(self.encoder, slices.images)[:, :-1].argmax(1)
+        return float((named == slices.labels).mean())
+
+    @torch.no_grad()
+    def logits(self, D: Discriminator, slices: Fakes) -> float:
+        """Mean logit of D."""
+        device, c_dim = next(D.parameters()).device, 0 if D.embed is None else len(D.embed)
+        c = one_hot(slices.labels, c_dim)
+        images = to_tensor(slices.images).float() / 127.5 - 1
+        parts = [
+            D(x.to(device), y.to(device))
+            for x, y in zip(images.split(BATCH), c.split(BATCH), strict=True)
+        ]
+        return float(torch.cat(parts).mean())
+
+    def measure(self, G: Generator, D: Discriminator) -> dict[str, float]:
+        """All figures of the averaged generator and the discriminator as they are."""
+        fakes = sample_fakes(G, self.labels, self.config.seed, silent=True)
+        features = extract(fakes.images, self.extractor)
+        real, test = (self.logits(D, self.samples[name]) for name in ("train", "test"))
+        fake = self.logits(D, fakes)
+        moved = conditional_variation(G, self.config.seed)
+        figures = {
+            "fid": frechet_distance(features, self.real),
+            "fid_floor": self.floor,
+            "kid": kernel_distance(features, self.real, subsets=10)[0],
+            **leaks(self.pose, pose(fakes.images)),
+            **{f"vary_{name}": value / self.deviation for name, value in moved.items()},
+            "overfitting": (real - test) / max(real - fake, 1e-8),
+        }
+        if G.c_dim:
+            figures |= {"agreement": self.agreement(fakes), "agreement_real": self.seen_real}
+            figures["agreement_chance"] = 1 / G.c_dim
+        return figures
 
 
 # Report

@@ -9,6 +9,8 @@ References:
     [3] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
     [4] Miyato and Koyama 2018, cGANs with Projection Discriminator, arXiv:1802.05637
     [5] Zhang 2019, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486
+    [6] Karras et al. 2020, Training Generative Adversarial Networks with Limited Data,
+        arXiv:2006.06676
 """
 
 import math
@@ -63,6 +65,16 @@ def downsample(x: Tensor) -> Tensor:
     """
     kernel = fir_kernel(x, num_taps=3)
     return F.avg_pool2d(F.conv2d(x, kernel, padding=1, groups=x.shape[1]), 2)
+
+
+def sinc_matrix(size: int, reach: int = 3) -> Tensor:
+    """Doubles the density of a row by windowed sinc interpolation, zero outside. -> [2 size, size].
+
+    Its transpose over 2 is the sharp low-pass filter and decimation back.
+    """
+    t = (torch.arange(2 * size)[:, None] + 0.5) / 2 - 0.5 - torch.arange(size)
+    weights = torch.sinc(t) * (t * (math.pi / 2 / reach)).cos().square() * (t.abs() < reach)
+    return weights / weights[size].sum()
 
 
 def leaky_relu(x: Tensor) -> Tensor:
@@ -229,8 +241,9 @@ class MinibatchStd(nn.Module):
 class MappingNetwork(nn.Module):
     """Latents and labels to intermediate latents ([2], section 2): eight slow linear layers.
 
-    The label enters as an embedding beside z, both normalized to unit second moment. With `c_dim` 0
-    the network is unconditional and ignores c. `w_avg` [max(1, c_dim), w_dim] is the mean of w in
+    The label enters as an embedding beside z, both normalized to unit second moment; one whose
+    entries sum to less than 1 counts that much less, one of zeros not at all. With `c_dim` 0 the
+    network is unconditional and ignores c. `w_avg` [max(1, c_dim), w_dim] is the mean of w in
     each class, so that truncation draws towards the typical image of the class asked for.
     """
 
@@ -251,7 +264,8 @@ class MappingNetwork(nn.Module):
         """z [N, z_dim], c [N, c_dim] -> w [N, w_dim]."""
         x = normalize_2nd_moment(z)
         if self.embed is not None:
-            x = torch.cat([x, normalize_2nd_moment(self.embed(c))], 1)  # [N, 2 z_dim]
+            embedding = normalize_2nd_moment(self.embed(c)) * c.sum(1, keepdim=True)
+            x = torch.cat([x, embedding], 1)  # [N, 2 z_dim]
         for layer in self.layers:
             x = leaky_relu(layer(x))
         return x
@@ -400,12 +414,14 @@ class Discriminator(nn.Module):
     """Images and labels to logits, high for real ([1], section 4.1; label projection of [4]).
 
     `features` is the layer before the logit; the label adds the product of its embedding with it.
+    In training, images pass `augment` before.
     """
 
     def __init__(
         self, config: Config, c_dim: int, img_channels: int = 1, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
+        self.augment = AdaptiveAugment(config) if config.augment == "ada" else nn.Identity()
         self.dtype = dtype
         resolutions = [2**i for i in range(config.img_resolution.bit_length() - 1, 1, -1)]
         widths = [channels(r, config.channel_base, config.channel_max) for r in resolutions]
@@ -435,3 +451,117 @@ class Discriminator(nn.Module):
         if self.embed is not None:
             logits = logits + (x * (c @ self.embed)).sum(1) / math.sqrt(x.shape[1])
         return logits
+
+
+class AdaptiveAugment(nn.Module):
+    """Changes of whatever D sees, real or generated, each image and kind with probability p ([6]).
+
+    As no change is certain, G learns images without it ([6], section 2.1). The kinds are those that
+    leave a head a head: no up-down flip, no quarter turn, no hue. Images are in [-1, 1], their
+    background is -1; what a change does not concern keeps every bit. Strengths: config.ada_*.
+    """
+
+    P_MAX = 0.8  # beyond it changes leak into the samples ([6], figure 4)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("p", torch.full([], config.ada_p or 0.0))
+        self.register_buffer("sign_sum", torch.zeros([]))  # since the last change of p
+        self.register_buffer("dense", sinc_matrix(config.img_resolution), persistent=False)
+
+    def forward(self, img: Tensor) -> Tensor:
+        """[N, C, R, R] -> [N, C, R, R]. Differentiable once."""
+        if self.p.device.type == "cpu" and not torch.compiler.is_compiling() and self.p == 0:
+            return img  # the same, sooner: on a GPU the question would have to wait for an answer
+        img = torch.where(self.draw(img) < self.p * self.config.ada_flip, img.flip(3), img)
+        for change in (self.shift, self.warp, self.contrast, self.brightness, self.noise, self.cut):
+            img = change(img)
+        return img
+
+    def draw(self, img: Tensor) -> Tensor:
+        """A uniform number in [0, 1) for each image. -> [N, 1, 1, 1]."""
+        return torch.rand([len(img), 1, 1, 1], device=img.device, dtype=img.dtype)
+
+    def chosen(self, img: Tensor) -> Tensor:
+        """Which images a change concerns. -> [N, 1, 1, 1]."""
+        return self.draw(img) < self.p
+
+    def normal(self, img: Tensor, deviation: float) -> Tensor:
+        """A normal number for each image, zero where the image is not chosen. -> [N, 1, 1, 1]."""
+        value = torch.randn([len(img), 1, 1, 1], device=img.device, dtype=img.dtype)
+        return torch.where(self.chosen(img), value * deviation, 0)
+
+    def shift(self, img: Tensor) -> Tensor:
+        """Whole pixels, up to `ada_translation` of the side."""
+        N, C, H, W = img.shape
+        most = round(self.config.ada_translation * W)
+        span = 2 * most + 1
+        rows, columns = (
+            torch.where(self.chosen(img), (self.draw(img) * span).long() - most, 0)
+            for _ in range(2)
+        )
+        y = torch.arange(H, device=img.device)[:, None] - rows  # [N, 1, H, 1]
+        x = torch.arange(W, device=img.device) - columns  # [N, 1, 1, W]
+        moved = img.gather(2, y.clamp(0, H - 1).expand(N, C, H, W))
+        moved = moved.gather(3, x.clamp(0, W - 1).expand(N, C, H, W))
+        inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        return torch.where(inside, moved, -1)
+
+    def warp(self, img: Tensor) -> Tensor:
+        """Scale, rotation and a shift by fractions, in one resampling at twice the density."""
+        N, C, H, W = img.shape
+        strength = self.config
+        size = self.normal(img, strength.ada_scale)
+        ratio = self.normal(img, strength.ada_anisotropy) / 2
+        angle = (2 * self.draw(img) - 1) * math.radians(strength.ada_rotation)
+        angle = torch.where(self.chosen(img), angle, 0)
+        x, y = (self.normal(img, 2 * strength.ada_translation) for _ in range(2))
+        a, b = (-size - ratio).exp2(), (-size + ratio).exp2()  # output to input: the inverse
+        cos, sin = angle.cos(), angle.sin()
+        rows = torch.cat([a * cos, -a * sin, x, b * sin, b * cos, y], 3)  # [N, 1, 1, 6]
+        grid = F.affine_grid(rows.view(N, 2, 3), [N, C, 2 * H, 2 * W], align_corners=False)
+        warped = self.dense @ (img + 1) @ self.dense.T  # [N, C, 2H, 2W], background 0
+        warped = F.grid_sample(warped, grid, align_corners=False)
+        warped = self.dense.T @ warped @ self.dense / 4 - 1
+        still = (size == 0) & (ratio == 0) & (angle == 0) & (x == 0) & (y == 0)
+        return torch.where(still, img, warped)
+
+    def contrast(self, img: Tensor) -> Tensor:
+        """The distance of each pixel from the background, times a factor."""
+        log2 = self.normal(img, self.config.ada_contrast)
+        return torch.where(log2 == 0, img, (img + 1) * log2.exp2() - 1)
+
+    def brightness(self, img: Tensor) -> Tensor:
+        """One number added to all pixels."""
+        return img + self.normal(img, self.config.ada_brightness)
+
+    def noise(self, img: Tensor) -> Tensor:
+        """White noise, whose strength differs between images."""
+        return img + self.normal(img, self.config.ada_noise) * torch.randn_like(img)
+
+    def cut(self, img: Tensor) -> Tensor:
+        """A square of background, anywhere."""
+        H, W = img.shape[2:]
+        top, left = self.draw(img) * H, self.draw(img) * W
+        y = torch.arange(H, device=img.device)[:, None] + 0.5
+        x = torch.arange(W, device=img.device) + 0.5
+        half = self.config.ada_cutout / 2
+        inside = ((y - top).abs() < half * H) & ((x - left).abs() < half * W)
+        return torch.where(inside & self.chosen(img), -1, img)
+
+    @torch.no_grad()
+    def adapt(self, real_sign: Tensor, cur_nimg: int) -> None:
+        """After a step: every `ada_interval` steps move p towards its target ([6], section 3.1).
+
+        Args:
+            real_sign: mean sign of D at the real images of the step, over all ranks.
+            cur_nimg: images seen, that step included.
+        """
+        config = self.config
+        self.sign_sum += real_sign
+        if config.ada_p is None and cur_nimg // config.batch_size % config.ada_interval == 0:
+            too_high = (self.sign_sum / config.ada_interval - config.ada_target).sign()
+            images = config.batch_size * config.ada_interval
+            self.p.add_(too_high * (images / (config.ada_kimg * 1000))).clamp_(0, self.P_MAX)
+            self.sign_sum.zero_()

@@ -3,6 +3,7 @@
     python train.py                                  # demo brains; small settings without a GPU
     python train.py --data-root AD_NC --out runs/adni
     python train.py --epochs 200                     # goes on where the run ended
+    python train.py --diagnose runs/adni             # what looks wrong in a run, and what to try
     torchrun --nproc-per-node=4 train.py --data-root AD_NC --out runs/adni    # four GPUs
 
 The same command resumes a run that was stopped. Settings and their defaults: config.py or --help.
@@ -15,6 +16,7 @@ References:
     [3] Mescheder et al. 2018, Which Training Methods for GANs do actually Converge?,
         arXiv:1801.04406
     [4] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
+    [5] Shahbazi et al. 2022, Collapse by Conditioning, arXiv:2201.06578
 """
 
 import argparse
@@ -40,6 +42,7 @@ from tqdm import tqdm
 
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader
+from evaluate import TrainingFigures
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from utils import (
     STATS,
@@ -47,6 +50,7 @@ from utils import (
     average_over_ranks,
     broadcast_from_rank_0,
     cut_logs,
+    diagnose,
     ensure_writable,
     feature_dtype,
     keep_freed_memory,
@@ -55,6 +59,7 @@ from utils import (
     num_ranks,
     one_hot,
     plain_settings,
+    plot_curves,
     plot_losses,
     plot_progress,
     rank,
@@ -77,6 +82,7 @@ from utils import (
 # Settings that say where and how long a run goes, not what it learns
 FREE_TO_CHANGE = (
     "epochs", "out", "cache", "data_root", "device", "num_workers", "precision", "compile",
+    "init_from", "fid_epochs", "fid_images", "fid_extractor",
 )  # fmt: skip
 FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
 KEPT_CHECKPOINTS = 2
@@ -126,7 +132,7 @@ def g_main(G: Generator, D: Discriminator, c: Tensor, config: Config) -> Loss:
     """Non-saturating loss of G ([2])."""
     z = torch.randn(len(c), config.z_dim, device=c.device)
     fake = G.synthesis(mixed_ws(G, z, c, config.style_mixing_prob))
-    loss = F.softplus(-D(fake, c)).mean()
+    loss = F.softplus(-D(D.augment(fake), c)).mean()
     return loss, {"g_loss": loss}
 
 
@@ -147,18 +153,20 @@ def d_main(
     with torch.no_grad():
         z = torch.randn(len(real), config.z_dim, device=real.device)
         fake = G.synthesis(mixed_ws(G, z, c_fake, config.style_mixing_prob))
-    real_logits, fake_logits = D(real, c), D(fake, c_fake)
+    real_logits, fake_logits = D(D.augment(real), c), D(D.augment(fake), c_fake)
     loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
-    stats = {"d_loss": loss, "real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
+    stats = {"d_loss": loss}
+    for name, logits in (("real", real_logits), ("fake", fake_logits)):
+        stats |= {f"{name}_logit": logits.mean(), f"{name}_sign": logits.sign().mean()}
     return loss, stats
 
 
 def d_r1(D: Discriminator, real: Tensor, c: Tensor, config: Config) -> Loss:
-    """R1 penalty ([3])."""
+    """R1 penalty ([3]), at what D sees."""
     gamma = config.r1_gamma
     if gamma is None:
         gamma = 0.0002 * config.img_resolution**2 / config.batch_size
-    penalty = r1_penalty(D, real, c).mean()
+    penalty = r1_penalty(D, D.augment(real), c).mean()
     return penalty * (gamma / 2 * config.r1_interval), {"r1": penalty}
 
 
@@ -197,6 +205,7 @@ class Phases:
         parameters = optimizer.param_groups[0]["params"]
         gradients = [p.grad for p in parameters if p.grad is not None]
         average_over_ranks(gradients + list(stats.values()))
+        stats[f"{phase.__name__}_grad"] = torch.nn.utils.get_total_norm(gradients)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return stats
@@ -277,13 +286,19 @@ def ema_step(state: TrainingState) -> None:
     torch._foreach_lerp_(list(state.G_ema.parameters()), list(state.G.parameters()), weight)
 
 
-def penalties_due(config: Config, nimg: int) -> dict[str, bool]:
-    """Which of the lazy penalties belong to the step that starts at image `nimg`."""
+def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
+    """Which statistics belong to the step that starts at image `nimg`, of those that may not."""
     step = nimg // config.batch_size
     return {
         "r1": step % config.r1_interval == 0,
         "path_length": config.pl_weight > 0 and step % config.pl_interval == 0,
+        "ada_p": config.augment == "ada",
     }
+
+
+def label_weight(config: Config, nimg: int) -> float:
+    """How much labels count at image `nimg`: from 0 up to 1 over `label_ramp_kimg` ([5])."""
+    return min(1, nimg / (config.label_ramp_kimg * 1000)) if config.label_ramp_kimg else 1
 
 
 def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor) -> Tensor:
@@ -299,7 +314,7 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
         [len(STATS)], NaN where a penalty was not due.
     """
     config, G, D = state.config, state.G, state.D
-    N, due = len(real), penalties_due(config, state.cur_nimg)
+    N, due = len(real), due_statistics(config, state.cur_nimg)
 
     def run(phase: Callable, optimizer: torch.optim.Adam, *args: Any) -> dict[str, Tensor]:
         seed = stream_seed(phase.__name__, config.seed, rank(), state.cur_nimg)
@@ -307,7 +322,8 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
 
     torch.manual_seed(stream_seed("labels", config.seed, rank(), state.cur_nimg))
     drawn = torch.randint(len(label_pool), [3, N], device=real.device)
-    c_g, c_path, c_d = label_pool[drawn]  # each [N, c_dim]
+    labels = torch.cat([label_pool[drawn], c[None]]) * label_weight(config, state.cur_nimg)
+    c_g, c_path, c_d, c = labels  # each [N, c_dim]
     D.requires_grad_(False)
     stats = run(g_main, state.g_opt, G, D, c_g)
     D.requires_grad_(True)
@@ -319,11 +335,46 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
         stats |= run(d_r1, state.d_opt, D, real, c)
     state.cur_nimg += config.batch_size
     ema_step(state)
+    if config.augment == "ada":
+        D.augment.adapt(stats["real_sign"], state.cur_nimg)
+        stats["ada_p"] = D.augment.p.clone()
     missing = torch.full([], math.nan, device=real.device)
     return torch.stack([stats.get(name, missing) for name in STATS])
 
 
 # Run folder
+
+
+def source_of_weights(config: Config) -> dict[str, dict[str, Tensor]]:
+    """Weights of the networks in the newest checkpoint of `init_from`. Raises UserError.
+
+    They may be of other classes, or of none where this run has some.
+    """
+    if not (found := checkpoints(config.init_from)):
+        raise UserError(f"init_from = {config.init_from}: holds no checkpoint")
+    state = load_checkpoint(found[-1])
+    for name in ("img_resolution", "z_dim", "w_dim", "channel_base", "channel_max"):
+        if (theirs := state["settings"][name]) != (ours := getattr(config, name)):
+            raise UserError(f"init_from = {config.init_from}: has {name} = {theirs}, now {ours}")
+    if not config.conditional and "mapping.embed.weight" in state["G"]:
+        raise UserError(f"init_from = {config.init_from}: has classes, this run has none")
+    return {name: state[name] for name in ("G", "D", "G_ema")}
+
+
+@torch.no_grad()
+def adopt(net: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Start from weights trained with other classes, or none: the same function at first.
+
+    Where the label is new, its part in the first mapping layer and in D starts at zero.
+    """
+    own, first = net.state_dict(), "mapping.layers.0.weight"
+    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    net.load_state_dict(fitting, strict=False)
+    if first in own and first not in fitting:  # [w_dim, z_dim] into [w_dim, 2 z_dim]
+        z_dim = weights[first].shape[1]
+        own[first].zero_()[:, :z_dim] = weights[first] * math.sqrt(own[first].shape[1] / z_dim)
+    if "embed" in own and "embed" not in fitting:
+        own["embed"].zero_()
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -360,19 +411,19 @@ def start_run(config: Config, classes: list[str], data: str) -> None:
     write_run_config(config.out, config, classes, data)
 
 
-def save_run(state: TrainingState) -> None:
-    """Write a checkpoint and the generator; keep the newest few checkpoints.
-
-    Raises:
-        UserError: weights that are not finite; the last good checkpoint stays.
-    """
-    run = state.config.out
+def write_checkpoint(state: TrainingState, path: Path) -> None:
+    """Raises UserError for weights that are not finite; the last good checkpoint stays."""
     for name in ("G", "D", "G_ema"):
         if not all(p.isfinite().all() for p in getattr(state, name).parameters()):
             raise diverged(state, f"the weights of {name}", state.cur_nimg)
     state.G_ema.mapping.estimate_w_avg()
-    path = run / "checkpoints" / f"{state.cur_nimg:010d}.pt"
     write_atomically(path, lambda partial: torch.save(state.state_dict(), partial))
+
+
+def save_run(state: TrainingState) -> None:
+    """Write a checkpoint and the generator; keep the newest few checkpoints."""
+    run = state.config.out
+    write_checkpoint(state, run / "checkpoints" / f"{state.cur_nimg:010d}.pt")
     save_generator(run, state.G_ema)
     for old in checkpoints(run)[:-KEPT_CHECKPOINTS]:
         old.unlink()
@@ -391,9 +442,11 @@ def diverged(state: TrainingState, where: str, nimg: float) -> UserError:
 class Recorder:
     """Writes, on rank 0, what a run says of itself: losses.csv, log.jsonl, grids, plots."""
 
-    def __init__(self, state: TrainingState, slices: Slices) -> None:
+    def __init__(
+        self, state: TrainingState, slices: Slices, figures: TrainingFigures | None
+    ) -> None:
         self.state, self.config, self.run = state, state.config, state.config.out
-        self.epoch_size = len(slices.images)
+        self.epoch_size, self.figures = len(slices.images), figures
         self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, statistics) not yet written
         rng = torch.Generator().manual_seed(stream_seed("grid", self.config.seed))
         z = torch.randn(1, GRID_COLUMNS, self.config.z_dim, generator=rng)
@@ -406,6 +459,7 @@ class Recorder:
             logged = max((line["nimg"] for line in read_log(self.run)), default=0)
             rows = read_losses(self.run)
             self.epoch_rows = list(rows[rows[:, 0] > logged])  # of the epoch that is under way
+            self.warned: set[str] = set()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -457,14 +511,14 @@ class Recorder:
         self.epoch_rows.extend(rows)
         append_losses(self.run, rows)
         for n, row in zip(nimg, values, strict=True):
-            due = penalties_due(self.config, n - self.config.batch_size)
+            due = due_statistics(self.config, n - self.config.batch_size)
             for name, value in zip(STATS, row, strict=True):
                 if math.isinf(value) or (math.isnan(value) and due.get(name, True)):
                     raise diverged(self.state, name, n)
         return dict(zip(STATS, values[-1], strict=True))
 
     def end_epoch(self, epoch: int) -> None:
-        """One line in log.jsonl, the same as TensorBoard scalars, and the grid when due."""
+        """One line in log.jsonl, the same as TensorBoard scalars; grid and best.pt when due."""
         nimg, seconds = self.state.cur_nimg, time.perf_counter() - self.started
         line = {
             "epoch": epoch,
@@ -477,12 +531,25 @@ class Recorder:
         for name, column in zip(STATS, np.array(self.epoch_rows).T[1:], strict=True):
             line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
         line["pl_mean"] = self.state.pl_mean.item()
+        losses = np.array(self.epoch_rows)[:, 1 + STATS.index("d_loss")]
+        line["d_loss_spread"] = float(losses.std())
+        if self.figures is not None and epoch % self.config.fid_epochs == 0:
+            line |= self.figures.measure(self.state.G_ema, self.state.D)
+            if line["fid"] < min(
+                (e["fid"] for e in read_log(self.run) if "fid" in e), default=math.inf
+            ):
+                write_checkpoint(self.state, self.run / "best.pt")
+            self.start_clock()
         with open(self.run / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if value is not None:
                 self.board.add_scalar(name, value, nimg)
         self.epoch_rows = []
+        for name, text in diagnose(self.run).items():
+            if name not in self.warned:
+                self.warned.add(name)
+                tqdm.write(f"warning: {text}")
         if epoch % self.config.snapshot_epochs == 0 or epoch == self.config.epochs:
             self.save_grid(epoch)
 
@@ -502,6 +569,7 @@ class Recorder:
         if rank() == 0:
             self.board.close()
             plot_losses(self.run, self.run / "losses.png")
+            plot_curves(self.run, self.run / "curves.png")
             plot_progress(self.run, self.run / "progress.png")
 
 
@@ -529,8 +597,8 @@ class StopRequest:
 # Loop
 
 
-def prepare(config: Config) -> tuple[dict[str, Any] | None, Slices]:
-    """The last checkpoint, if any, and the training slices; writes config.json.
+def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], str]:
+    """The last checkpoint, if any, the slices, and their identity; writes config.json.
 
     Raises:
         UserError: whatever is wrong with the settings, the run folder or the data.
@@ -542,10 +610,12 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, Slices]:
             "processes, 2 images or more for each"
         )
     saved = open_run(config)
+    if saved is None and config.init_from is not None:
+        source_of_weights(config)
     splits, data = load_slices(config)
     if rank() == 0:
         start_run(config, splits["train"].classes, data)
-    return saved, splits["train"]
+    return saved, splits, data
 
 
 def start_state(config: Config, slices: Slices, device: torch.device, saved: Any) -> TrainingState:
@@ -556,6 +626,10 @@ def start_state(config: Config, slices: Slices, device: torch.device, saved: Any
         before = saved.get("num_ranks", 1)
         other = f", number of processes {before}, now {num_ranks()}: bits will differ"
         say(f"resuming {config.out} at {state.cur_nimg:,} images{other * (before != num_ranks())}")
+    elif config.init_from is not None:
+        for name, weights in source_of_weights(config).items():
+            adopt(getattr(state, name), weights)
+        say(f"starting from the weights of {config.init_from}")
     for value in (state.cur_nimg, len(slices.images)):
         most, least = most_of_ranks(value), -most_of_ranks(-value)
         if most != least:
@@ -571,13 +645,17 @@ def train(config: Config) -> None:
     keep_freed_memory(device)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     with rank_0_first(device):
-        saved, slices = prepare(config)
+        saved, splits, data = prepare(config)
+    slices = splits["train"]
     state = start_state(config, slices, device, saved)
     if not slices.c_dim:
         say(f"one class, {slices.classes[0]}: training without a condition")
     n, batch = len(slices.images), config.batch_size
     total = math.ceil(config.epochs * n / batch) * batch
-    recorder = Recorder(state, slices)
+    figures = None
+    if config.fid_epochs and rank() == 0:
+        figures = TrainingFigures(splits, data, config, device)
+    recorder = Recorder(state, slices, figures)
     if state.cur_nimg >= total:
         recorder.close()
         say(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
@@ -628,8 +706,20 @@ def parse_settings(args: list[str] | None = None) -> Config:
     )
 
 
+def print_diagnosis(run: Path) -> None:
+    """What looks wrong in a run. Raises UserError if it is none."""
+    read_run_config(run)
+    found = diagnose(run)
+    print("\n".join(found.values()) or f"{run}: nothing looks wrong")
+    plot_curves(run, run / "curves.png")
+
+
 def main() -> None:
     """Command line of this module."""
+    if sys.argv[1:2] == ["--diagnose"]:
+        if len(sys.argv) != 3:
+            raise UserError("--diagnose takes one run folder and nothing else")
+        return print_diagnosis(Path(sys.argv[2]))
     config = parse_settings()
     if config.data_root is None:
         say("No data_root: training on the built-in demo brains (synthetic, template-derived)")

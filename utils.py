@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,10 @@ from modules import Generator, channels
 
 RUNS = Path("runs")
 # Statistics of each step, in the order in which they arise
-STATS = ("g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1")
+STATS = (
+    "g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1", "real_sign", "fake_sign",
+    "g_main_grad", "d_main_grad", "ada_p",
+)  # fmt: skip
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -301,18 +304,25 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def read_losses(run: Path, up_to: float = math.inf) -> np.ndarray:
-    """Rows (nimg, *STATS) of losses.csv up to an image count; NaN where a penalty was not due."""
-    lines = whole_lines(run / "losses.csv")[1:]
+    """Rows (nimg, *STATS) of losses.csv up to an image count; NaN where one was not due."""
+    header, *lines = whole_lines(run / "losses.csv") or ["nimg"]
+    names = header.split(",")  # those of earlier versions had fewer
+    rows = np.full((len(lines), 1 + len(STATS)), np.nan)
     values = [[float(value or "nan") for value in line.split(",")] for line in lines]
-    rows = np.array(values).reshape(-1, 1 + len(STATS))
+    for name, column in zip(names, np.array(values).reshape(-1, len(names)).T, strict=True):
+        rows[:, ("nimg", *STATS).index(name)] = column
     return rows[rows[:, 0] <= up_to]
+
+
+def losses_text(rows: np.ndarray) -> str:
+    """Rows (nimg, *STATS) as lines of losses.csv."""
+    return "".join(",".join("" if np.isnan(v) else f"{v:.9g}" for v in r) + "\n" for r in rows)
 
 
 def append_losses(run: Path, rows: np.ndarray) -> None:
     """Append rows (nimg, *STATS) to losses.csv."""
     with open(run / "losses.csv", "a") as file:
-        for row in rows:
-            file.write(",".join("" if np.isnan(v) else f"{v:.9g}" for v in row) + "\n")
+        file.write(losses_text(rows))
 
 
 def read_log(run: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
@@ -323,12 +333,136 @@ def read_log(run: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
 
 def cut_logs(run: Path, up_to: int) -> None:
     """Start both logs, or cut them back to what the last checkpoint has seen."""
-    header, *rows = whole_lines(run / "losses.csv") or [",".join(("nimg", *STATS))]
-    kept = [header, *(row for row in rows if float(row.split(",")[0]) <= up_to)]
-    log = [json.dumps(line) for line in read_log(run, up_to)]
-    for name, lines in (("losses.csv", kept), ("log.jsonl", log)):
-        text = "".join(line + "\n" for line in lines)
+    losses = ",".join(("nimg", *STATS)) + "\n" + losses_text(read_losses(run, up_to))
+    log = "".join(json.dumps(line) + "\n" for line in read_log(run, up_to))
+    for name, text in (("losses.csv", losses), ("log.jsonl", log)):
         write_atomically(run / name, lambda path, text=text: path.write_text(text))
+
+
+# Diagnosis
+
+
+class History(NamedTuple):
+    """Columns by name: of each epoch (log.jsonl) and of each step (losses.csv); NaN: no value."""
+
+    epochs: dict[str, np.ndarray]
+    steps: dict[str, np.ndarray]
+
+    def last(self, name: str, least: int = 1) -> float:
+        """Mean of the last three values of a column; NaN, for which no rule holds, if too few."""
+        values = self.measured(name)
+        return float(values[-3:].mean()) if len(values) >= least else math.nan
+
+    def measured(self, name: str) -> np.ndarray:
+        """The values that an epoch column has."""
+        values = self.epochs.get(name, np.zeros(0))
+        return values[np.isfinite(values)]
+
+
+def read_history(run: Path) -> History:
+    """The logs of a run."""
+    log, rows = read_log(run), read_losses(run)
+    names = sorted({name for line in log for name in line})
+    epochs = {n: np.array([line.get(n) for line in log], dtype=float) for n in names}
+    return History(epochs, dict(zip(("nimg", *STATS), rows.T, strict=True)))
+
+
+class Rule(NamedTuple):
+    """Something that can be wrong with a run."""
+
+    holds: Callable[[History], bool]
+    looks: str
+    advice: str
+
+
+SETTLED = 3  # measurements after which samples are expected to be slices
+
+
+def past_its_best(h: History) -> bool:
+    """FID is a fifth above its lowest value, which lies three measurements or more back."""
+    fid = h.measured("fid")
+    return len(fid) > 3 and fid[:-3].min() * 1.2 < fid[-3:].min()
+
+
+def label_effect(h: History) -> float:
+    """Agreement above chance, as a share of what real test slices reach; NaN where that is low."""
+    chance = h.last("agreement_chance")
+    real = h.last("agreement_real") - chance
+    return (h.last("agreement", SETTLED) - chance) / real if real > 0.05 else math.nan
+
+
+RULES = {
+    "not finite": Rule(
+        lambda h: bool(np.isnan(h.steps["g_loss"] + h.steps["d_loss"]).any()),
+        "a loss is not a number",
+        "start again, or from an earlier checkpoint, with a lower learning_rate",
+    ),
+    "numbers grow": Rule(
+        lambda h: max(abs(h.last("real_logit")), abs(h.last("fake_logit"))) > 30,
+        "the logits of D are above 30: numbers that are not finite may be near",
+        "raise r1_gamma or lower learning_rate",
+    ),
+    "learning rate too high": Rule(
+        lambda h: h.last("d_loss_spread") > 0.5,
+        "the losses jump from step to step by more than their size",
+        "lower learning_rate, to a half or less",
+    ),
+    "D too weak": Rule(
+        lambda h: abs(h.last("d_loss") - 2 * math.log(2)) < 0.05 and h.last("real_sign") < 0.15,
+        "D cannot tell real from generated slices: its loss stays at 2 ln 2",
+        "lower r1_gamma; if augment is ada, lower ada_target",
+    ),
+    "D overfits": Rule(
+        lambda h: h.last("overfitting") > 0.5,
+        "D holds real slices that it was not trained on for generated ones",
+        'augment = "ada", a higher r1_gamma, or more data',
+    ),
+    "past its best": Rule(
+        past_its_best,
+        "FID has been rising for at least three measurements",
+        "use best.pt, and augment = ada in the next run",
+    ),
+    "p at its cap": Rule(
+        lambda h: h.last("ada_p") >= 0.8 - 1e-6,
+        "p of adaptive augmentation stays at its cap of 0.8",
+        "the data are few: raise r1_gamma or lower channel_max; look for leaks",
+    ),
+    "augmentation leaks": Rule(
+        lambda h: h.last("leak_rotation", SETTLED) > 1.5 or h.last("leak_border", SETTLED) > 4,
+        "samples are turned, or their background is lit, more than the real slices are",
+        "lower ada_rotation, ada_brightness and ada_noise, or rotation and brightness",
+    ),
+    "z ignored": Rule(
+        lambda h: h.last("vary_z", SETTLED) < max(0.3, h.last("vary_noise")),
+        "samples hardly change with z: one picture per class, varied by noise alone at most",
+        "look at the grid; lower learning_rate, try label_ramp_kimg or style_mixing_prob = 0.5",
+    ),
+    "class ignored": Rule(
+        lambda h: label_effect(h) < 0.2,
+        "samples do not show the class asked for",
+        "check that the folders hold what they are named; train longer; label_ramp_kimg = 0",
+    ),
+    "caricature": Rule(
+        lambda h: label_effect(h) > 2,
+        "the classes of samples are further apart than those of real slices",
+        "label_ramp_kimg at about half of the run; train longer",
+    ),
+    "loader too slow": Rule(
+        lambda h: h.last("data_wait") > 0.2,
+        "more than a fifth of the time goes in waiting for the loader",
+        "raise num_workers",
+    ),
+}
+
+
+def diagnose(run: Path) -> dict[str, str]:
+    """What looks wrong in a run's logs, and what to try, by the name of the rule."""
+    history = read_history(run)
+    return {
+        name: f"{name}: {rule.looks}. Try: {rule.advice}"
+        for name, rule in RULES.items()
+        if rule.holds(history)
+    }
 
 
 # Pictures
@@ -386,6 +520,77 @@ def plot_losses(run: Path, path: Path) -> None:
     caption = "thin: each step; thick: smoothed; dots: mean of an epoch"
     figure.text(0.5, -0.07, caption, ha="center", fontsize=9)
     save_figure(figure, path)
+
+
+# Panels of curves.png: title, columns with their names, the healthy range, what to see
+PANELS = (
+    ("Losses", {"d_loss": "D", "g_loss": "G"}, (0.5, 2.0),
+     "level, neither towards 0"),
+    ("Logits of D", {"real_logit": "real", "fake_logit": "generated"}, (-5, 5),
+     "real above generated, both bounded"),
+    ("Sign of the logits", {"real_sign": "real", "fake_sign": "generated"}, (-0.8, 0.8),
+     "ada keeps real near its target"),
+    ("R1", {"r1": "|gradient of D|²"}, None,
+     "bounded"),
+    ("Path length", {"path_length": "of a batch", "pl_mean": "running mean"}, None,
+     "comes to rest"),
+    ("Gradient norms", {"g_main_grad": "G", "d_main_grad": "D"}, None,
+     "no growth by powers of ten"),
+    ("p of augmentation", {"ada_p": "p"}, (0, 0.8),
+     "below its cap; only with ada"),
+    ("FID", {"fid": "samples", "fid_floor": "real halves"}, None,
+     "falls towards the floor"),
+    ("Overfitting of D", {"overfitting": "(train - test) / (train - generated)"}, (-0.1, 0.5),
+     "0: none, 1: unseen slices pass for generated"),
+    ("What moves a pixel", {"vary_z": "z", "vary_noise": "noise", "vary_class": "class"},
+     (0.3, 1.2), "share of the variety of real slices; z well above noise"),
+    ("Class seen by an encoder", {"agreement": "samples", "agreement_real": "real test slices"},
+     None, "samples near or above real slices"),
+    ("Leaks", {"leak_rotation": "spread of tilt, ratio", "leak_flip": "sides, deviations",
+               "leak_border": "border, grey levels"}, (-1, 2), "1, 0 and 0 without a leak"),
+    ("Speed", {"img_per_s": "images per second"}, None, "level"),
+)  # fmt: skip
+
+
+def plot_curves(run: Path, path: Path) -> None:
+    """Everything a run measures of itself, healthy ranges shaded, each with a caption in words."""
+    history = read_history(run)
+    shown = [p for p in PANELS if any(len(history.measured(name)) for name in p[1])]
+    if not shown:
+        return
+    columns = 4
+    figure = Figure(figsize=(4.2 * columns, 3.1 * math.ceil(len(shown) / columns)))
+    axes = figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False).flat
+    for ax in list(axes)[len(shown) :]:
+        ax.axis("off")
+    for ax, (title, names, healthy, caption) in zip(axes, shown, strict=False):
+        for i, (name, label) in enumerate(names.items()):
+            if len(history.measured(name)):
+                draw_column(ax, history, name, label, f"C{i}")
+        if healthy is not None:
+            ax.axhspan(*healthy, color="C2", alpha=0.08, lw=0)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel(caption, fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.legend(fontsize=7, frameon=False)
+        ax.grid(alpha=0.3)
+    found = diagnose(run).values()
+    text = "Against thousands of real images seen. Green: healthy range. Thin: each step.\n"
+    figure.suptitle(text + ("\n".join(found) or "No rule finds anything wrong."), fontsize=9)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def draw_column(ax: Axes, history: History, name: str, label: str, color: str) -> None:
+    """One column: its epochs as dots joined by a line, its steps, smoothed, behind them."""
+    if name in history.steps:
+        values = history.steps[name]
+        there = np.isfinite(values)
+        ax.plot(history.steps["nimg"][there] / 1000, values[there], lw=0.4, alpha=0.3, color=color)
+    values = history.epochs[name]
+    there = np.isfinite(values)
+    kimg = history.epochs["nimg"][there] / 1000
+    ax.plot(kimg, values[there], ".-", ms=4, color=color, label=label)
 
 
 def read_square(grid: Path) -> np.ndarray:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from config import Config
 from modules import (
+    AdaptiveAugment,
     Discriminator,
     DiscriminatorBlock,
     EqualizedConv2d,
@@ -359,3 +360,178 @@ def test_fresh_networks_keep_their_scale(config: Config):
     assert 0.2 < D.features(torch.randn(16, 1, 64, 64)).std() < 2
     assert logits.abs().max() < 10
     assert 0.2 < G(torch.randn(16, config.z_dim), c).std() < 5
+
+
+# Augmentation
+
+STRENGTHS = (
+    "ada_flip", "ada_translation", "ada_scale", "ada_anisotropy", "ada_rotation",
+    "ada_brightness", "ada_contrast", "ada_noise", "ada_cutout",
+)  # fmt: skip
+
+
+def pipe(config: Config, p: float | None = 1, size: int = 32, **strengths) -> AdaptiveAugment:
+    """Only the kinds of change named, at probability p."""
+    alone = dict.fromkeys(STRENGTHS, 0.0) | strengths if strengths else {}
+    return AdaptiveAugment(replace(config, augment="ada", ada_p=p, img_resolution=size, **alone))
+
+
+def blobs(size: int = 32, x: float = 6, y: float = -3, n: int = 1) -> torch.Tensor:
+    """A smooth bright spot at (x, y) pixels from the centre, on a background of -1."""
+    at = torch.arange(size) - (size - 1) / 2
+    spot = torch.exp(-((at - x) ** 2 + (at[:, None] - y) ** 2) / 8)
+    return (spot * 2 - 1).expand(n, 1, size, size)
+
+
+def test_augmentation_at_p_0_is_the_identity_to_the_bit(config: Config):
+    img = torch.rand(4, 1, 32, 32) * 2 - 1
+    assert torch.equal(pipe(config, 0)(img), img)
+    assert torch.equal(pipe(config, 1e-12)(img), img)  # this one takes the long way
+
+
+@pytest.mark.parametrize("kind", STRENGTHS)
+def test_each_kind_of_change_has_its_strength_and_comes_at_probability_p(config: Config, kind):
+    img = blobs(16, 2, -1, n=4000)
+    augment = pipe(config, 0.3, 16, **{kind: 1.0 if kind != "ada_rotation" else 90.0})
+    changed = (augment(img) != img).flatten(1).any(1).float().mean().item()
+    expected = 0.3
+    if kind == "ada_translation":  # two axes by whole pixels, two by fractions; 1 in 33 is none
+        expected = 1 - (1 - 0.3 * 32 / 33) ** 2 * 0.7**2
+    assert changed == pytest.approx(expected, abs=0.03)
+
+
+def test_a_flip_mirrors_left_and_right(config: Config):
+    img = torch.rand(4, 1, 32, 32)
+    assert torch.equal(pipe(config, ada_flip=1.0)(img), img.flip(3))
+
+
+def test_whole_shifts_move_pixels_and_bring_in_background(config: Config):
+    augment, img = pipe(config, ada_translation=0.25), torch.rand(50, 1, 32, 32)
+    seen = set()
+    for before, after in zip(img, augment.shift(img), strict=True):
+        rows, columns = ((after[0] != -1).any(dim).nonzero() for dim in (1, 0))
+        top, left = rows.min().item(), columns.min().item()
+        H, W = rows.max().item() + 1 - top, columns.max().item() + 1 - left
+        y, x = top if top else H - 32, left if left else W - 32
+        assert max(abs(x), abs(y)) <= 8
+        kept = before[0, max(0, -y) : 32 - max(0, y), max(0, -x) : 32 - max(0, x)]
+        assert torch.equal(after[0, top : top + H, left : left + W], kept)
+        assert (after == -1).sum() == 32 * 32 - H * W
+        seen.add((x, y))
+    assert len(seen) > 30
+
+
+def test_a_rotation_turns_about_the_centre_by_the_angle_drawn(config: Config):
+    augment = pipe(config, ada_rotation=60.0)
+    augment.draw = lambda img: torch.full([len(img), 1, 1, 1], 0.75)  # half of it, to one side
+    turn = math.radians(30)
+    x, y = 6 * math.cos(turn) - 3 * math.sin(turn), -6 * math.sin(turn) - 3 * math.cos(turn)
+    torch.testing.assert_close(augment(blobs()), blobs(x=x, y=y), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize(("log2", "anisotropy"), [(0.5, False), (-0.5, False), (1.0, True)])
+def test_scale_and_anisotropy_stretch_about_the_centre(config: Config, log2, anisotropy):
+    kind = "ada_anisotropy" if anisotropy else "ada_scale"
+    augment = pipe(config, **{kind: 1.0})
+    augment.normal = lambda img, strength: torch.full([len(img), 1, 1, 1], log2 * strength)
+    out = augment(blobs()) + 1
+    at, mass = torch.arange(32) - 15.5, out.sum()
+    x, y = (out.sum(2) * at).sum() / mass, (out.sum(3) * at).sum() / mass
+    across = 2 ** (log2 / 2 if anisotropy else log2)
+    down = 2 ** (-log2 / 2 if anisotropy else log2)
+    assert (x.item(), y.item()) == (
+        pytest.approx(6 * across, abs=0.1),
+        pytest.approx(-3 * down, abs=0.1),
+    )
+    assert mass.item() == pytest.approx((blobs() + 1).sum().item() * across * down, rel=0.02)
+
+
+def test_fractional_shifts_are_exact_for_what_is_smooth(config: Config):
+    augment = pipe(config, ada_translation=0.1)
+    augment.normal = lambda img, strength: torch.full(
+        [len(img), 1, 1, 1], -2.5 / 16 * (strength > 0)
+    )
+    torch.testing.assert_close(augment.warp(blobs()), blobs(x=8.5, y=-0.5), rtol=0, atol=0.03)
+
+
+def test_shrinking_does_not_alias(config: Config):
+    """The finest checkerboard, at half its size, is beyond what pixels can show: plain grey."""
+    augment = pipe(config, ada_scale=1.0)
+    augment.normal = lambda img, strength: torch.full([len(img), 1, 1, 1], -strength)
+    at = torch.arange(32)
+    board = ((at + at[:, None]) % 2 * 2.0 - 1)[None, None]
+    out = augment(board)[0, 0, 12:20, 12:20]
+    assert out.std() < 0.03 and out.mean().abs() < 0.03
+
+
+def test_contrast_and_brightness_scale_and_add(config: Config):
+    img = torch.rand(8, 1, 32, 32) * 2 - 1
+    for out, per_image in (
+        (pipe(config, ada_contrast=0.5)(img) + 1, lambda out: out / (img + 1)),
+        (pipe(config, ada_brightness=0.2)(img), lambda out: out - img),
+    ):
+        change = per_image(out).flatten(1)
+        torch.testing.assert_close(change, change[:, :1].expand_as(change), rtol=1e-2, atol=1e-4)
+        assert change[:, 0].std() > 0.05
+
+
+def test_noise_has_a_strength_for_each_image(config: Config):
+    noise = pipe(config, ada_noise=0.1)(torch.zeros(500, 1, 32, 32))
+    strength = noise.flatten(1).std(1)
+    assert strength.square().mean().sqrt().item() == pytest.approx(0.1, rel=0.15)
+    assert strength.min() < 0.01 < 0.2 < strength.max()
+
+
+def test_a_cut_is_a_square_of_background(config: Config):
+    out = pipe(config, ada_cutout=0.5)(torch.ones(200, 1, 32, 32))
+    assert set(out.unique().tolist()) == {-1.0, 1.0}
+    area = (out == -1).flatten(1).sum(1)
+    assert (
+        area.max() == 16 * 16 and area.min() >= 7 * 7
+    )  # a quarter where it is centred in a corner
+
+
+def test_no_change_turns_a_head_upside_down(config: Config):
+    augment = pipe(config, 1, ada_rotation=15.0, ada_flip=0.5, ada_scale=0.2)
+    out = augment(blobs(n=200, x=0, y=-8)) + 1
+    assert (out[:, :, :16].sum((1, 2, 3)) > out[:, :, 16:].sum((1, 2, 3))).all()
+
+
+def test_augmentation_is_differentiable(config: Config):
+    augment, img = pipe(config, 0.8, 16).double(), torch.rand(3, 1, 16, 16).double()
+
+    def seeded(img):
+        torch.manual_seed(3)
+        return augment(img)
+
+    assert torch.autograd.gradcheck(seeded, img.requires_grad_(), fast_mode=True)
+
+
+def test_p_follows_its_target_and_stays_in_its_range(config: Config):
+    config = replace(config, augment="ada", ada_kimg=0.16, ada_interval=2)  # 2 steps: 0.05
+    augment, cur_nimg = AdaptiveAugment(config), 0
+
+    def after(steps: int, sign: float) -> float:
+        nonlocal cur_nimg
+        for _ in range(steps):
+            cur_nimg += config.batch_size
+            augment.adapt(torch.tensor(sign), cur_nimg)
+        return augment.p.item()
+
+    assert after(1, 1.0) == 0
+    assert after(1, 0.3) == pytest.approx(0.05)  # the mean of both is above the target
+    assert after(2, 0.7) == pytest.approx(0.10)
+    assert after(2, 0.5) == pytest.approx(0.05)
+    assert after(8, -1.0) == 0
+    assert after(100, 1.0) == pytest.approx(0.8)
+    fixed = AdaptiveAugment(replace(config, ada_p=0.4))
+    fixed.adapt(torch.tensor(1.0), 8)
+    assert fixed.p == 0.4
+
+
+def test_a_label_of_zeros_has_no_effect_and_a_weight_grows_to_the_whole(config: Config):
+    mapping = MappingNetwork(z_dim=6, c_dim=2, w_dim=5, num_ws=4)
+    z, c = torch.randn(1, 6).expand(2, -1), torch.eye(2)
+    gaps = [(mapping.map(z, c * weight)[0] - mapping.map(z, c * weight)[1]).norm().item()
+            for weight in (0, 0.01, 0.5, 1)]  # fmt: skip
+    assert gaps[0] < 1e-6 < gaps[1] < 0.05 * gaps[3] and gaps[1] < gaps[2] < gaps[3]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import train as training
 from config import CPU, GPU, Config, UserError
+from evaluate import pose
 from modules import Discriminator, Generator
 from train import (
     PHASES,
@@ -45,6 +46,7 @@ from utils import (
     read_log,
     read_losses,
     read_run_config,
+    to_uint8,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -223,6 +225,132 @@ def test_path_length_mean_follows_the_lengths(config: Config):
     torch.testing.assert_close(state.pl_mean, config.pl_decay * stats["path_length"])
 
 
+# Augmentation and labels
+
+
+def test_r1_is_taken_where_d_looks(config: Config):
+    """D is linear: behind contrast alone its gradient is what it is at the image as it was."""
+    state, real, c = step_inputs(replace(config, augment="ada", ada_p=1.0))
+    torch.manual_seed(1)
+    loss, stats = d_r1(state.D, real, c, state.config)
+    torch.manual_seed(1)
+    seen = state.D.augment(real)
+    assert not torch.equal(seen, real)
+    torch.testing.assert_close(stats["r1"], r1_penalty(state.D, seen, c).mean())
+
+
+def test_skipping_the_augmentation_at_p_0_leaves_no_trace(config: Config):
+    found = []
+    for p in (0.0, 1e-12):  # the second takes the long way
+        state, real, c = step_inputs(replace(config, augment="ada", ada_p=p))
+        train_step(state, real, c, torch.eye(2))
+        found.append(list(state.G.parameters()) + list(state.D.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def heads(n: int) -> torch.Tensor:
+    """Upright ellipses with a bright spot at their right. -> [n, 1, 16, 16]."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:16, :16] - 7.5
+    wide, high = rng.uniform(3.0, 3.8, (n, 1, 1)), rng.uniform(5.6, 6.4, (n, 1, 1))
+    body = 1 / (1 + np.exp(12 * (np.hypot(x / wide, y / high) - 1)))
+    spot = np.exp(-((x - 2) ** 2 + (y + 2) ** 2) / 2)
+    return torch.from_numpy(body * (0.72 + 0.96 * spot) - 1).float()[:, None].clamp(-1, 1)
+
+
+def test_adaptive_augmentation_does_not_leak(config: Config):
+    """Half of all images are mirrored or turned before D sees them: none of the samples may be."""
+    strengths = dict.fromkeys(("ada_translation", "ada_scale", "ada_anisotropy", "ada_cutout"), 0.0)
+    strengths |= dict.fromkeys(("ada_brightness", "ada_contrast", "ada_noise"), 0.0)
+    config = replace(
+        config, augment="ada", ada_p=0.5, **strengths, z_dim=16, w_dim=16, channel_base=256,
+        channel_max=32, batch_size=16, learning_rate=0.004, pl_weight=0, ema_kimg=0.5,
+    )  # fmt: skip
+    state, real, c = TrainingState(config, 0, torch.device("cpu")), heads(512), torch.zeros(16, 0)
+    for i in range(300):
+        train_step(state, real[torch.arange(16 * i, 16 * i + 16) % 512], c, torch.zeros(1, 0))
+    z = torch.randn(256, 16, generator=torch.Generator().manual_seed(5))
+    side = pose(to_uint8(state.G_ema(z, torch.zeros(256, 0))))[:, 1]
+    assert (side > 0).mean() > 0.9
+
+
+def test_the_label_gains_its_weight_over_the_ramp(config: Config):
+    ramp = replace(config, label_ramp_kimg=0.4)
+    assert [training.label_weight(ramp, n) for n in (0, 100, 400, 10000)] == [0, 0.25, 1, 1]
+    assert training.label_weight(config, 0) == 1
+    state, real, c = step_inputs(ramp)
+    before = [p.clone() for p in (state.D.embed, state.G.mapping.embed.weight)]
+    train_step(state, real, c, torch.eye(2))  # without a label nothing reads what stands for it
+    after = [state.D.embed, state.G.mapping.embed.weight]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_an_unconditional_run_goes_on_with_labels(config: Config):
+    plain = replace(config, conditional=False, epochs=1)
+    train(plain)
+    assert read_run_config(plain.out)[1] == ["all"]
+    labelled = replace(config, init_from=plain.out, out=config.out.with_name("labelled"))
+    old = TrainingState(plain, 0, torch.device("cpu"))
+    old.load_state_dict(load_checkpoint(checkpoints(plain.out)[-1]))
+    new = TrainingState(labelled, 2, torch.device("cpu"))
+    for name, weights in training.source_of_weights(labelled).items():
+        training.adopt(getattr(new, name), weights)
+    z, c, none = torch.randn(4, 8), torch.eye(2)[[0, 1, 1, 0]], torch.zeros(4, 0)
+    for name in ("G", "G_ema"):
+        a, b = getattr(old, name), getattr(new, name)
+        images = a(z, none, noise_mode="const")
+        torch.testing.assert_close(b(z, c, noise_mode="const"), images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(new.D(images, c), old.D(images, none))
+    train(labelled)
+    G, _, _ = load_generator(labelled.out)  # by then the label counts
+    one = z[:1].expand(2, -1)
+    assert (G(one, torch.eye(2), noise_mode="none").diff(dim=0)).abs().max() > 1e-4
+
+
+def test_weights_that_do_not_fit_are_named_before_anything_is_written(config: Config, tmp_path):
+    train(replace(config, epochs=1))
+    other = replace(config, init_from=config.out, out=config.out.with_name("other"))
+    with pytest.raises(UserError, match="init_from = .*: has w_dim = 8, now 4"):
+        train(replace(other, w_dim=4))
+    with pytest.raises(UserError, match="init_from = .*: holds no checkpoint"):
+        train(replace(other, init_from=tmp_path))
+    with pytest.raises(UserError, match="init_from = .*: has classes, this run has none"):
+        train(replace(other, conditional=False))
+    assert not other.out.exists()
+
+
+# What a run measures of itself
+
+
+def test_a_run_measures_itself_and_keeps_its_best_checkpoint(config: Config, monkeypatch):
+    measured = iter([{"fid": 3.0}, {"fid": 2.0}, {"fid": 5.0}])
+    monkeypatch.setattr(training.TrainingFigures, "measure", lambda *_: next(measured))
+    train(replace(config, epochs=3, fid_epochs=1, fid_images=100))
+    assert [line["fid"] for line in read_log(config.out)] == [3, 2, 5]
+    assert load_checkpoint(config.out / "best.pt")["cur_nimg"] == 32
+    assert load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"] == 48
+    assert load_generator(config.out / "best.pt")[2] == ["AD", "NC"]
+
+
+def test_figures_are_measured_at_their_interval_and_drawn(config: Config):
+    train(replace(config, fid_epochs=2, fid_images=100, augment="ada"))
+    first, second = read_log(config.out)
+    assert "fid" not in first
+    names = {"fid", "kid", "fid_floor", "leak_rotation", "leak_flip", "leak_border", "vary_z",
+             "vary_noise", "vary_class", "overfitting", "agreement", "agreement_real"}  # fmt: skip
+    assert all(math.isfinite(second[name]) for name in names)
+    assert Image.open(config.out / "curves.png").size[0] > 1000
+
+
+def test_a_diagnosis_is_printed(config: Config, tmp_path):
+    train(replace(config, epochs=1))
+    done = run_train("--diagnose", config.out)
+    assert done.returncode == 0 and done.stdout.strip() == f"{config.out}: nothing looks wrong"
+    failed = run_train("--diagnose", tmp_path)
+    assert failed.returncode == 2 and "is no run: it has no config.json" in failed.stderr
+    failed = run_train("--diagnose", config.out, "--epochs", "3")
+    assert failed.returncode == 2 and "--diagnose takes one run folder" in failed.stderr
+
+
 # Compilation and precision
 
 
@@ -265,8 +393,12 @@ def noisy_state(config: Config):
     return state, real, c
 
 
-def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(config, fresh_compiler):
+@pytest.mark.parametrize("augment", ["none", "ada"])
+def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(
+    config, fresh_compiler, augment
+):
     """Traced and differentiated by the compiler's front end, run by its reference backend."""
+    config = replace(config, augment=augment, ada_p=0.5)
     state, real, c = noisy_state(config)
     expected = phase_gradients(state, real, c, Phases("off").backward)
     traced = Phases("off")
@@ -404,7 +536,10 @@ def same_tensors(a, b, path="") -> list[str]:
 
 @pytest.mark.parametrize("stop_at", [4, 12])  # within an epoch of 16 images
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(config, monkeypatch, stop_at):
+    ada = {"augment": "ada", "ada_kimg": 0.05, "ada_target": -1.0}  # p rises by 0.32 every 4 steps
+    config = replace(config, **ada, label_ramp_kimg=0.02, fid_epochs=1, fid_images=100)
     train(config)
+    assert read_losses(config.out)[-1, 1 + STATS.index("ada_p")] == pytest.approx(0.64)
     step = training.train_step
 
     def stopping_step(state, *args):
@@ -425,6 +560,12 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(config, monkeypat
         del state["settings"]["out"]
     assert same_tensors(whole, joined) == []
     assert (config.out / "losses.csv").read_text() == (parted.out / "losses.csv").read_text()
+    times = ("seconds", "img_per_s", "data_wait")
+    logs = [
+        [{k: v for k, v in line.items() if k not in times} for line in read_log(c.out)]
+        for c in (config, parted)
+    ]
+    assert logs[0] == logs[1] and "fid" in logs[0][0]
     for name in ("epoch0001.png", "epoch0002.png"):
         a, b = (np.asarray(Image.open(c.out / "grids" / name)) for c in (config, parted))
         assert (a == b).all()
