@@ -363,18 +363,17 @@ def source_of_weights(config: Config) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def adopt(net: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Start from weights trained with other classes, or none: the same function at first.
+    """Start from weights trained with other classes, or none: the same function for a label of 0.
 
-    Where the label is new, its part in the first mapping layer and in D starts at zero.
+    What is new keeps its random start: the part of the label, which learns as slowly as all of the
+    mapping, would hardly leave zero. `label_ramp_kimg` brings it in smoothly.
     """
     own, first = net.state_dict(), "mapping.layers.0.weight"
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
     net.load_state_dict(fitting, strict=False)
     if first in own and first not in fitting:  # [w_dim, z_dim] into [w_dim, 2 z_dim]
         z_dim = weights[first].shape[1]
-        own[first].zero_()[:, :z_dim] = weights[first] * math.sqrt(own[first].shape[1] / z_dim)
-    if "embed" in own and "embed" not in fitting:
-        own["embed"].zero_()
+        own[first][:, :z_dim] = weights[first] * math.sqrt(own[first].shape[1] / z_dim)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -458,6 +457,7 @@ class Recorder:
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=state.cur_nimg + 1)
             logged = max((line["nimg"] for line in read_log(self.run)), default=0)
             rows = read_losses(self.run)
+            rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
             self.epoch_rows = list(rows[rows[:, 0] > logged])  # of the epoch that is under way
             self.warned: set[str] = set()
         self.start_clock()

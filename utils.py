@@ -375,7 +375,7 @@ class Rule(NamedTuple):
     advice: str
 
 
-SETTLED = 3  # measurements after which samples are expected to be slices
+SETTLED = 3  # epochs or measurements before which nothing is expected of D or of the samples
 
 
 def past_its_best(h: History) -> bool:
@@ -408,7 +408,9 @@ RULES = {
         "lower learning_rate, to a half or less",
     ),
     "D too weak": Rule(
-        lambda h: abs(h.last("d_loss") - 2 * math.log(2)) < 0.05 and h.last("real_sign") < 0.15,
+        lambda h: (
+            abs(h.last("d_loss", SETTLED) - 2 * math.log(2)) < 0.05 and h.last("real_sign") < 0.15
+        ),
         "D cannot tell real from generated slices: its loss stays at 2 ln 2",
         "lower r1_gamma; if augment is ada, lower ada_target",
     ),

@@ -84,6 +84,7 @@ class Form(NamedTuple):
     naive: bool = False
     peer: bool = False
     reuse_memory: bool = True
+    ada_p: float | None = None
 
 
 FORMS = {
@@ -96,6 +97,10 @@ FORMS = {
     "bfloat16 NHWC": Form("bfloat16", "NHWC", "off"),
     "float32 NHWC compiled": Form("float32", "NHWC", "on"),
     "bfloat16 NHWC compiled": Form("bfloat16", "NHWC", "on"),
+    "float32 NHWC, ada p 0": Form("float32", "NHWC", "off", ada_p=0.0),
+    "float32 NHWC, ada p 0.5": Form("float32", "NHWC", "off", ada_p=0.5),
+    "bfloat16 NHWC compiled, ada p 0": Form("bfloat16", "NHWC", "on", ada_p=0.0),
+    "bfloat16 NHWC compiled, ada p 0.5": Form("bfloat16", "NHWC", "on", ada_p=0.5),
     "float32 NHWC graphs": Form("float32", "NHWC", "graphs"),
     "bfloat16 NHWC graphs": Form("bfloat16", "NHWC", "graphs"),
     "peer float32": Form("float32", "NCHW", "off", peer=True),
@@ -190,6 +195,8 @@ def our_phases(config: Config, form: Form, device: torch.device) -> dict[str, Ca
     if form.reuse_memory:
         keep_freed_memory(device)
     config = replace(config, precision=form.precision, compile=form.compile)
+    if form.ada_p is not None:
+        config = replace(config, augment="ada", ada_p=form.ada_p)
     state = train.TrainingState(config, 2, device)
     arguments = phase_arguments(state.G, state.D, config, device)
 

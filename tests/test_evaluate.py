@@ -40,6 +40,7 @@ from evaluate import (
     similarity,
     spread_labels,
 )
+from modules import Discriminator, Generator
 from train import train
 from utils import mean_by_id
 
@@ -328,3 +329,111 @@ def test_invalid_options_are_named():
         Options(num_fake=5)
     with pytest.raises(UserError, match="seed = -1: must be 0 or more"):
         Options(seed=-1)
+
+
+# In training
+
+
+def tilted_heads(n: int, degrees: float = 4.0, side: float = 1.0, border: int = 0) -> np.ndarray:
+    """Ellipses, tilted with that deviation, brighter on one side, on a background of that grey."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:32, :32] - 15.5
+    a = np.radians(rng.normal(0, degrees, (n, 1, 1)))
+    along, across = y * np.cos(a) - x * np.sin(a), x * np.cos(a) + y * np.sin(a)
+    inside = np.hypot(along / 13, across / 9) < 1
+    return (inside * (150 + side * 2 * x) + border).astype(np.uint8)
+
+
+def test_the_pose_of_a_head_is_its_tilt_its_brighter_side_and_its_border():
+    y, x = np.mgrid[:32, :32] - 15.5
+    a = math.radians(10)  # its upper end to the right
+    along, across = -y * math.cos(a) + x * math.sin(a), x * math.cos(a) + y * math.sin(a)
+    head = (np.hypot(along / 13, across / 9) < 1) * 150.0
+    assert evaluation.pose(head[None].astype(np.uint8))[0, 0] == pytest.approx(10, abs=0.5)
+    mirrored = evaluation.pose(head[None, :, ::-1].astype(np.uint8))
+    assert mirrored[0, 0] == pytest.approx(-10, abs=0.5)
+    right = evaluation.pose((head / 2 * (1 + (x > 0)))[None].astype(np.uint8))
+    assert right[0, 1] == pytest.approx(1 / 3, abs=0.02)  # two parts of three
+    assert evaluation.pose(np.full((1, 32, 32), 7, np.uint8))[0, 2] == 7
+
+
+def test_leaks_are_seen_and_real_against_real_has_none():
+    real = evaluation.pose(tilted_heads(400))
+    none = evaluation.leaks(real, evaluation.pose(tilted_heads(300)))
+    assert none["leak_rotation"] == pytest.approx(1, abs=0.1)
+    assert none["leak_flip"] == pytest.approx(0, abs=0.2) and none["leak_border"] == 0
+    assert evaluation.leaks(real, evaluation.pose(tilted_heads(400, 8.0)))["leak_rotation"] > 1.8
+    mirrored = evaluation.pose(tilted_heads(400)[:, :, ::-1])
+    assert evaluation.leaks(real, mirrored)["leak_flip"] < -3
+    lit = evaluation.pose(tilted_heads(400, border=9))
+    assert evaluation.leaks(real, lit)["leak_border"] == pytest.approx(9)
+
+
+def fixed_generator(config: Config, **parts) -> Generator:
+    """A generator, of which a change may be asked for."""
+    torch.manual_seed(0)
+    G = Generator(config, 2)
+    for name, p in G.named_parameters():
+        if name.endswith("noise_strength"):
+            p.data.fill_(parts.get("noise", 0.0))
+    if parts.get("no_z"):
+        G.mapping.layers[0].weight.data[:, : config.z_dim] = 0
+    if parts.get("no_class"):
+        G.mapping.layers[0].weight.data[:, config.z_dim :] = 0
+    return G.eval()
+
+
+def test_what_moves_an_image_is_told_apart(config: Config):
+    whole = evaluation.conditional_variation(fixed_generator(config, noise=0.1), 0)
+    assert min(whole.values()) > 0.5
+    assert evaluation.conditional_variation(fixed_generator(config, no_z=True), 0)["z"] < 1e-3
+    assert (
+        evaluation.conditional_variation(fixed_generator(config, no_class=True), 0)["class"] < 1e-3
+    )
+    assert evaluation.conditional_variation(fixed_generator(config), 0)["noise"] < 1e-3
+
+
+@pytest.fixture
+def figures(config: Config, monkeypatch) -> evaluation.TrainingFigures:
+    """Of 80 training and 80 test slices, whose classes differ in the middle."""
+    fit = evaluation.fit_encoder
+    monkeypatch.setattr(evaluation, "fit_encoder", lambda *args, **kw: fit(*args, **kw, steps=250))
+    splits = {"train": make_slices(), "test": make_slices(seed=1)}
+    config = replace(config, fid_images=100)
+    return evaluation.TrainingFigures(splits, "made up", config, torch.device("cpu"))
+
+
+class Memory(torch.nn.Module):
+    """D of an image: a high logit for those it has seen."""
+
+    embed = torch.zeros(2, 1)
+
+    def __init__(self, seen: np.ndarray) -> None:
+        super().__init__()
+        self.seen = torch.nn.Parameter(torch.from_numpy(seen.astype(np.float32)) / 127.5 - 1)
+
+    def forward(self, img, c):
+        near = (img - self.seen[None]).square().mean((2, 3)).min(1).values < 1e-3
+        return near.float() * 4 - 2
+
+
+def test_overfitting_is_how_far_test_slices_pass_for_fakes(figures, config: Config):
+    train, test = (figures.samples[name].images for name in ("train", "test"))
+    G = fixed_generator(config)
+    assert figures.measure(G, Memory(train))["overfitting"] == pytest.approx(1)
+    both = Memory(np.concatenate([train, test]))
+    assert figures.measure(G, both)["overfitting"] == pytest.approx(0, abs=0.01)
+
+
+def test_agreement_is_high_for_right_labels_and_low_for_swapped_ones(figures):
+    real = make_slices(seed=2)
+    assert figures.seen_real > 0.9
+    assert figures.agreement(Fakes(real.images, real.labels)) > 0.9
+    assert figures.agreement(Fakes(real.images, 1 - real.labels)) < 0.1
+
+
+def test_figures_do_not_change_from_call_to_call_nor_move_the_networks(figures, config: Config):
+    G, D = fixed_generator(config, noise=0.1), Discriminator(config, 2)
+    before = [p.clone() for p in (*G.parameters(), *D.parameters())]
+    assert figures.measure(G, D) == figures.measure(G, D)
+    after = (*G.parameters(), *D.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
