@@ -375,6 +375,7 @@ class Rule(NamedTuple):
     advice: str
 
 
+LEAST_SIGNAL = 0.05  # agreement above chance below which classes are taken for noise
 SETTLED = 3  # epochs or measurements before which nothing is expected of D or of the samples
 
 
@@ -384,11 +385,17 @@ def past_its_best(h: History) -> bool:
     return len(fid) > 3 and fid[:-3].min() * 1.2 < fid[-3:].min()
 
 
+def stays_above(h: History, name: str, limit: float) -> bool:
+    """The last six values are above a limit, and no longer on their way down."""
+    values = h.measured(name)[-6:]
+    return len(values) == 6 and values.min() > limit and values[3:].mean() > 0.9 * values[:3].mean()
+
+
 def label_effect(h: History) -> float:
-    """Agreement above chance, as a share of what real test slices reach; NaN where that is low."""
+    """Agreement above chance, as a share of that of real test slices; NaN where that is low."""
     chance = h.last("agreement_chance")
     real = h.last("agreement_real") - chance
-    return (h.last("agreement", SETTLED) - chance) / real if real > 0.05 else math.nan
+    return (h.last("agreement", SETTLED) - chance) / real if real > LEAST_SIGNAL else math.nan
 
 
 RULES = {
@@ -430,19 +437,24 @@ RULES = {
         "the data are few: raise r1_gamma or lower channel_max; look for leaks",
     ),
     "augmentation leaks": Rule(
-        lambda h: h.last("leak_rotation", SETTLED) > 1.5 or h.last("leak_border", SETTLED) > 4,
+        lambda h: stays_above(h, "leak_rotation", 1.5) or stays_above(h, "leak_border", 4),
         "samples are turned, or their background is lit, more than the real slices are",
         "lower ada_rotation, ada_brightness and ada_noise, or rotation and brightness",
     ),
     "z ignored": Rule(
-        lambda h: h.last("vary_z", SETTLED) < max(0.3, h.last("vary_noise")),
+        lambda h: h.last("vary_z", SETTLED) < max(0.3, h.last("vary_noise") / 2),
         "samples hardly change with z: one picture per class, varied by noise alone at most",
         "look at the grid; lower learning_rate, try label_ramp_kimg or style_mixing_prob = 0.5",
+    ),
+    "labels without signal": Rule(
+        lambda h: h.last("agreement_real") - h.last("agreement_chance") < LEAST_SIGNAL,
+        "a classifier trained on the training slices cannot tell the classes of test slices",
+        "look whether slices lie in the right class folders; if so, they do not show the class",
     ),
     "class ignored": Rule(
         lambda h: label_effect(h) < 0.2,
         "samples do not show the class asked for",
-        "check that the folders hold what they are named; train longer; label_ramp_kimg = 0",
+        "train longer, with label_ramp_kimg = 0",
     ),
     "caricature": Rule(
         lambda h: label_effect(h) > 2,
@@ -562,8 +574,8 @@ def plot_curves(run: Path, path: Path) -> None:
         return
     columns = 4
     figure = Figure(figsize=(4.2 * columns, 3.1 * math.ceil(len(shown) / columns)))
-    axes = figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False).flat
-    for ax in list(axes)[len(shown) :]:
+    axes = list(figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False).flat)
+    for ax in axes[len(shown) :]:
         ax.axis("off")
     for ax, (title, names, healthy, caption) in zip(axes, shown, strict=False):
         for i, (name, label) in enumerate(names.items()):
@@ -577,7 +589,7 @@ def plot_curves(run: Path, path: Path) -> None:
         ax.legend(fontsize=7, frameon=False)
         ax.grid(alpha=0.3)
     found = diagnose(run).values()
-    text = "Against thousands of real images seen. Green: healthy range. Thin: each step.\n"
+    text = "Against thousands of real images seen. Green: healthy range. Thin: steps, smoothed.\n"
     figure.suptitle(text + ("\n".join(found) or "No rule finds anything wrong."), fontsize=9)
     figure.tight_layout()
     save_figure(figure, path)
@@ -585,14 +597,14 @@ def plot_curves(run: Path, path: Path) -> None:
 
 def draw_column(ax: Axes, history: History, name: str, label: str, color: str) -> None:
     """One column: its epochs as dots joined by a line, its steps, smoothed, behind them."""
-    if name in history.steps:
-        values = history.steps[name]
-        there = np.isfinite(values)
-        ax.plot(history.steps["nimg"][there] / 1000, values[there], lw=0.4, alpha=0.3, color=color)
-    values = history.epochs[name]
-    there = np.isfinite(values)
-    kimg = history.epochs["nimg"][there] / 1000
-    ax.plot(kimg, values[there], ".-", ms=4, color=color, label=label)
+    for columns in history:
+        if name in columns:
+            there = np.isfinite(columns[name])
+            kimg, values = columns["nimg"][there] / 1000, columns[name][there]
+            if columns is history.steps:
+                ax.plot(kimg, smooth(values, 20), lw=0.5, alpha=0.5, color=color)
+            else:
+                ax.plot(kimg, values, ".-", ms=4, color=color, label=label)
 
 
 def read_square(grid: Path) -> np.ndarray:

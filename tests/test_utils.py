@@ -53,6 +53,7 @@ ILL = {
     "p at its cap": {"ada_p": [0.2, 0.5, 0.7, 0.8, 0.8, 0.8]},
     "augmentation leaks": {"leak_rotation": 2.0},
     "z ignored": {"vary_z": 0.02, "vary_noise": 0.3},
+    "labels without signal": {"agreement": 0.52, "agreement_real": 0.52},
     "class ignored": {"agreement": 0.51},
     "caricature": {"agreement": 0.99, "agreement_real": 0.65},
     "loader too slow": {"data_wait": 0.4},
@@ -75,10 +76,14 @@ def test_a_loss_that_is_not_a_number_is_named(tmp_path):
     assert set(ILL) | {"not finite"} == set(RULES)  # every rule has its test
 
 
-def test_lights_background_is_a_leak_and_few_measurements_are_no_verdict(tmp_path):
+def test_a_lit_background_is_a_leak_unless_it_is_still_going_down(tmp_path):
     assert list(diagnose(write_run(tmp_path, leak_border=9.0))) == ["augmentation leaks"]
-    young = {"leak_rotation": 13.0, "vary_z": 0.01, "agreement": 0.5}
-    assert diagnose(write_run(tmp_path, epochs=2, **young)) == {}
+    assert diagnose(write_run(tmp_path, leak_border=[90.0, 50.0, 30.0, 15.0, 9.0, 6.0])) == {}
+
+
+def test_few_measurements_are_no_verdict(tmp_path):
+    young = {"leak_rotation": 13.0, "vary_z": 0.01, "agreement": 0.5, "d_loss": 1.386}
+    assert diagnose(write_run(tmp_path, epochs=2, real_sign=0.0, **young)) == {}
 
 
 def test_a_run_without_figures_is_judged_by_its_losses_alone(tmp_path):
