@@ -2,7 +2,7 @@
 
     python predict.py                                         # every figure of the newest run
     python predict.py --checkpoint runs/adni --classes AD --seeds 0 1 2 --truncation-psi 0.7
-    python predict.py --compare runs/a runs/b runs/c          # loss curves and grids side by side
+    python predict.py --compare runs/a runs/b runs/c          # grids, losses, FID of runs
 
 Writes, into RUN/predict or --out: grid_CLASS.png, images/CLASS/seed0000.png, truncation.png,
 embedding_images.png and embedding_w.png. A seed is always the same image: one z for all classes,
@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -44,6 +45,8 @@ from utils import (
     mean_by_id,
     newest_run,
     one_hot,
+    plain_settings,
+    read_log,
     read_run_config,
     read_square,
     resolve_device,
@@ -264,20 +267,51 @@ def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
 # Comparison
 
 
+def differences(configs: Sequence[Config]) -> list[str]:
+    """For each run, the settings in which it differs from any of the others, in words."""
+    places = ("out", "cache", "data_root")
+    settings = [{k: v for k, v in plain_settings(c).items() if k not in places} for c in configs]
+    names = [n for n in settings[0] if len({str(s[n]) for s in settings}) > 1]
+    return [", ".join(f"{n} {s[n]}" for n in names) for s in settings]
+
+
 def plot_comparison(runs: Sequence[Path], path: Path) -> None:
-    """A column for each run: its last images, and the losses of D and G on common axes."""
-    figure = Figure(figsize=(4.2 * len(runs), 5.4))
-    axes = figure.subplots(2, len(runs), squeeze=False, sharey="row", height_ratios=(2, 3))
-    for (top, bottom), run in zip(axes.T, runs, strict=True):
-        config, _, _ = read_run_config(run)
+    """A column for each run: its last images, its losses on common axes; FID of all in one plot."""
+    configs = [read_run_config(run)[0] for run in runs]
+    figure = Figure(figsize=(4.2 * len(runs), 9))
+    axes = figure.subplots(3, len(runs), squeeze=False, height_ratios=(2, 3, 3))
+    titles = differences(configs)
+    for (top, middle, _), run, title in zip(axes.T, runs, titles, strict=True):
         for grid in sorted((run / "grids").glob("epoch*.png"))[-1:]:
             top.imshow(read_square(grid), cmap="gray", vmin=0, vmax=255)
         top.axis("off")
-        top.set_title(f"{run.name}: learning rate {config.learning_rate:g}")
-        draw_loss(bottom, run, "d_loss", "C0")
-        draw_loss(bottom, run, "g_loss", "C1")
-        bottom.legend(fontsize=8)
+        top.set_title(f"{run.name}: {title}" if title else run.name, fontsize=10)
+        middle.sharey(axes[1, 0])
+        draw_loss(middle, run, "d_loss", "C0")
+        draw_loss(middle, run, "g_loss", "C1")
+        middle.legend(fontsize=8)
+    for ax in axes[2]:
+        ax.remove()
+    draw_fid(figure.add_subplot(3, 1, 3), runs)
+    figure.tight_layout()
     save_figure(figure, path)
+
+
+def draw_fid(ax: Axes, runs: Sequence[Path]) -> None:
+    """FID of each run against the images it was shown, where it was measured, and its floor."""
+    for i, run in enumerate(runs):
+        line = [(e["nimg"] / 1000, e["fid"], e["fid_floor"]) for e in read_log(run) if "fid" in e]
+        if line:
+            kimg, fid, floor = zip(*line, strict=True)
+            ax.plot(kimg, fid, ".-", color=f"C{i}", label=f"{run.name}, lowest {min(fid):.2f}")
+            ax.axhline(floor[0], color="grey", ls=":", lw=0.8)
+    ax.set(
+        xlabel="thousands of real images seen", ylabel="FID to the training slices", yscale="log"
+    )
+    ax.set_title("dotted: the same between two halves of the training ids", fontsize=9)
+    if ax.lines:
+        ax.legend(fontsize=8)
+    ax.grid(alpha=0.3, which="both")
 
 
 # Command line

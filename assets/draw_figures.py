@@ -2,8 +2,8 @@
 
     python -m assets.draw_figures      # from the project's folder
 
-Writes architecture.png, data_samples.png and augmentation.png beside itself; the last two show
-demo brains, which are made first if need be.
+Writes architecture.png, data_samples.png, augmentation.png and ada.png beside itself; all but the
+first show demo brains, which are made first if need be.
 """
 
 from dataclasses import replace
@@ -17,10 +17,13 @@ from matplotlib.patches import FancyBboxPatch
 
 from config import CPU, Config
 from dataset import SPLITS, Slices, TrainingSlices, load_slices
+from modules import AdaptiveAugment
 from utils import save_figure, save_grey, tile, to_uint8
 
 FOLDER = Path(__file__).parent
 NUM_SUBJECTS, NUM_LEVELS, NUM_DRAWS = 3, 5, 6
+STRENGTHS = ("ada_flip", "ada_translation", "ada_scale", "ada_anisotropy", "ada_rotation",
+             "ada_brightness", "ada_contrast", "ada_noise", "ada_cutout")  # fmt: skip
 COLOURS = {"style": "#cfe2f3", "conv": "#d9ead3", "image": "#fff2cc", "plain": "#eeeeee"}
 
 
@@ -144,13 +147,27 @@ def find(stream: TrainingSlices, image: torch.Tensor, start: int, count: int) ->
     )
 
 
+def draw_ada(slices: Slices, config: Config) -> None:
+    """Slices as they are (left), under each kind of change alone, and under all at p = 0.8."""
+    img = torch.from_numpy(slices.images[[7, 1607, 2407]]).float()[:, None] / 127.5 - 1
+    columns = [img]
+    torch.manual_seed(1)
+    for kind in STRENGTHS:
+        alone = dict.fromkeys(set(STRENGTHS) - {kind}, 0.0)
+        columns.append(AdaptiveAugment(replace(config, ada_p=1.0, **alone))(img))
+    columns += [AdaptiveAugment(replace(config, ada_p=0.8))(img) for _ in range(2)]
+    picture = torch.stack(columns, 1).flatten(0, 1)
+    save_grey(tile(to_uint8(picture), len(columns)), FOLDER / "ada.png")
+
+
 def main() -> None:
-    """Draw all three."""
+    """Draw all four."""
     draw_architecture()
     config = Config(**CPU | {"img_resolution": 128})
     slices = load_slices(config)[0][SPLITS[0]]
     draw_samples(slices)
     draw_augmentation(slices, config)
+    draw_ada(slices, config)
 
 
 if __name__ == "__main__":

@@ -109,3 +109,8 @@ def test_losses_of_an_earlier_version_can_be_read_and_continued(tmp_path):
     history = read_history(tmp_path)
     assert history.steps["d_loss"].tolist() == [0.5, 0.25]
     assert np.isnan(history.steps["g_loss"][1]) and np.isnan(history.steps["ada_p"]).all()
+
+
+def test_the_readme_lists_every_rule():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    assert [name for name in RULES if f"\n| {name} | " not in text] == []
