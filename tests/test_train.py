@@ -392,12 +392,9 @@ def noisy_state(config: Config):
     return state, real, c
 
 
-@pytest.mark.parametrize("augment", ["none", "ada"])
-def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(
-    config, fresh_compiler, augment
-):
+def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(config, fresh_compiler):
     """Traced and differentiated by the compiler's front end, run by its reference backend."""
-    config = replace(config, augment=augment, ada_p=0.5)
+    config = replace(config, augment="ada", ada_p=0.5)
     state, real, c = noisy_state(config)
     expected = phase_gradients(state, real, c, Phases("off").backward)
     traced = Phases("off")
