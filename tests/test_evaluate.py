@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_folder
+from impostors import compare, impostors, largest_mix
 from scipy.stats import spearmanr
 
 import evaluate as evaluation
@@ -468,6 +470,36 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monk
     text = (out / "evaluation.md").read_text()
     assert "not a guarantee of privacy" in text and "| relative fd |" in text
     assert "edges" not in text
+
+
+def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "NUM_BOOTSTRAPS", 4)
+    root = write_folder(tmp_path / "more", {"train": 30, "test": 30}, slices=3)
+    config = replace(config, data_root=root, img_resolution=32, epochs=1)
+    train(config)
+    options = Options(
+        config.out, num_fake=200, extractors=("encoder",), metrics=("distribution", "memorisation")
+    )
+    rows = {row["set"]: row for row in compare(options)}
+    distance = {name: row["fid_test, encoder"] for name, row in rows.items()}
+    assert distance["real"] < distance["blurred"] < distance["samples"]
+    assert rows["copied"]["fid_train, encoder"] < rows["blurred"]["fid_train, encoder"]
+    caught = {name: row["too_near, pixels"] for name, row in rows.items()}
+    assert caught["copied"] > 0.9 and caught["real"] < 0.1 and caught["samples"] < 0.1
+    table = (config.out / "evaluation" / "impostors.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in rows]
+    assert len(json.loads((config.out / "evaluation" / "impostors.json").read_text())["sets"]) == 4
+
+
+def test_impostors_share_no_test_id_and_keep_the_class_mix(tmp_path):
+    train_split, test, fakes = (make_slices(n=400, seed=s) for s in range(3))
+    sets, bench = impostors(fakes, Bench({"train": train_split, "test": test}, [], tmp_path, 0))
+    assert not set(sets["real"].subjects) & set(bench.splits["test"].subjects)
+    assert set(sets["copied"].subjects) <= set(train_split.subjects)
+    assert (sets["blurred"].subjects == sets["real"].subjects).all()
+    assert all(np.bincount(s.labels).tolist() == [100, 100] for s in sets.values())
+    wanted = largest_mix(np.repeat([0, 1], [300, 100]), [np.array([0] * 30 + [1] * 5)], 100)
+    assert np.bincount(wanted).tolist() == [15, 5]
 
 
 def test_a_checkpoint_is_reported_with_its_own_kimg(trained: Config):
