@@ -7,9 +7,10 @@
 All options are those of evaluate.py. Four sets, equally many and with the classes mixed as in the
 training slices, stand in the place of samples:
 
-- real: slices of half of the test ids. It should win, and be told from nothing.
+- real: slices of half of the test ids. It should win.
 - copied: training slices with noise of 2 grey levels. FID likes it; the audit must catch it.
-- blurred: the very slices of "real", blurred by 1/64 of their width. It should lose on FID.
+- blurred: the very slices of "real", blurred by 1/64 of their width and by a pixel at least. It
+  should lose on FID.
 - samples: those of the run.
 
 The other half of the test ids is the test split of all four, so that no set is compared with
@@ -82,7 +83,7 @@ def impostors(samples: Slices, bench: Bench) -> tuple[dict[str, Slices], Bench]:
     labels = [s.labels for s in (half, train, samples)]
     wanted = largest_mix(train.labels, labels, len(samples.labels))
     real, copied = choose(half, wanted, rng), choose(train, wanted, rng)
-    sigma = real.images.shape[-1] / 64
+    sigma = max(1, real.images.shape[-1] / 64)
     sets = {
         "samples": choose(samples, wanted, rng),
         "real": real,
