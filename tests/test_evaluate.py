@@ -5,10 +5,13 @@ import json
 import math
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_folder
+from impostors import compare, impostors, largest_mix
 from scipy.stats import spearmanr
 
 import evaluate as evaluation
@@ -16,24 +19,35 @@ from assets.demo_brains import write_demo
 from config import Config, UserError
 from dataset import Slices, load_slices
 from evaluate import (
+    NUM_COPIES,
+    Bench,
     Extractor,
     Fakes,
+    Features,
     Options,
     areas,
+    as_table,
     auc,
     audit,
+    averaged,
+    bootstrap_interval,
+    distance_rows,
     draw_pairs,
     effect_size,
     evaluate,
+    fakes_of,
     features_of,
     frechet_distance,
     halves_by_id,
+    histogram,
     kernel_distance,
     load_inception,
     manifold_figures,
+    measure_anatomy,
     measure_labels,
+    measure_memorisation,
     otsu,
-    plant_copies,
+    planted_copies,
     relative_distance,
     resampled_ids,
     resize_like_fid,
@@ -103,6 +117,31 @@ def test_distances_equal_those_of_torch_fidelity():
     assert kernel_distance(x[:300], y, subsets=1, size=300)[0] == pytest.approx(one, rel=1e-4)
 
 
+class Passing(torch.nn.Module):
+    """Features in, features out, in the place of a network."""
+
+    num_features = 32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).float()
+
+
+def test_distances_equal_those_of_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    kid = pytest.importorskip("torchmetrics.image.kid")
+    x, y = features(300, 32, 0), features(200, 32, 1, 0.2)
+    size = {"input_img_size": (32, 1, 1)}
+    theirs = fid.FrechetInceptionDistance(Passing(), **size).set_dtype(torch.float64)
+    kernel = kid.KernelInceptionDistance(Passing(), subsets=1, subset_size=200)
+    for values, real in ((x, True), (y, False)):
+        images = torch.from_numpy(values)[:, :, None, None]
+        theirs.update(images, real=real)
+        kernel.update(images[:200], real=real)
+    assert frechet_distance(x, y) == pytest.approx(float(theirs.compute()), rel=1e-4)
+    ours = kernel_distance(x[:200], y, subsets=1, size=200)[0]
+    assert ours == pytest.approx(float(kernel.compute()[0]), rel=1e-3)
+
+
 def test_kernel_distance_is_unbiased():
     values = [kernel_distance(features(200, 8, i), features(200, 8, 500 + i), i, 1)[0]
               for i in range(60)]  # fmt: skip
@@ -120,6 +159,18 @@ def test_manifold_figures_equal_those_of_prdc():
         assert ours[name] == pytest.approx(theirs[k][name], abs=1e-6)
 
 
+def test_rows_of_distances_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
+    x, y = features(70, 8, 0), features(70, 8, 1, 0.5)
+    expected = np.linalg.norm(x[:, None].astype(float) - y[None], axis=2)
+    figures = manifold_figures(x, y, ids(70), ids(70, 1))
+    monkeypatch.setattr(evaluation, "ROWS", 9)
+    rows = np.concatenate([found for _, found in distance_rows(x, y)])
+    np.testing.assert_allclose(rows, expected, atol=1e-9)
+    assert manifold_figures(x, y, ids(70), ids(70, 1)) == figures
+    within = np.concatenate([found for _, found in distance_rows(x, x, ids(70))])
+    assert (np.isinf(within) == (ids(70)[:, None] == ids(70))).all()
+
+
 def test_slices_of_one_id_are_no_neighbours():
     """Two tight clusters, each one id: only the other cluster is a neighbour, so radii are wide."""
     x = np.concatenate([np.zeros((10, 2)), np.ones((10, 2))]) + features(20, 2, 0) * 1e-3
@@ -131,7 +182,7 @@ def test_slices_of_one_id_are_no_neighbours():
 
 def test_halves_and_bootstraps_keep_ids_whole():
     slices, rng = make_slices(), np.random.default_rng(0)
-    a, b = halves_by_id(slices, rng)
+    a, b = halves_by_id(slices.subjects, slices.labels, rng)
     assert not set(slices.subjects[a]) & set(slices.subjects[b])
     assert sorted([*a, *b]) == list(range(80))
     assert slices.labels[a].mean() == 0.5
@@ -142,12 +193,13 @@ def test_halves_and_bootstraps_keep_ids_whole():
 
 def test_the_relative_distance_of_real_against_real_is_near_one():
     slices = make_slices(n=800)
-    real, more = features(800, 16, 0), features(800, 16, 1)
-    found = relative_distance(real, slices, more, 0)
+    real, more = (Features(features(800, 16, s), slices.subjects, slices.labels) for s in (0, 1))
+    found = relative_distance(real, more, 0)
     assert 0.6 < found["relative_fd"] < 1.4
     low, high = found["relative_fd_interval"]
     assert low < found["relative_fd"] < high
-    assert relative_distance(real, slices, more + 1, 0)["relative_fd"] > 5
+    far = more._replace(values=more.values + 1)
+    assert relative_distance(real, far, 0)["relative_fd"] > 5
 
 
 def test_features_are_cached_by_content_and_extractor(tmp_path):
@@ -191,6 +243,14 @@ def test_inception_has_2048_features_and_sees_noise():
     assert (plain - changed).norm() > 0.1 * plain.norm()
 
 
+def test_averages_of_many_are_those_of_each():
+    images = make_slices(n=120, size=128).images
+    small = averaged(images)
+    blocks = images[110].reshape(64, 2, 64, 2).mean((1, 3))
+    np.testing.assert_allclose(small[110, 0].numpy(), blocks, rtol=1e-6)
+    assert small.shape == (120, 1, 64, 64) and averaged(images[:, :16, :16]).shape[-1] == 16
+
+
 # Diversity
 
 
@@ -213,17 +273,35 @@ def test_pairs_are_of_one_class_and_two_ids():
 # Labels
 
 
-def test_swapped_labels_turn_the_figures_round(monkeypatch):
+@pytest.fixture
+def short_classifiers(monkeypatch):
     monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
     fit = evaluation.fit_encoder
     monkeypatch.setattr(evaluation, "fit_encoder", lambda *args: fit(*args, steps=60))
-    splits = {"train": make_slices(), "test": make_slices(seed=1)}
+
+
+def label_figures(train: Slices, fakes: Slices, path: Path) -> dict[str, dict]:
+    bench = Bench({"train": train, "test": make_slices(seed=1)}, [], path, 0)
+    return {f"{r['figure']} {r['level']}": r for r in measure_labels(fakes, bench)["labels"]}
+
+
+def test_swapped_labels_turn_the_figures_round(short_classifiers, tmp_path):
     other = make_slices(seed=2)
-    right = measure_labels(splits, Fakes(other.images, other.labels), 0)
-    wrong = measure_labels(splits, Fakes(other.images, 1 - other.labels), 0)
+    right = label_figures(make_slices(), other, tmp_path)
+    wrong = label_figures(make_slices(), replace(other, labels=1 - other.labels), tmp_path)
     for name in ("TSTR slices", "TSTR ids", "TRTS slices"):
         assert right[name]["auc"] > 0.95 and wrong[name]["auc"] < 0.05, name
     assert right["TRTR ids"]["auc"] > 0.95 and wrong["TRTR ids"]["auc"] > 0.95
+    low, high = wrong["TSTR - TRTR ids"]["interval_over_ids"]
+    assert low <= wrong["TSTR - TRTR ids"]["auc"] <= high < -0.9
+
+
+def test_synthetic_data_that_helps_is_seen_to_help(short_classifiers, tmp_path):
+    """Real labels without meaning, synthetic ones with: the gain's interval excludes 0."""
+    train = make_slices()
+    useless = replace(train, labels=np.random.default_rng(0).permutation(train.labels))
+    gain = label_figures(useless, make_slices(n=400, seed=2), tmp_path)["TR+STR - TRTR ids"]
+    assert gain["interval_over_ids"][0] > 0 and gain["auc"] > 0.2
 
 
 def test_auc_and_means_by_id():
@@ -275,17 +353,88 @@ def test_effect_size_of_known_groups():
     assert effect_size(values, np.repeat([0, 1], 20000)) == pytest.approx(0.5, abs=0.03)
 
 
+def test_bootstrap_intervals_take_ids_whole():
+    """64 ids of 5 slices that share a value: slices taken one by one would be too sure."""
+    rng = np.random.default_rng(0)
+    per_id, labels = rng.normal(size=64) + np.repeat([1, 0], 32), np.repeat([0, 1], 160)
+    values, subjects = per_id.repeat(5), ids(320, 5)
+
+    def width(names: np.ndarray) -> float:
+        low, high = bootstrap_interval(
+            lambda rows: effect_size(values[rows], labels[rows]), names, labels, 0
+        )
+        assert low < effect_size(values, labels) < high
+        return high - low
+
+    assert width(subjects) > 1.7 * width(np.arange(320))
+
+
+def test_generated_slices_have_an_effect_with_an_interval(tmp_path):
+    y, x = np.mgrid[:32, :32] - 15.5
+    rng, labels = np.random.default_rng(0), np.arange(120) // 4 % 2
+    radii = rng.normal(4, 0.5, 120) - labels
+    radius = np.hypot(y, x)
+    images = np.where(radius < 13, 150, 0) * (radius >= radii.reshape(-1, 1, 1))
+    fakes = Slices(images.astype(np.uint8), labels, ids(120, 1), ["AD", "NC"])
+    splits = {"train": fakes, "test": fakes}
+    mixed = replace(fakes, labels=np.random.default_rng(0).permutation(fakes.labels))
+    found = [
+        {row["area"]: row for row in measure_anatomy(f, Bench(splits, [], tmp_path, 0))["anatomy"]}
+        for f in (fakes, mixed)
+    ]
+    low, high = found[0]["ventricles"]["fake_effect_interval"]
+    assert 1 < low < found[0]["ventricles"]["fake_effect"] < high
+    low, high = found[1]["ventricles"]["fake_effect_interval"]
+    assert low < 0 < high
+
+
+def test_histograms_share_their_bins_and_are_densities():
+    found = histogram({"a": np.arange(100.0), "b": np.zeros(5)}, bins=10)
+    assert len(found["edges"]) == 11
+    assert (np.diff(found["edges"]) * found["b"]).sum() == pytest.approx(1)
+    assert found["a"][0] == pytest.approx(0.01, rel=0.1)
+
+
+def test_tables_have_every_column_and_no_histogram():
+    rows = [{"a": 0.123456, "pairs": {"x": [1]}}, {"b_c": [1.0, 2.5]}]
+    assert as_table(rows) == "| a | b c |\n| --- | --- |\n| 0.1235 |  |\n|  | 1 to 2.5 |\n"
+
+
 # Memorisation
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
-def test_the_audit_finds_the_planted_share(share):
+@pytest.mark.parametrize("kind", ["exact", "noisy"])
+def test_the_audit_finds_the_planted_share(share, kind):
     train, test, fresh = (make_slices(n=400, per_id=2, seed=s) for s in range(3))
-    fakes, rows = plant_copies(Fakes(fresh.images, fresh.labels), train, share, 0)
-    flat = [v.reshape(400, -1).astype(float) for v in (train.images, test.images, fakes.images)]
+    rows = np.arange(round(share * 400))
+    images = fresh.images.copy()
+    images[rows] = planted_copies(train.images[rows], 0)[kind]
+    flat = [v.reshape(400, -1).astype(float) for v in (train.images, test.images, images)]
     found = audit(*flat)
     assert found["share_too_near"] == pytest.approx(share, abs=0.03)
     assert (found["gaps"][rows] < found["threshold"]).all()
+    assert (found["partners"][rows] == rows).all()
+
+
+def test_planted_copies_are_as_said():
+    images = make_slices().images
+    copies = planted_copies(images, 0)
+    assert (copies["exact"] == images).all()
+    assert (copies["shifted"][:, :, 1:] == images[:, :, :-1]).all()
+    assert 1.5 < np.std(copies["noisy"][images > 20].astype(float) - images[images > 20]) < 2.5
+
+
+def test_each_kind_of_copy_is_reported_and_pairs_are_named(tmp_path):
+    train, test, fresh = (make_slices(n=80, seed=s, size=32) for s in range(3))
+    fakes = replace(fresh, images=fresh.images.copy())
+    fakes.images[7] = train.images[40]
+    (row,) = measure_memorisation(fakes, Bench({"train": train, "test": test}, [], tmp_path, 0))[
+        "memorisation"
+    ]
+    assert row["found_exact"] == row["found_noisy"] == 1 > row["found_shifted"]
+    assert row["pairs"]["sample"][0] == 7 and row["pairs"]["train"][0] == 40
+    assert NUM_COPIES > 80
 
 
 # The command
@@ -298,8 +447,9 @@ def trained(config: Config) -> Config:
 
 
 def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monkeypatch):
-    for name, value in (("NUM_SEEDS", 1), ("NUM_BOOTSTRAPS", 2), ("NUM_PAIRS", 8)):
-        monkeypatch.setattr(evaluation, name, value)
+    monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
+    monkeypatch.setattr(evaluation, "NUM_BOOTSTRAPS", 2)
+    monkeypatch.setattr(evaluation, "NUM_PAIRS", 8)
     fit = evaluation.fit_encoder
     monkeypatch.setattr(
         evaluation, "fit_encoder", lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})
@@ -307,14 +457,68 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monk
     evaluate(Options(trained.out, num_fake=100, extractors=("encoder",), device="cpu"))
     out = trained.out / "evaluation"
     report = json.loads((out / "evaluation.json").read_text())
-    assert set(report) == {"what", *evaluation.GROUPS}
-    assert report["what"]["kimg"] == 0.016 and report["what"]["n_fake_AD"] == 50
-    rows = report["distribution"][0]["rows"]
+    assert set(report) == {"what", "relative_fd", "grey_levels_moved_by", *evaluation.MEASURES}
+    what = report["what"]
+    assert what["kimg"] == 0.016 and what["n_fake_AD"] == 50 and what["n_train"] == 16
+    assert what["psi"] == 1 and what["seed"] == 0 and len(what["data"]) == len(what["sha256"]) == 64
+    assert what["weights"].endswith("generator.safetensors") and "64 x 64" in what["encoder"]
+    assert "bicubic" in what["resize"]
+    rows = report["distribution"]
     assert [row["set"] for row in rows[:3]] == ["all", "AD", "NC"]
     assert all("below the 128 features" in row["note"] for row in rows)
-    assert (out / "nearest_pixels.png").exists()
+    assert [row["set"] for row in report["relative_fd"]] == ["all", "AD", "NC"]
+    assert {"evaluation.png", "nearest_pixels.png"} < {path.name for path in out.iterdir()}
     text = (out / "evaluation.md").read_text()
     assert "not a guarantee of privacy" in text and "| relative fd |" in text
+    assert "edges" not in text
+
+
+def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "NUM_BOOTSTRAPS", 4)
+    root = write_folder(tmp_path / "more", {"train": 30, "test": 30}, slices=3)
+    config = replace(config, data_root=root, img_resolution=32, epochs=1)
+    train(config)
+    options = Options(
+        config.out, num_fake=200, extractors=("encoder",), metrics=("distribution", "memorisation")
+    )
+    rows = {row["set"]: row for row in compare(options)}
+    distance = {name: row["fid_test, encoder"] for name, row in rows.items()}
+    assert distance["real"] < distance["blurred"] < distance["samples"]
+    assert rows["copied"]["fid_train, encoder"] < rows["blurred"]["fid_train, encoder"]
+    caught = {name: row["too_near, pixels"] for name, row in rows.items()}
+    assert caught["copied"] > 0.9 and caught["real"] < 0.1 and caught["samples"] < 0.1
+    table = (config.out / "evaluation" / "impostors.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in rows]
+    assert len(json.loads((config.out / "evaluation" / "impostors.json").read_text())["sets"]) == 4
+
+
+def test_impostors_share_no_test_id_and_keep_the_class_mix(tmp_path):
+    train_split, test, fakes = (make_slices(n=400, seed=s) for s in range(3))
+    sets, bench = impostors(fakes, Bench({"train": train_split, "test": test}, [], tmp_path, 0))
+    assert not set(sets["real"].subjects) & set(bench.splits["test"].subjects)
+    assert set(sets["copied"].subjects) <= set(train_split.subjects)
+    assert (sets["blurred"].subjects == sets["real"].subjects).all()
+    assert all(np.bincount(s.labels).tolist() == [100, 100] for s in sets.values())
+    wanted = largest_mix(np.repeat([0, 1], [300, 100]), [np.array([0] * 30 + [1] * 5)], 100)
+    assert wanted.sum() == 5 and wanted.mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_folders_of_images_take_the_place_of_samples(config: Config, tmp_path):
+    splits, _ = load_slices(config)
+    bench, options = Bench(splits, [], tmp_path, 0), Options(images=config.data_root / "test")
+    fakes, origin = fakes_of(options, None, bench)
+    assert (fakes.images == splits["test"].images).all() and len(set(fakes.subjects)) == 8
+    assert (fakes.labels == splits["test"].labels).all() and origin["kimg"] == "unknown"
+    (config.data_root / "test" / "NC").rename(config.data_root / "test" / "CN")
+    with pytest.raises(UserError, match="has classes .'AD', 'CN'., not .'AD', 'NC'."):
+        fakes_of(options, None, bench)
+
+
+def test_a_checkpoint_is_reported_with_its_own_kimg(trained: Config):
+    train(replace(trained, epochs=2))
+    checkpoint = sorted((trained.out / "checkpoints").glob("*.pt"))[0]
+    assert evaluation.identity_of(checkpoint)["kimg"] == 0.016
+    assert evaluation.identity_of(trained.out)["kimg"] == 0.032
 
 
 def test_a_missing_network_is_said_before_anything_is_computed(trained: Config, tmp_path):
