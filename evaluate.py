@@ -41,7 +41,6 @@ from scipy.stats import wasserstein_distance
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 from tqdm import tqdm
 
 from config import Config, UserError
@@ -505,6 +504,10 @@ def relative_distance(real: Features, fake: Features, seed: int) -> dict[str, An
 
 def similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """MS-SSIM ([5]) of pairs [n, 2] of uint8 images, over as many scales as their size allows."""
+    from torchmetrics.functional.image import (  # seconds, which training need not wait for
+        multiscale_structural_similarity_index_measure as ms_ssim,
+    )
+
     scales = max(1, min(5, int(math.log2(images.shape[-1] / 11)) + 1))
     betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:scales]
     betas = tuple(b / sum(betas) for b in betas)

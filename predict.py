@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from config import Config, UserError
 from dataset import Slices, load_slices
+from evaluate import averaged
 from modules import Generator
 from utils import (
     draw_loss,
@@ -168,8 +169,7 @@ def draw_truncation(G: Generator, classes: dict[int, str], seeds: list[int], out
 
 def pixels(images: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W] -> float32 [N, P], averaged down to 64 x 64 pixels at most."""
-    x = torch.from_numpy(images.astype(np.float32))[:, None]
-    return torch.nn.functional.adaptive_avg_pool2d(x, min(64, x.shape[-1])).flatten(1).numpy()
+    return averaged(images).flatten(1).numpy()
 
 
 def probe_by_id(train: tuple[np.ndarray, Slices], test: tuple[np.ndarray, Slices]) -> str:
