@@ -40,6 +40,7 @@ from dataset import Slices, load_slices
 from evaluate import averaged
 from modules import Generator
 from utils import (
+    FREE_TO_CHANGE,
     draw_loss,
     ensure_writable,
     load_generator,
@@ -268,15 +269,18 @@ def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
 
 
 def differences(configs: Sequence[Config]) -> list[str]:
-    """For each run, the settings in which it differs from any of the others, in words."""
-    places = ("out", "cache", "data_root")
-    settings = [{k: v for k, v in plain_settings(c).items() if k not in places} for c in configs]
+    """For each run, the settings in which it differs from the others and that change its step."""
+    settings = [plain_settings(config) for config in configs]
     names = [n for n in settings[0] if len({str(s[n]) for s in settings}) > 1]
-    return [", ".join(f"{n} {s[n]}" for n in names) for s in settings]
+    shown = [n for n in names if n not in FREE_TO_CHANGE and not n.startswith("ada_")]
+    return [", ".join(f"{n} {s[n]}" for n in shown) for s in settings]
 
 
 def plot_comparison(runs: Sequence[Path], path: Path) -> None:
-    """A column for each run: its last images, its losses on common axes; FID of all in one plot."""
+    """A column for each run: its last images, its losses on common axes; FID of all in one plot.
+
+    Titles name what differs between the runs, but for the strengths and control of `ada`.
+    """
     configs = [read_run_config(run)[0] for run in runs]
     figure = Figure(figsize=(4.2 * len(runs), 9))
     axes = figure.subplots(3, len(runs), squeeze=False, height_ratios=(2, 3, 3))

@@ -45,6 +45,7 @@ from dataset import Slices, load_slices, make_loader
 from evaluate import TrainingFigures
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from utils import (
+    FREE_TO_CHANGE,
     STATS,
     append_losses,
     average_over_ranks,
@@ -79,11 +80,6 @@ from utils import (
     write_run_config,
 )
 
-# Settings that say where and how long a run goes, not what it learns
-FREE_TO_CHANGE = (
-    "epochs", "out", "cache", "data_root", "device", "num_workers", "precision", "compile",
-    "init_from", "fid_epochs", "fid_images", "fid_extractor",
-)  # fmt: skip
 FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
 KEPT_CHECKPOINTS = 2
 GRID_COLUMNS = 8

@@ -29,6 +29,12 @@ from config import Config, UserError
 from modules import Generator, channels
 
 RUNS = Path("runs")
+# Settings that say where, how long and how often, not what a run learns
+FREE_TO_CHANGE = (
+    "epochs", "out", "cache", "data_root", "device", "num_workers", "precision", "compile",
+    "init_from", "snapshot_epochs", "checkpoint_epochs", "fid_epochs", "fid_images",
+    "fid_extractor",
+)  # fmt: skip
 # Statistics of each step, in the order in which they arise
 STATS = (
     "g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1", "real_sign", "fake_sign",

@@ -769,7 +769,8 @@ def run_train(*args: str, **kwargs) -> subprocess.CompletedProcess:
 
 def as_flags(config: Config) -> list[str]:
     names = ["data_root", "out", "cache", "device", "img_resolution", "z_dim", "w_dim", "epochs"]
-    names += ["channel_base", "channel_max", "batch_size", "learning_rate"]
+    names += ["channel_base", "channel_max", "batch_size", "learning_rate", "fid_epochs"]
+    names += ["augment", "ada_kimg", "ada_target"]
     pairs = [(f"--{n.replace('_', '-')}", str(getattr(config, n))) for n in names]
     return [part for pair in pairs for part in pair]
 
@@ -912,6 +913,7 @@ def start_ranks(script: Path, count: int, config: Config, cwd: Path) -> subproce
 def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, capsys):
     script = tmp_path / "watched.py"
     script.write_text(WATCHED_RANK.format(root=str(ROOT)))
+    config = replace(config, augment="ada", ada_kimg=0.05, ada_target=-1.0)
     process = start_ranks(script, 2, replace(config, epochs=1), tmp_path)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
@@ -920,6 +922,7 @@ def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, c
     differing = same_tensors(a["state"], b["state"])
     assert differing == [".G_ema.mapping.w_avg"]  # estimated when saved, on rank 0
     assert a["seed"] != b["seed"]  # random streams of their own
+    assert a["state"]["D"]["augment.p"] == pytest.approx(0.32)  # by the signs of both
     assert a["state"]["cur_nimg"] == 16
     assert read_losses(config.out)[:, 0].tolist() == [4, 8, 12, 16]
     assert np.isfinite(read_losses(config.out)[0]).all()
