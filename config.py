@@ -78,7 +78,7 @@ class Config:
     """dataset: largest relative change of contrast, 0 to 1."""
     # ada: each kind of change has the probability p and, if its strength is 0, no effect
     ada_p: float | None = None
-    """ada: a fixed probability, 0 to 1; None: p follows ada_target from 0 on, up to 0.8."""
+    """ada: a fixed probability, 0 to 1; None: it follows ada_target, from 0 up to 0.8 at most."""
     ada_target: float = 0.6
     """ada: mean sign of D(real) above which p rises, -1 to 1."""
     ada_interval: int = 4

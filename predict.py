@@ -302,16 +302,19 @@ def plot_comparison(runs: Sequence[Path], path: Path) -> None:
 
 
 def draw_fid(ax: Axes, runs: Sequence[Path]) -> None:
-    """FID of each run against the images it was shown, where it was measured, and its floor."""
-    for i, run in enumerate(runs):
-        line = [(e["nimg"] / 1000, e["fid"], e["fid_floor"]) for e in read_log(run) if "fid" in e]
-        if line:
+    """FID of each run against the images it was shown, and its floor; of one kind of features.
+
+    Runs whose features or data are not those of the first are left out: they do not compare.
+    """
+    kinds = [(read_run_config(r)[0].fid_extractor, read_run_config(r)[2]) for r in runs]
+    for i, (run, kind) in enumerate(zip(runs, kinds, strict=True)):
+        line = [(e["nimg"] / 1000, e["fid"], e["fid_floor"]) for e in read_log(run) if e.get("fid")]
+        if line and kind == kinds[0]:
             kimg, fid, floor = zip(*line, strict=True)
             ax.plot(kimg, fid, ".-", color=f"C{i}", label=f"{run.name}, lowest {min(fid):.2f}")
             ax.axhline(floor[0], color="grey", ls=":", lw=0.8)
-    ax.set(
-        xlabel="thousands of real images seen", ylabel="FID to the training slices", yscale="log"
-    )
+    ax.set(xlabel="thousands of real images seen", yscale="log")
+    ax.set_ylabel(f"FID to the training slices ({kinds[0][0]})")
     ax.set_title("dotted: the same between two halves of the training ids", fontsize=9)
     if ax.lines:
         ax.legend(fontsize=8)

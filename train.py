@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader
-from evaluate import TrainingFigures
+from evaluate import TrainingFigures, find_inception
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from utils import (
     FREE_TO_CHANGE,
@@ -65,6 +65,7 @@ from utils import (
     plot_progress,
     rank,
     rank_0_first,
+    read_history,
     read_log,
     read_losses,
     read_run_config,
@@ -341,7 +342,7 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
 # Run folder
 
 
-def source_of_weights(config: Config) -> dict[str, dict[str, Tensor]]:
+def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]]:
     """Weights of the networks in the newest checkpoint of `init_from`. Raises UserError.
 
     They may be of other classes, or of none where this run has some.
@@ -352,7 +353,7 @@ def source_of_weights(config: Config) -> dict[str, dict[str, Tensor]]:
     for name in ("img_resolution", "z_dim", "w_dim", "channel_base", "channel_max"):
         if (theirs := state["settings"][name]) != (ours := getattr(config, name)):
             raise UserError(f"init_from = {config.init_from}: has {name} = {theirs}, now {ours}")
-    if not config.conditional and "mapping.embed.weight" in state["G"]:
+    if not c_dim and "mapping.embed.weight" in state["G"]:
         raise UserError(f"init_from = {config.init_from}: has classes, this run has none")
     return {name: state[name] for name in ("G", "D", "G_ema")}
 
@@ -365,7 +366,10 @@ def adopt(net: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     mapping, would hardly leave zero. `label_ramp_kimg` brings it in smoothly.
     """
     own, first = net.state_dict(), "mapping.layers.0.weight"
-    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    fitting = {
+        k: v for k, v in weights.items()
+        if k in own and own[k].shape == v.shape and not k.startswith("augment.")  # p starts anew
+    }  # fmt: skip
     net.load_state_dict(fitting, strict=False)
     if first in own and first not in fitting:  # [w_dim, z_dim] into [w_dim, 2 z_dim]
         z_dim = weights[first].shape[1]
@@ -437,11 +441,10 @@ def diverged(state: TrainingState, where: str, nimg: float) -> UserError:
 class Recorder:
     """Writes, on rank 0, what a run says of itself: losses.csv, log.jsonl, grids, plots."""
 
-    def __init__(
-        self, state: TrainingState, slices: Slices, figures: TrainingFigures | None
-    ) -> None:
+    def __init__(self, state: TrainingState, slices: Slices) -> None:
         self.state, self.config, self.run = state, state.config, state.config.out
-        self.epoch_size, self.figures = len(slices.images), figures
+        self.epoch_size = len(slices.images)
+        self.figures: TrainingFigures | None = None
         self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, statistics) not yet written
         rng = torch.Generator().manual_seed(stream_seed("grid", self.config.seed))
         z = torch.randn(1, GRID_COLUMNS, self.config.z_dim, generator=rng)
@@ -529,11 +532,10 @@ class Recorder:
         line["pl_mean"] = self.state.pl_mean.item()
         losses = np.array(self.epoch_rows)[:, 1 + STATS.index("d_loss")]
         line["d_loss_spread"] = float(losses.std())
-        if self.figures is not None and epoch % self.config.fid_epochs == 0:
-            line |= self.figures.measure(self.state.G_ema, self.state.D)
-            if line["fid"] < min(
-                (e["fid"] for e in read_log(self.run) if "fid" in e), default=math.inf
-            ):
+        due = self.figures is not None and epoch % self.config.fid_epochs == 0
+        if due and label_weight(self.config, nimg) == 1:  # before, labels are not what they will be
+            line |= self.figures.measure(self.state.G_ema, self.state.D)  # finite, or None
+            if line["fid"] < min(read_history(self.run).measured("fid"), default=math.inf):
                 write_checkpoint(self.state, self.run / "best.pt")
             self.start_clock()
         with open(self.run / "log.jsonl", "a") as file:
@@ -552,8 +554,9 @@ class Recorder:
     @torch.no_grad()
     def save_grid(self, epoch: int) -> None:
         """The same latents at every epoch, a row per class."""
+        weight = label_weight(self.config, self.state.cur_nimg)
         fake = [
-            self.state.G_ema(z, c, noise_mode="const")
+            self.state.G_ema(z, c * weight, noise_mode="const")
             for z, c in zip(self.z.split(GRID_COLUMNS), self.c.split(GRID_COLUMNS), strict=True)
         ]
         picture = tile(to_uint8(torch.cat(fake)), GRID_COLUMNS)
@@ -606,9 +609,11 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
             "processes, 2 images or more for each"
         )
     saved = open_run(config)
-    if saved is None and config.init_from is not None:
-        source_of_weights(config)
+    if config.fid_epochs and config.fid_extractor == "inception":
+        find_inception(None)
     splits, data = load_slices(config)
+    if saved is None and config.init_from is not None:
+        source_of_weights(config, splits["train"].c_dim)
     if rank() == 0:
         start_run(config, splits["train"].classes, data)
     return saved, splits, data
@@ -623,7 +628,7 @@ def start_state(config: Config, slices: Slices, device: torch.device, saved: Any
         other = f", number of processes {before}, now {num_ranks()}: bits will differ"
         say(f"resuming {config.out} at {state.cur_nimg:,} images{other * (before != num_ranks())}")
     elif config.init_from is not None:
-        for name, weights in source_of_weights(config).items():
+        for name, weights in source_of_weights(config, slices.c_dim).items():
             adopt(getattr(state, name), weights)
         say(f"starting from the weights of {config.init_from}")
     for value in (state.cur_nimg, len(slices.images)):
@@ -648,15 +653,14 @@ def train(config: Config) -> None:
         say(f"one class, {slices.classes[0]}: training without a condition")
     n, batch = len(slices.images), config.batch_size
     total = math.ceil(config.epochs * n / batch) * batch
-    figures = None
-    if config.fid_epochs and rank() == 0:
-        figures = TrainingFigures(splits, data, config, device)
-    recorder = Recorder(state, slices, figures)
+    recorder = Recorder(state, slices)
     if state.cur_nimg >= total:
         recorder.close()
         say(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
         return
 
+    if config.fid_epochs and rank() == 0:
+        recorder.figures = TrainingFigures(splits, data, config, device)
     label_pool = one_hot(slices.labels, slices.c_dim).to(device)
     loader = make_loader(slices, config, state.cur_nimg, total, device.type == "cuda")
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file needs no thousands of lines

@@ -26,14 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import Config, UserError
-from modules import Generator, channels
+from modules import AdaptiveAugment, Generator, channels
 
 RUNS = Path("runs")
+PATHS = ("data_root", "out", "cache", "init_from")  # settings that are paths
 # Settings that say where, how long and how often, not what a run learns
 FREE_TO_CHANGE = (
     "epochs", "out", "cache", "data_root", "device", "num_workers", "precision", "compile",
-    "init_from", "snapshot_epochs", "checkpoint_epochs", "fid_epochs", "fid_images",
-    "fid_extractor",
+    "snapshot_epochs", "checkpoint_epochs", "fid_epochs",
 )  # fmt: skip
 # Statistics of each step, in the order in which they arise
 STATS = (
@@ -257,7 +257,7 @@ def read_run_config(run: Path) -> tuple[Config, list[str], str]:
         saved = json.loads(path.read_text())
         known = {field.name for field in fields(Config)}
         settings = {k: v for k, v in saved["settings"].items() if k in known}
-        paths = {k: Path(settings[k]) for k in ("data_root", "out", "cache") if settings.get(k)}
+        paths = {k: Path(settings[k]) for k in PATHS if settings.get(k)}
         return Config(**settings | paths), saved["classes"], saved["data"]
     except FileNotFoundError as error:
         raise UserError(f"{run} is no run: it has no config.json") from error
@@ -406,8 +406,8 @@ def label_effect(h: History) -> float:
 
 RULES = {
     "not finite": Rule(
-        lambda h: bool(np.isnan(h.steps["g_loss"] + h.steps["d_loss"]).any()),
-        "a loss is not a number",
+        lambda h: not np.isfinite(h.steps["g_loss"] + h.steps["d_loss"]).all(),
+        "a loss is not a finite number",
         "start again, or from an earlier checkpoint, with a lower learning_rate",
     ),
     "numbers grow": Rule(
@@ -417,7 +417,7 @@ RULES = {
     ),
     "learning rate too high": Rule(
         lambda h: h.last("d_loss_spread") > 0.5,
-        "the losses jump from step to step by more than their size",
+        "the loss of D jumps: its deviation within an epoch is above 0.5",
         "lower learning_rate, to a half or less",
     ),
     "D too weak": Rule(
@@ -428,7 +428,7 @@ RULES = {
         "lower r1_gamma; if augment is ada, lower ada_target",
     ),
     "D overfits": Rule(
-        lambda h: h.last("overfitting") > 0.5,
+        lambda h: h.last("overfitting", SETTLED) > 0.5,
         "D holds real slices that it was not trained on for generated ones",
         'augment = "ada", a higher r1_gamma, or more data',
     ),
@@ -438,7 +438,7 @@ RULES = {
         "use best.pt, and augment = ada in the next run",
     ),
     "p at its cap": Rule(
-        lambda h: h.last("ada_p") >= 0.8 - 1e-6,
+        lambda h: abs(h.last("ada_p") - AdaptiveAugment.P_MAX) < 1e-6,
         "p of adaptive augmentation stays at its cap of 0.8",
         "the data are few: raise r1_gamma or lower channel_max; look for leaks",
     ),
@@ -556,7 +556,7 @@ PANELS = (
      "comes to rest"),
     ("Gradient norms", {"g_main_grad": "G", "d_main_grad": "D"}, None,
      "no growth by powers of ten"),
-    ("p of augmentation", {"ada_p": "p"}, (0, 0.8),
+    ("p of augmentation", {"ada_p": "p"}, (0, AdaptiveAugment.P_MAX),
      "below its cap; only with ada"),
     ("FID", {"fid": "samples", "fid_floor": "real halves"}, None,
      "falls towards the floor"),

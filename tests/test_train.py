@@ -229,7 +229,6 @@ def test_path_length_mean_follows_the_lengths(config: Config):
 
 
 def test_r1_is_taken_where_d_looks(config: Config):
-    """D is linear: behind contrast alone its gradient is what it is at the image as it was."""
     state, real, c = step_inputs(replace(config, augment="ada", ada_p=1.0))
     torch.manual_seed(1)
     loss, stats = d_r1(state.D, real, c, state.config)
@@ -292,7 +291,7 @@ def test_an_unconditional_run_goes_on_with_labels(config: Config):
     old = TrainingState(plain, 0, torch.device("cpu"))
     old.load_state_dict(load_checkpoint(checkpoints(plain.out)[-1]))
     new = TrainingState(labelled, 2, torch.device("cpu"))
-    for name, weights in training.source_of_weights(labelled).items():
+    for name, weights in training.source_of_weights(labelled, 2).items():
         training.adopt(getattr(new, name), weights)
     z, c, none = torch.randn(4, 8), torch.eye(2)[[0, 1, 1, 0]], torch.zeros(4, 0)
     for name in ("G", "G_ema"):
@@ -315,6 +314,29 @@ def test_weights_that_do_not_fit_are_named_before_anything_is_written(config: Co
     with pytest.raises(UserError, match="init_from = .*: has classes, this run has none"):
         train(replace(other, conditional=False))
     assert not other.out.exists()
+
+
+def test_p_does_not_come_with_the_weights(config: Config):
+    train(replace(config, epochs=1, augment="ada", ada_p=0.5))
+    other = replace(config, init_from=config.out, augment="ada", ada_p=0.2)
+    other = replace(other, epochs=1, out=config.out.with_name("other"))
+    train(other)
+    assert read_losses(other.out)[-1, 1 + STATS.index("ada_p")] == pytest.approx(0.2)
+
+
+def test_both_kinds_of_runs_measure_themselves_in_one_cache(config: Config):
+    """The encoder of a run without classes has other outputs."""
+    config = replace(config, epochs=1, fid_epochs=1, fid_images=100)
+    train(config)
+    train(replace(config, conditional=False, out=config.out.with_name("plain")))
+    assert "agreement" not in read_log(config.out.with_name("plain"))[0]
+
+
+def test_a_missing_inception_file_is_said_before_anything_is_written(config, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(UserError, match="inception_weights = None: no such file"):
+        train(replace(config, fid_epochs=1, fid_extractor="inception"))
+    assert not config.out.exists() and not config.cache.exists()
 
 
 # What a run measures of itself
@@ -532,10 +554,11 @@ def same_tensors(a, b, path="") -> list[str]:
 
 @pytest.mark.parametrize("stop_at", [4, 12])  # within an epoch of 16 images
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(config, monkeypatch, stop_at):
-    ada = {"augment": "ada", "ada_kimg": 0.05, "ada_target": -1.0}  # p rises by 0.32 every 4 steps
-    config = replace(config, **ada, label_ramp_kimg=0.02, fid_epochs=1, fid_images=100)
-    train(config)
-    assert read_losses(config.out)[-1, 1 + STATS.index("ada_p")] == pytest.approx(0.64)
+    ada = {"augment": "ada", "ada_kimg": 0.05, "ada_target": -1.0, "ada_interval": 3}
+    config = replace(config, **ada, label_ramp_kimg=0.012, fid_epochs=1, fid_images=100)
+    train(config)  # p rises by 0.24 every 3 steps: the end and some stops lie between
+    assert read_losses(config.out)[-1, 1 + STATS.index("ada_p")] == pytest.approx(0.48)
+    assert load_checkpoint(checkpoints(config.out)[-1])["D"]["augment.sign_sum"] != 0
     step = training.train_step
 
     def stopping_step(state, *args):
@@ -770,7 +793,7 @@ def run_train(*args: str, **kwargs) -> subprocess.CompletedProcess:
 def as_flags(config: Config) -> list[str]:
     names = ["data_root", "out", "cache", "device", "img_resolution", "z_dim", "w_dim", "epochs"]
     names += ["channel_base", "channel_max", "batch_size", "learning_rate", "fid_epochs"]
-    names += ["augment", "ada_kimg", "ada_target"]
+    names += ["augment", "ada_kimg", "ada_target", "ada_interval"]
     pairs = [(f"--{n.replace('_', '-')}", str(getattr(config, n))) for n in names]
     return [part for pair in pairs for part in pair]
 
@@ -829,7 +852,8 @@ def test_the_same_code_trains_on_cuda(config, capsys, fresh_compiler, precision,
 @pytest.mark.parametrize("compile", ["off", "on", "graphs"])
 def test_a_step_never_waits_for_the_gpu(config: Config, fresh_compiler, compile):
     device = torch.device("cuda")
-    state = TrainingState(replace(config, compile=compile), 2, device)
+    ada = {"augment": "ada", "ada_interval": 1, "ada_target": -1.0, "ada_kimg": 0.5}
+    state = TrainingState(replace(config, compile=compile, **ada), 2, device)
     real, c = torch.rand(4, 1, 16, 16, device=device), torch.eye(2, device=device)[[0, 1, 1, 0]]
     for _ in range(20):  # compiled, recorded, and every penalty seen
         train_step(state, real, c, torch.eye(2, device=device))
@@ -913,7 +937,7 @@ def start_ranks(script: Path, count: int, config: Config, cwd: Path) -> subproce
 def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, capsys):
     script = tmp_path / "watched.py"
     script.write_text(WATCHED_RANK.format(root=str(ROOT)))
-    config = replace(config, augment="ada", ada_kimg=0.05, ada_target=-1.0)
+    config = replace(config, augment="ada", ada_kimg=0.05, ada_target=-1.0, ada_interval=3)
     process = start_ranks(script, 2, replace(config, epochs=1), tmp_path)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
@@ -922,7 +946,8 @@ def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, c
     differing = same_tensors(a["state"], b["state"])
     assert differing == [".G_ema.mapping.w_avg"]  # estimated when saved, on rank 0
     assert a["seed"] != b["seed"]  # random streams of their own
-    assert a["state"]["D"]["augment.p"] == pytest.approx(0.32)  # by the signs of both
+    assert a["state"]["D"]["augment.p"] == pytest.approx(0.24)
+    assert a["state"]["D"]["augment.sign_sum"] != 0  # of both: the same, though D saw other slices
     assert a["state"]["cur_nimg"] == 16
     assert read_losses(config.out)[:, 0].tolist() == [4, 8, 12, 16]
     assert np.isfinite(read_losses(config.out)[0]).all()

@@ -71,8 +71,9 @@ def test_each_illness_is_named_with_what_to_try_and_no_other(tmp_path, name):
     assert found[name].startswith(f"{name}: ") and "Try: " in found[name]
 
 
-def test_a_loss_that_is_not_a_number_is_named(tmp_path):
-    assert list(diagnose(write_run(tmp_path, losses=np.nan))) == ["not finite"]
+def test_a_loss_that_is_not_finite_is_named(tmp_path):
+    for value in (np.nan, np.inf):
+        assert list(diagnose(write_run(tmp_path, losses=value))) == ["not finite"]
     assert set(ILL) | {"not finite"} == set(RULES)  # every rule has its test
 
 
