@@ -381,6 +381,7 @@ class Rule(NamedTuple):
     advice: str
 
 
+LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
 LEAST_SIGNAL = 0.05  # agreement above chance below which classes are taken for noise
 SETTLED = 3  # epochs or measurements before which nothing is expected of D or of the samples
 
@@ -392,8 +393,8 @@ def past_its_best(h: History) -> bool:
 
 
 def stays_above(h: History, name: str, limit: float) -> bool:
-    """The last six values are above a limit, and no longer on their way down."""
-    values = h.measured(name)[-6:]
+    """The last six values are further from 0 than a limit, and no longer on their way to it."""
+    values = np.abs(h.measured(name)[-6:])
     return len(values) == 6 and values.min() > limit and values[3:].mean() > 0.9 * values[:3].mean()
 
 
@@ -443,9 +444,9 @@ RULES = {
         "the data are few: raise r1_gamma or lower channel_max; look for leaks",
     ),
     "augmentation leaks": Rule(
-        lambda h: stays_above(h, "leak_rotation", 1.5) or stays_above(h, "leak_border", 4),
-        "samples are turned, or their background is lit, more than the real slices are",
-        "lower ada_rotation, ada_brightness and ada_noise, or rotation and brightness",
+        lambda h: any(stays_above(h, name, limit) for name, limit in LEAK_LIMITS.items()),
+        "samples are turned, mirrored, or lit in their background as the real slices are not",
+        "augment = ada in the place of dataset; lower flip, rotation, brightness or ada_noise",
     ),
     "z ignored": Rule(
         lambda h: h.last("vary_z", SETTLED) < max(0.3, h.last("vary_noise") / 2),

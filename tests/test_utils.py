@@ -79,6 +79,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path):
 
 def test_a_lit_background_is_a_leak_unless_it_is_still_going_down(tmp_path):
     assert list(diagnose(write_run(tmp_path, leak_border=9.0))) == ["augmentation leaks"]
+    assert list(diagnose(write_run(tmp_path, leak_flip=-1.0))) == ["augmentation leaks"]
     assert diagnose(write_run(tmp_path, leak_border=[90.0, 50.0, 30.0, 15.0, 9.0, 6.0])) == {}
 
 
