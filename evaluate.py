@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from config import Config, UserError
 from dataset import Slices, decoded, find_class_folders, load_slices
-from modules import Discriminator, Generator
+from modules import MEMORY_FORMAT, Discriminator, Generator
 from utils import (
     ensure_writable,
     load_checkpoint,
@@ -191,7 +191,8 @@ def load_inception(path: Path | None, device: torch.device) -> Extractor:
 
     def features(images: Tensor) -> Tensor:
         x = resize_like_fid(images.to(device).float()).expand(-1, 3, -1, -1)
-        return network((x - 128) / 128)
+        x = ((x - 128) / 128).contiguous(memory_format=MEMORY_FORMAT)  # faster, on a CPU too
+        return network(x)
 
     return Extractor("inception", f"{digest}, 299 x 299, bilinear as in TensorFlow 1", features)
 

@@ -535,7 +535,8 @@ class Recorder:
         due = self.figures is not None and epoch % self.config.fid_epochs == 0
         if due and label_weight(self.config, nimg) == 1:  # before, labels are not what they will be
             line |= self.figures.measure(self.state.G_ema, self.state.D)  # finite, or None
-            if line["fid"] < min(read_history(self.run).measured("fid"), default=math.inf):
+            slices = line["vary_z"] > line["vary_noise"]  # see History.fids
+            if slices and line["fid"] < min(read_history(self.run).fids(), default=math.inf):
                 write_checkpoint(self.state, self.run / "best.pt")
             self.start_clock()
         with open(self.run / "log.jsonl", "a") as file:

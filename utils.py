@@ -364,6 +364,13 @@ class History(NamedTuple):
         values = self.epochs.get(name, np.zeros(0))
         return values[np.isfinite(values)]
 
+    def fids(self) -> np.ndarray:
+        """FID where z moves a pixel further than noise does: before, samples are no slices yet,
+        and an encoder that has seen nothing but slices was found to hold them for good ones."""
+        epochs = (self.epochs.get(n, np.zeros(0)) for n in ("fid", "vary_z", "vary_noise"))
+        fid, z, noise = epochs
+        return fid[z > noise] if len(fid) else fid
+
 
 def read_history(run: Path) -> History:
     """The logs of a run."""
@@ -383,12 +390,12 @@ class Rule(NamedTuple):
 
 LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
 LEAST_SIGNAL = 0.05  # agreement above chance below which classes are taken for noise
-SETTLED = 3  # epochs or measurements before which nothing is expected of D or of the samples
+SETTLED = 5  # epochs or measurements before which nothing is expected of D or of the samples
 
 
 def past_its_best(h: History) -> bool:
     """FID is a fifth above its lowest value, which lies three measurements or more back."""
-    fid = h.measured("fid")
+    fid = h.fids()
     return len(fid) > 3 and fid[:-3].min() * 1.2 < fid[-3:].min()
 
 

@@ -343,12 +343,13 @@ def test_a_missing_inception_file_is_said_before_anything_is_written(config, mon
 
 
 def test_a_run_measures_itself_and_keeps_its_best_checkpoint(config: Config, monkeypatch):
-    measured = iter([{"fid": 3.0}, {"fid": 2.0}, {"fid": 5.0}])
-    monkeypatch.setattr(training.TrainingFigures, "measure", lambda *_: next(measured))
-    train(replace(config, epochs=3, fid_epochs=1, fid_images=100))
-    assert [line["fid"] for line in read_log(config.out)] == [3, 2, 5]
-    assert load_checkpoint(config.out / "best.pt")["cur_nimg"] == 32
-    assert load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"] == 48
+    measured = ((1.0, 0.5), (3.0, 0.1), (2.0, 0.1), (5.0, 0.1))  # the first is of noise
+    figures = iter([{"fid": fid, "vary_z": 0.4, "vary_noise": noise} for fid, noise in measured])
+    monkeypatch.setattr(training.TrainingFigures, "measure", lambda *_: next(figures))
+    train(replace(config, epochs=4, fid_epochs=1, fid_images=100))
+    assert [line["fid"] for line in read_log(config.out)] == [1, 3, 2, 5]
+    assert load_checkpoint(config.out / "best.pt")["cur_nimg"] == 48
+    assert load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"] == 64
     assert load_generator(config.out / "best.pt")[2] == ["AD", "NC"]
 
 

@@ -83,6 +83,11 @@ def test_a_lit_background_is_a_leak_unless_it_is_still_going_down(tmp_path):
     assert diagnose(write_run(tmp_path, leak_border=[90.0, 50.0, 30.0, 15.0, 9.0, 6.0])) == {}
 
 
+def test_a_low_fid_of_noise_is_not_the_best(tmp_path):
+    early = {"fid": [0.3, 0.2, 3.0, 2.5, 2.0, 1.5], "vary_noise": [2.0, 2.0, 0.1, 0.1, 0.1, 0.1]}
+    assert diagnose(write_run(tmp_path, **early)) == {}
+
+
 def test_few_measurements_are_no_verdict(tmp_path):
     young = {"leak_rotation": 13.0, "vary_z": 0.01, "agreement": 0.5, "d_loss": 1.386}
     assert diagnose(write_run(tmp_path, epochs=2, real_sign=0.0, **young)) == {}
