@@ -71,8 +71,7 @@ INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091
 BATCH = 50  # images through a network at a time
 ROWS = 500  # of a distance matrix at a time
 NUM_DRAWS = 200  # of a bootstrap
-NUM_HALVES = 5  # random ones, of which a relative distance is the median
-NUM_BOOTSTRAPS = 20  # of relative distances, which take longer
+NUM_HALVES = 20  # of the ids, for a relative distance
 NUM_PAIRS = 500  # of slices whose similarity is measured
 MAX_DEVIATION = 1000  # slices of a class for the deviation of a pixel
 LEAST = 10  # slices, below which a set is not compared
@@ -495,33 +494,25 @@ def bootstrap_interval(
 def relative_distance(real: Features, fake: Features, seed: int) -> dict[str, Any]:
     """FD(fake, real half) over FD(real half, other half), n the same in both: 1 is the floor.
 
-    The median over random halves; the interval draws the ids of each set with replacement. Below 1
-    is possible: samples are independent of each other, slices of one id are not. Empty where a half
-    would have a single slice.
+    Median and interval over random halves of the ids: half-samples, whose spread is that of a
+    bootstrap over ids, without the repeated slices that would raise the floor. Below 1 is possible:
+    samples are independent of each other, slices of one id are not. Empty where a half would have a
+    single slice.
     """
-    rng = np.random.default_rng(seed)
-
-    def draw(again: bool) -> tuple[float, float]:
-        """Ratio and floor for one pair of halves, drawn again with replacement or as they are."""
+    rng, ratios, floors = np.random.default_rng(seed), [], []
+    for _ in tqdm(range(NUM_HALVES), "halves of ids", leave=False):
         halves = halves_by_id(real.subjects, real.labels, rng)
-        sets = [(real, half) for half in halves] + [(fake, np.arange(len(fake.values)))]
-        if again:
-            sets = [(part, resampled_ids(rows, part.subjects, rng)) for part, rows in sets]
-        n = min(len(rows) for _, rows in sets)
-        a, b, c = (gaussian(part.values[rows[spread(len(rows), n)]]) for part, rows in sets)
-        floor = gaussian_distance(b, a)
-        return gaussian_distance(c, a) / floor, floor
-
-    if min(map(len, halves_by_id(real.subjects, real.labels, rng))) < 2:
-        return {}
-    points = [draw(again=False) for _ in range(NUM_HALVES)]
-    bar = tqdm(range(NUM_BOOTSTRAPS), "bootstrap over ids", leave=False)
-    ratios = [draw(again=True)[0] for _ in bar]
-    ratio, floor = np.median(points, 0)
+        if min(map(len, halves)) < 2:
+            return {}
+        sets = [*(real.values[half] for half in halves), rng.permutation(fake.values)]
+        n = min(map(len, sets))
+        a, b, c = (gaussian(values[spread(len(values), n)]) for values in sets)
+        floors.append(gaussian_distance(b, a))
+        ratios.append(gaussian_distance(c, a) / floors[-1])
     return {
-        "relative_fd": float(ratio),
+        "relative_fd": float(np.median(ratios)),
         "relative_fd_interval": interval(ratios),
-        "floor_fd": float(floor),
+        "floor_fd": float(np.median(floors)),
     }
 
 

@@ -195,7 +195,7 @@ def test_the_relative_distance_of_real_against_real_is_near_one():
     slices = make_slices(n=800)
     real, more = (Features(features(800, 16, s), slices.subjects, slices.labels) for s in (0, 1))
     found = relative_distance(real, more, 0)
-    assert 0.6 < found["relative_fd"] < 1.4
+    assert 0.85 < found["relative_fd"] < 1.15
     low, high = found["relative_fd_interval"]
     assert low < found["relative_fd"] < high
     far = more._replace(values=more.values + 1)
@@ -448,7 +448,7 @@ def trained(config: Config) -> Config:
 
 def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monkeypatch):
     monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
-    monkeypatch.setattr(evaluation, "NUM_BOOTSTRAPS", 2)
+    monkeypatch.setattr(evaluation, "NUM_HALVES", 2)
     monkeypatch.setattr(evaluation, "NUM_PAIRS", 8)
     fit = evaluation.fit_encoder
     monkeypatch.setattr(
@@ -474,7 +474,7 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monk
 
 
 def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "NUM_BOOTSTRAPS", 4)
+    monkeypatch.setattr(evaluation, "NUM_HALVES", 4)
     root = write_folder(tmp_path / "more", {"train": 30, "test": 30}, slices=3)
     config = replace(config, data_root=root, img_resolution=32, epochs=1)
     train(config)
