@@ -65,7 +65,7 @@ class Config:
     """Run whose newest weights a new run starts from, such as an unconditional one."""
 
     # Augmentation
-    augment: Literal["ada", "dataset", "none"] = "dataset"
+    augment: Literal["ada", "dataset", "none"] = "ada"
     """ada: of all that D sees, adaptively; dataset: of the real slices, by the loader; or none."""
     # dataset: what it does to the data, G learns to reproduce
     flip_prob: float = 0.5

@@ -272,18 +272,18 @@ def differences(configs: Sequence[Config]) -> list[str]:
     """For each run, the settings in which it differs from the others and that change its step."""
     settings = [plain_settings(config) for config in configs]
     names = [n for n in settings[0] if len({str(s[n]) for s in settings}) > 1]
-    shown = [n for n in names if n not in FREE_TO_CHANGE and not n.startswith("ada_")]
+    shown = [n for n in names if n not in FREE_TO_CHANGE and n[:4] not in ("ada_", "fid_")]
     return [", ".join(f"{n} {s[n]}" for n in shown) for s in settings]
 
 
 def plot_comparison(runs: Sequence[Path], path: Path) -> None:
     """A column for each run: its last images, its losses on common axes; FID of all in one plot.
 
-    Titles name what differs between the runs, but for the strengths and control of `ada`.
+    Titles name what differs between the runs, but for the control of `ada` and of measuring.
     """
     configs = [read_run_config(run)[0] for run in runs]
-    figure = Figure(figsize=(4.2 * len(runs), 9))
-    axes = figure.subplots(3, len(runs), squeeze=False, height_ratios=(2, 3, 3))
+    figure = Figure(figsize=(max(8, 3 * len(runs)), 9))
+    axes = figure.subplots(3, len(runs), squeeze=False, height_ratios=(2, 3, 5))
     titles = differences(configs)
     for (top, middle, _), run, title in zip(axes.T, runs, titles, strict=True):
         for grid in sorted((run / "grids").glob("epoch*.png"))[-1:]:
@@ -296,7 +296,7 @@ def plot_comparison(runs: Sequence[Path], path: Path) -> None:
         middle.legend(fontsize=8)
     for ax in axes[2]:
         ax.remove()
-    draw_fid(figure.add_subplot(3, 1, 3), runs)
+    draw_fid(figure.add_subplot(axes[2, 0].get_gridspec()[2, :]), runs)
     figure.tight_layout()
     save_figure(figure, path)
 

@@ -63,5 +63,6 @@ def config(tmp_path: Path, data_root: Path) -> Config:
         batch_size=4,
         epochs=2,
         learning_rate=0.002,
+        augment="dataset",
         fid_epochs=0,
     )
