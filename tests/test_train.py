@@ -238,6 +238,22 @@ def test_r1_is_taken_where_d_looks(config: Config):
     torch.testing.assert_close(stats["r1"], r1_penalty(state.D, seen, c).mean())
 
 
+class Blank(nn.Module):
+    """In the place of augmentation: D sees the same picture everywhere."""
+
+    def forward(self, img):
+        return img * 0
+
+
+def test_whatever_d_sees_has_passed_the_augmentation(config: Config):
+    state, real, c = step_inputs(config)
+    state.D.augment = Blank()
+    gradients = phase_gradients(state, real, c, Phases("off").backward)
+    assert gradients["g_main"].abs().max() == 0 and gradients["d_main"].abs().max() > 0
+    _, stats = d_main(state.G, state.D, real, c, c, config)
+    torch.testing.assert_close(stats["real_logit"], stats["fake_logit"])
+
+
 def test_skipping_the_augmentation_at_p_0_leaves_no_trace(config: Config):
     found = []
     for p in (0.0, 1e-12):  # the second takes the long way
