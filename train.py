@@ -517,40 +517,43 @@ class Recorder:
         return dict(zip(STATS, values[-1], strict=True))
 
     def end_epoch(self, epoch: int) -> None:
-        """One line in log.jsonl, the same as TensorBoard scalars; grid and best.pt when due."""
-        nimg, seconds = self.state.cur_nimg, time.perf_counter() - self.started
-        line = {
-            "epoch": epoch,
-            "nimg": nimg,
-            "seconds": round(seconds, 2),
-            "img_per_s": round((nimg - self.started_nimg) / seconds, 2),
-            "data_wait": round(self.waited / seconds, 4),
-        }
+        """One line in log.jsonl, the same as TensorBoard scalars; what is due of all else."""
+        line = self.summary(epoch)
+        if self.figures is not None and epoch % self.config.fid_epochs == 0:
+            if label_weight(self.config, self.state.cur_nimg) == 1:  # else labels are half trained
+                line |= self.figures.measure(self.state.G_ema, self.state.D)  # finite, or None
         self.start_clock()
-        for name, column in zip(STATS, np.array(self.epoch_rows).T[1:], strict=True):
-            line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
-        line["pl_mean"] = self.state.pl_mean.item()
-        losses = np.array(self.epoch_rows)[:, 1 + STATS.index("d_loss")]
-        line["d_loss_spread"] = float(losses.std())
-        due = self.figures is not None and epoch % self.config.fid_epochs == 0
-        if due and label_weight(self.config, nimg) == 1:  # before, labels are not what they will be
-            line |= self.figures.measure(self.state.G_ema, self.state.D)  # finite, or None
-            slices = line["vary_z"] > line["vary_noise"]  # see History.fids
-            if slices and line["fid"] < min(read_history(self.run).fids(), default=math.inf):
-                write_checkpoint(self.state, self.run / "best.pt")
-            self.start_clock()
         with open(self.run / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if value is not None:
-                self.board.add_scalar(name, value, nimg)
+                self.board.add_scalar(name, value, self.state.cur_nimg)
         self.epoch_rows = []
+        if read_history(self.run).newest_is_best():
+            write_checkpoint(self.state, self.run / "best.pt")
         for name, text in diagnose(self.run).items():
             if name not in self.warned:
                 self.warned.add(name)
                 tqdm.write(f"warning: {text}")
         if epoch % self.config.snapshot_epochs == 0 or epoch == self.config.epochs:
             self.save_grid(epoch)
+
+    def summary(self, epoch: int) -> dict[str, float | None]:
+        """Speed and the means of the epoch's steps; None where there were none."""
+        nimg, seconds = self.state.cur_nimg, time.perf_counter() - self.started
+        line: dict[str, float | None] = {
+            "epoch": epoch,
+            "nimg": nimg,
+            "seconds": round(seconds, 2),
+            "img_per_s": round((nimg - self.started_nimg) / seconds, 2),
+            "data_wait": round(self.waited / seconds, 4),
+        }
+        columns = dict(zip(STATS, np.array(self.epoch_rows).T[1:], strict=True))
+        for name, column in columns.items():
+            line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
+        line["pl_mean"] = self.state.pl_mean.item()
+        line["d_loss_spread"] = float(columns["d_loss"].std())
+        return line
 
     @torch.no_grad()
     def save_grid(self, epoch: int) -> None:

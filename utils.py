@@ -367,9 +367,15 @@ class History(NamedTuple):
     def fids(self) -> np.ndarray:
         """FID where z moves a pixel further than noise does: before, samples are no slices yet,
         and an encoder that has seen nothing but slices was found to hold them for good ones."""
-        epochs = (self.epochs.get(n, np.zeros(0)) for n in ("fid", "vary_z", "vary_noise"))
-        fid, z, noise = epochs
-        return fid[z > noise] if len(fid) else fid
+        if "fid" not in self.epochs:
+            return np.zeros(0)
+        counts = self.epochs["vary_z"] > self.epochs["vary_noise"]
+        return self.epochs["fid"][counts & np.isfinite(self.epochs["fid"])]
+
+    def newest_is_best(self) -> bool:
+        """Whether the last epoch has the lowest FID that counts."""
+        fids = self.fids()
+        return len(fids) > 0 and bool(self.epochs["fid"][-1] == fids.min())
 
 
 def read_history(run: Path) -> History:
