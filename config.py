@@ -181,5 +181,6 @@ CPU: dict[str, Any] = {  # seven epochs of demo brains end within ten minutes on
     "w_dim": 64,
     "channel_base": 512,
     "channel_max": 64,
+    "augment": "dataset",  # in so short a run the better pictures; p of ada would hardly leave 0
     "fid_images": 500,
 }
