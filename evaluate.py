@@ -920,9 +920,8 @@ class TrainingFigures:
         self.labels = spread_labels(train.labels, config.fid_images)
         self.samples = {}  # as many slices of each split, for D
         for name, part in splits.items():
-            rows = rng.permutation(len(part.labels))[
-                : config.fid_images
-            ]  # in batches as in training
+            rows = rng.permutation(len(part.labels))  # mixed, as batches are in training
+            rows = rows[: config.fid_images]
             self.samples[name] = Fakes(np.array(part.images[rows]), part.labels[rows])
         self.classes = range(len(train.classes))
         rows = [np.flatnonzero(train.labels == i) for i in self.classes]

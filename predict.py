@@ -312,7 +312,8 @@ def draw_fid(ax: Axes, runs: Sequence[Path]) -> None:
         if line and kind == kinds[0]:
             kimg, fid, floor = zip(*line, strict=True)
             ax.plot(kimg, fid, ".-", color=f"C{i}", label=f"{run.name}, lowest {min(fid):.2f}")
-            ax.axhline(floor[0], color="grey", ls=":", lw=0.8)
+            if floor[0] is not None:  # of too few ids there is none
+                ax.axhline(floor[0], color="grey", ls=":", lw=0.8)
     ax.set(xlabel="thousands of real images seen", yscale="log")
     ax.set_ylabel(f"FID to the training slices ({kinds[0][0]})")
     ax.set_title("dotted: the same between two halves of the training ids", fontsize=9)
