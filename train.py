@@ -530,9 +530,10 @@ class Recorder:
             if value is not None:
                 self.board.add_scalar(name, value, self.state.cur_nimg)
         self.epoch_rows = []
-        if read_history(self.run).newest_is_best():
+        history = read_history(self.run)
+        if history.newest_is_best():
             write_checkpoint(self.state, self.run / "best.pt")
-        for name, text in diagnose(self.run).items():
+        for name, text in diagnose(history).items():
             if name not in self.warned:
                 self.warned.add(name)
                 tqdm.write(f"warning: {text}")
@@ -714,7 +715,7 @@ def parse_settings(args: list[str] | None = None) -> Config:
 def print_diagnosis(run: Path) -> None:
     """What looks wrong in a run. Raises UserError if it is none."""
     read_run_config(run)
-    found = diagnose(run)
+    found = diagnose(read_history(run))
     print("\n".join(found.values()) or f"{run}: nothing looks wrong")
     plot_curves(run, run / "curves.png")
 

@@ -489,9 +489,8 @@ RULES = {
 }
 
 
-def diagnose(run: Path) -> dict[str, str]:
+def diagnose(history: History) -> dict[str, str]:
     """What looks wrong in a run's logs, and what to try, by the name of the rule."""
-    history = read_history(run)
     return {
         name: f"{name}: {rule.looks}. Try: {rule.advice}"
         for name, rule in RULES.items()
@@ -608,7 +607,7 @@ def plot_curves(run: Path, path: Path) -> None:
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=7, frameon=False)
         ax.grid(alpha=0.3)
-    found = diagnose(run).values()
+    found = diagnose(history).values()
     text = "Against thousands of real images seen. Green: healthy range. Thin: steps, smoothed.\n"
     figure.suptitle(text + ("\n".join(found) or "No rule finds anything wrong."), fontsize=9)
     figure.tight_layout()
