@@ -14,6 +14,7 @@ References:
 """
 
 import math
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -38,33 +39,40 @@ def channels(resolution: int, channel_base: int, channel_max: int) -> int:
     return max(1, min(channel_base // resolution, channel_max))
 
 
-def fir_kernel(x: Tensor, num_taps: int = 4, gain: float = 1) -> Tensor:
-    """The low-pass filter [1, 3, 3, 1], or [1, 2, 1], in both axes, of sum `gain`. -> [C, 1, K, K].
+def binomial_filter(x: Tensor, order: int, padding: int, gain: float = 1) -> Tensor:
+    """Low-pass filter ([5]) with the taps [1, 2, 1] (order 2) or [1, 3, 3, 1] (3), of sum `gain`.
 
-    Computed where x is: a constant from the host would make a GPU wait for it.
+    It is a sum of shifted images along each axis, of which a compiler makes one pass, and so are
+    its derivatives of any order. On CPUs a depthwise convolution is faster where it is derived
+    once; PyTorch would take the second derivative channel by channel.
+    [N, C, H, W] -> [N, C, H + 2p - order, W + 2p - order], p = `padding`.
     """
-    i = torch.arange(num_taps, device=x.device, dtype=x.dtype)
-    row = (1 + i * (num_taps - 1 - i)) * (math.sqrt(gain) / 2 ** (num_taps - 1))
-    return row.outer(row).expand(x.shape[1], 1, -1, -1)
-
-
-def fir_filter(x: Tensor, padding: int, gain: float = 1) -> Tensor:
-    """Low-pass filter at the same rate ([5]). [N, C, H, W] -> [N, C, H + 2p - 3, W + 2p - 3]."""
-    return F.conv2d(x, fir_kernel(x, gain=gain), padding=padding, groups=x.shape[1])
+    derived_once = not torch._C._are_functorch_transforms_active()
+    if x.device.type == "cpu" and derived_once and not torch.compiler.is_compiling():
+        row = torch.tensor([math.comb(order, i) for i in range(order + 1)], dtype=x.dtype)
+        kernel = row.outer(row * (gain / 4**order)).expand(x.shape[1], 1, -1, -1)
+        return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
+    for axis in ([], [0, 0]):  # columns, rows
+        shifts = [(padding - i, padding - order + i) for i in range(order + 1)]
+        first, *middle, last = (F.pad(x, (*axis, *shift)) for shift in shifts)
+        x = torch.add(first + last, reduce(torch.add, middle), alpha=order)
+    return x * (gain / 4**order)
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Zero insertion and low-pass filter in one depthwise pass. [N, C, H, W] -> [N, C, 2H, 2W]."""
-    return F.conv_transpose2d(x, fir_kernel(x, gain=4), stride=2, padding=1, groups=x.shape[1])
+    """Zero insertion and [1, 3, 3, 1] of gain 4. [N, C, H, W] -> [N, C, 2H, 2W].
+
+    That is each pixel twice, and then [1, 2, 1].
+    """
+    return binomial_filter(F.interpolate(x, scale_factor=2), order=2, padding=1)
 
 
 def downsample(x: Tensor) -> Tensor:
-    """Low-pass filter and decimation. [N, C, 2H, 2W] -> [N, C, H, W].
+    """[1, 3, 3, 1] and decimation. [N, C, 2H, 2W] -> [N, C, H, W].
 
-    [1, 3, 3, 1] is [1, 2, 1] and then the mean of each pair, whose gradients are faster.
+    That is [1, 2, 1] and then the mean of each pair.
     """
-    kernel = fir_kernel(x, num_taps=3)
-    return F.avg_pool2d(F.conv2d(x, kernel, padding=1, groups=x.shape[1]), 2)
+    return F.avg_pool2d(binomial_filter(x, order=2, padding=1), 2)
 
 
 def sinc_matrix(size: int, reach: int = 3) -> Tensor:
@@ -110,7 +118,7 @@ def modulated_conv2d(
     kernel = weight.to(x.dtype)
     if up:
         x = F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2)  # [N, O, 2H + 1, 2W + 1]
-        x = fir_filter(x, padding=1, gain=4)  # [N, O, 2H, 2W]
+        x = binomial_filter(x, order=3, padding=1, gain=4)  # [N, O, 2H, 2W]
     else:
         x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
     if demodulate:
@@ -142,7 +150,8 @@ class EqualizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, I] -> [N, O]."""
-        return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+        gains = {"alpha": self.weight_gain, "beta": self.bias_gain}
+        return torch.addmm(self.bias, x, self.weight.T, **gains)
 
 
 class EqualizedConv2d(nn.Module):
@@ -171,7 +180,7 @@ class EqualizedConv2d(nn.Module):
             return F.conv2d(x, weight, bias, padding=padding)
         if padding == 0:  # a 1x1 kernel commutes with the filter: decimate first
             return F.conv2d(downsample(x), weight, bias)
-        return F.conv2d(fir_filter(x, padding=2), weight, bias, stride=2)
+        return F.conv2d(binomial_filter(x, order=3, padding=2), weight, bias, stride=2)
 
 
 class SynthesisLayer(nn.Module):
@@ -181,9 +190,9 @@ class SynthesisLayer(nn.Module):
         self, in_channels: int, out_channels: int, w_dim: int, resolution: int, up: bool = False
     ) -> None:
         super().__init__()
-        self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1)
+        weight_gain = 1 / math.sqrt(in_channels * 9)  # of the convolution: it scales its styles
+        self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1, gain=weight_gain)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
-        self.weight_gain = 1 / math.sqrt(in_channels * 9)
         self.up = up
         self.register_buffer("noise_const", torch.randn(1, 1, resolution, resolution))
         self.noise_strength = nn.Parameter(torch.zeros([]))
@@ -191,8 +200,8 @@ class SynthesisLayer(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode = "random") -> Tensor:
         """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W], or twice the size with `up`."""
-        gain, weight = ACTIVATION_GAIN, self.weight * self.weight_gain
-        x = modulated_conv2d(x, weight, self.affine(w), True, self.up, gain)
+        gain = ACTIVATION_GAIN
+        x = modulated_conv2d(x, self.weight, self.affine(w), True, self.up, gain)
         if noise_mode != "none":
             noise = self.noise_const
             if noise_mode == "random":
@@ -206,15 +215,14 @@ class ToRGB(nn.Module):
 
     def __init__(self, in_channels: int, img_channels: int, w_dim: int) -> None:
         super().__init__()
-        self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1)
+        weight_gain = 1 / math.sqrt(in_channels)  # of the convolution: it scales its styles
+        self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1, gain=weight_gain)
         self.weight = nn.Parameter(torch.randn(img_channels, in_channels, 1, 1))
-        self.weight_gain = 1 / math.sqrt(in_channels)
         self.bias = nn.Parameter(torch.zeros(img_channels))
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x [N, I, H, W], w [N, w_dim] -> [N, img_channels, H, W], linear."""
-        weight = self.weight * self.weight_gain
-        x = modulated_conv2d(x, weight, self.affine(w), demodulate=False)
+        x = modulated_conv2d(x, self.weight, self.affine(w), demodulate=False)
         return x.float() + self.bias[:, None, None]
 
 
@@ -229,13 +237,15 @@ class MinibatchStd(nn.Module):
         super().__init__()
         self.group_size = group_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C + 1, H, W]."""
+    def forward(self, x: Tensor, batches: int = 1) -> Tensor:
+        """[N, C, H, W] -> [N, C + 1, H, W]; no group mixes the `batches` that x is made of."""
         N, C, H, W = x.shape
-        G = next(size for size in range(min(self.group_size, N), 0, -1) if N % size == 0)
-        groups = x.reshape(G, N // G, C, H, W)
-        std = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # [N / G]
-        return torch.cat([x, std.repeat(G).view(N, 1, 1, 1).expand(N, 1, H, W)], 1)
+        n = N // batches
+        G = next(size for size in range(min(self.group_size, n), 0, -1) if n % size == 0)
+        groups = x.reshape(N // G, G, C, H, W)
+        std = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # [N / G]
+        std = std.repeat_interleave(G, output_size=N)  # [N]
+        return torch.cat([x, std.view(N, 1, 1, 1).expand(N, 1, H, W)], 1)
 
 
 class MappingNetwork(nn.Module):
@@ -436,17 +446,20 @@ class Discriminator(nn.Module):
         self.out = EqualizedLinear(widths[-1], 1)
         self.embed = nn.Parameter(torch.randn(c_dim, widths[-1])) if c_dim else None
 
-    def features(self, img: Tensor) -> Tensor:
+    def features(self, img: Tensor, batches: int = 1) -> Tensor:
         """Images [N, img_channels, H, W] -> [N, channels(4)]."""
         x = leaky_relu(self.fromrgb(img.to(self.dtype, memory_format=MEMORY_FORMAT)))
         for block in self.blocks:
             x = block(x)
-        x = leaky_relu(self.conv(self.mbstd(x)))
+        x = leaky_relu(self.conv(self.mbstd(x, batches)))
         return leaky_relu(self.fc(x.flatten(1)))
 
-    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        """Images [N, img_channels, H, W], labels [N, c_dim] -> logits [N]."""
-        x = self.features(img)
+    def forward(self, img: Tensor, c: Tensor | None = None, batches: int = 1) -> Tensor:
+        """Images [N, img_channels, H, W], labels [N, c_dim] -> logits [N].
+
+        `batches` of equal size, one after the other, give the logits that each would give alone.
+        """
+        x = self.features(img, batches)
         logits = self.out(x)[:, 0]
         if self.embed is not None:
             logits = logits + (x * (c @ self.embed)).sum(1) / math.sqrt(x.shape[1])

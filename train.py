@@ -151,7 +151,8 @@ def d_main(
     with torch.no_grad():
         z = torch.randn(len(real), config.z_dim, device=real.device)
         fake = G.synthesis(mixed_ws(G, z, c_fake, config.style_mixing_prob))
-    real_logits, fake_logits = D(D.augment(real), c), D(D.augment(fake), c_fake)
+    both = D.augment(torch.cat([real, fake]))
+    real_logits, fake_logits = D(both, torch.cat([c, c_fake]), batches=2).chunk(2)
     loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
     stats = {"d_loss": loss}
     for name, logits in (("real", real_logits), ("fake", fake_logits)):

@@ -129,7 +129,7 @@ def grouped_modulated_conv2d(
     if up:
         w = w.transpose(1, 2).reshape(N * in_maps, out_maps, K, K)
         x = F.conv_transpose2d(x, w, stride=2, groups=N).view(N, out_maps, 2 * H + 1, 2 * W + 1)
-        return modules.fir_filter(x, padding=1, gain=4)
+        return fir_depthwise(x, padding=1, gain=4)
     x = F.conv2d(x, w.reshape(N * out_maps, in_maps, K, K), padding=K // 2, groups=N)
     return x.view(N, out_maps, H, W)
 
@@ -149,14 +149,33 @@ def path_lengths_by_double_backward(synthesis: modules.SynthesisNetwork, ws: Ten
     return gradient.square().sum(2).mean(1).sqrt()
 
 
+def fir_depthwise(x: Tensor, padding: int, gain: float = 1, stride: int = 1) -> Tensor:
+    """[1, 3, 3, 1] as a grouped convolution, whose second derivative goes group by group."""
+    row = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 8
+    kernel = (gain * row.outer(row)).expand(x.shape[1], 1, -1, -1)
+    return F.conv2d(x, kernel, stride=stride, padding=padding, groups=x.shape[1])
+
+
+def filter_of_order_3(x: Tensor, order: int, padding: int, gain: float = 1) -> Tensor:
+    """`modules.binomial_filter` where it is [1, 3, 3, 1]."""
+    return fir_depthwise(x, padding, gain)
+
+
 def downsample_by_stride(x: Tensor) -> Tensor:
     """`modules.downsample` as one strided filter."""
-    return F.conv2d(x, modules.fir_kernel(x), stride=2, padding=1, groups=x.shape[1])
+    return fir_depthwise(x, padding=1, stride=2)
+
+
+def upsample_by_stride(x: Tensor) -> Tensor:
+    """`modules.upsample` as one transposed filter; images have one channel."""
+    row = torch.tensor([[1.0, 3.0, 3.0, 1.0]], device=x.device, dtype=x.dtype) / 4
+    return F.conv_transpose2d(x, (row.T * row)[None, None], stride=2, padding=1)
 
 
 def use_naive_form() -> None:
     modules.modulated_conv2d = grouped_modulated_conv2d
-    modules.downsample = downsample_by_stride
+    modules.binomial_filter = filter_of_order_3
+    modules.downsample, modules.upsample = downsample_by_stride, upsample_by_stride
     train.r1_penalty = r1_by_double_backward
     train.path_lengths = path_lengths_by_double_backward
 
@@ -352,13 +371,6 @@ def loader_rate(config: Config, seconds: float) -> float:
     return count / (time.perf_counter() - started)
 
 
-def fir_separable(x: Tensor) -> Tensor:
-    row = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device, dtype=x.dtype) / 4
-    C = x.shape[1]
-    x = F.conv2d(x, row.expand(C, 1, 1, 4), padding=(0, 1), groups=C)
-    return F.conv2d(x, row[:, None].expand(C, 1, 4, 1), padding=(1, 0), groups=C)
-
-
 def fir_shift_and_add(x: Tensor) -> Tensor:
     x, (H, W) = F.pad(x, [1] * 4), (x.shape[2] - 1, x.shape[3] - 1)
     x = (x[..., :W] + x[..., 3 : W + 3]) + 3 * (x[..., 1 : W + 1] + x[..., 2 : W + 2])
@@ -372,12 +384,13 @@ def resampling_table(config: Config, device: torch.device, seconds: float) -> li
     The last form is another function, bilinear interpolation and a convolution at full size.
     """
     filters: dict[str, Callable[[Tensor], Tensor]] = {
-        "depthwise": lambda x: modules.fir_filter(x, padding=1, gain=4),
-        "separable": fir_separable,
+        "depthwise": lambda x: fir_depthwise(x, padding=1, gain=4),
+        "means of neighbours": lambda x: modules.means_of_neighbours(x, 3, padding=1, gain=4),
         "shift-and-add": fir_shift_and_add,
     }
     if device.type == "cuda":
-        filters["shift-and-add, compiled"] = torch.compile(fir_shift_and_add)
+        for name in ("means of neighbours", "shift-and-add"):
+            filters[f"{name}, compiled"] = torch.compile(filters[name])
     rows = []
     for resolution in [2**i for i in range(4, config.img_resolution.bit_length())]:
         C = modules.channels(resolution, config.channel_base, config.channel_max)

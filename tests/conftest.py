@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from config import CPU, Config
+from modules import Discriminator, Generator
+from train import TrainingState, d_main, d_r1, g_main, g_path
 
 torch.set_num_threads(1)  # tiny networks are slower with more, by far on a shared machine
 
@@ -66,3 +68,38 @@ def config(tmp_path: Path, data_root: Path) -> Config:
         augment="dataset",
         fid_epochs=0,
     )
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """No code compiled by an earlier test is used again."""
+    torch.compiler.reset()
+
+
+def step_inputs(config: Config) -> tuple[TrainingState, torch.Tensor, torch.Tensor]:
+    """A fresh state, four images and their labels."""
+    state = TrainingState(config, 2, torch.device("cpu"))
+    return state, torch.rand(4, 1, 16, 16) * 2 - 1, torch.eye(2)[[0, 1, 1, 0]]
+
+
+def phase_calls(G: Generator, D: Discriminator, real, c, config: Config) -> dict:
+    """Each phase with the network that it trains and its arguments."""
+    return {
+        g_main: (G, (G, D, c, config)),
+        g_path: (G, (G, c, torch.full([], 0.3, device=c.device), config)),
+        d_main: (D, (G, D, real, c, c, config)),
+        d_r1: (D, (D, real, c, config)),
+    }
+
+
+def phase_gradients(state: TrainingState, real, c, run) -> dict[str, torch.Tensor]:
+    """The gradients of each phase, all parameters in one vector; none where they are zero."""
+    found = {}
+    for phase, (net, args) in phase_calls(state.G, state.D, real, c, state.config).items():
+        state.D.requires_grad_(phase is not g_main)
+        run(phase, 1, *args)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
+        found[phase.__name__] = torch.cat([g.flatten() for g in grads])  # a copy
+        state.G.zero_grad()
+        state.D.zero_grad()
+    return found

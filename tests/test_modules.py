@@ -19,9 +19,9 @@ from modules import (
     MinibatchStd,
     SynthesisLayer,
     ToRGB,
+    binomial_filter,
     channels,
     downsample,
-    fir_filter,
     modulated_conv2d,
     normalize_2nd_moment,
     upsample,
@@ -61,7 +61,24 @@ def test_resampling_keeps_a_constant_inside():
     x = torch.full([1, 1, 8, 8], 3.0)
     torch.testing.assert_close(upsample(x)[:, :, 2:-2, 2:-2], torch.full([1, 1, 12, 12], 3.0))
     torch.testing.assert_close(downsample(x)[:, :, 1:-1, 1:-1], torch.full([1, 1, 2, 2], 3.0))
-    torch.testing.assert_close(fir_filter(x, padding=0), torch.full([1, 1, 5, 5], 3.0))
+    torch.testing.assert_close(binomial_filter(x, 3, padding=0), torch.full([1, 1, 5, 5], 3.0))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("gain", [1, 4])
+def test_both_forms_of_the_binomial_filter_are_its_matrix(order, gain):
+    """The depthwise form, and the means of neighbours that are taken where it is derived twice."""
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    row = torch.tensor([math.comb(order, i) for i in range(order + 1)]).double()
+    kernel = (row.outer(row) * gain / 4**order).expand(3, 1, -1, -1)
+    for padding in range(order + 1):
+        expected = F.conv2d(x, kernel, padding=padding, groups=3)
+        torch.testing.assert_close(binomial_filter(x, order, padding, gain), expected)
+        means, pull = torch.func.vjp(lambda x, p=padding: binomial_filter(x, order, p, gain), x)
+        torch.testing.assert_close(means, expected)
+        (gradient,) = pull(expected)
+        transposed = F.conv_transpose2d(expected, kernel, padding=padding, groups=3)
+        torch.testing.assert_close(gradient, transposed)
 
 
 def per_image_convolution(x, weight, styles, demodulate, up):
@@ -73,7 +90,7 @@ def per_image_convolution(x, weight, styles, demodulate, up):
             w = w / (w.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
         if up:
             image = F.conv_transpose2d(image[None], w.transpose(0, 1), stride=2)
-            image = fir_filter(image, padding=1, gain=4)
+            image = binomial_filter(image, 3, padding=1, gain=4)
         else:
             image = F.conv2d(image[None], w, padding=w.shape[-1] // 2)
         images.append(image)
@@ -178,9 +195,17 @@ def test_minibatch_std_equals_an_explicit_loop_for_any_batch(batch):
     assert out.shape == (batch, 4, 4, 4)
     torch.testing.assert_close(out[:, :3], x)
     for n in range(batch):
-        members = x[n % (batch // group) :: batch // group]
+        members = x[n // group * group :][:group]
         std = (members.var(0, correction=0) + 1e-8).sqrt().mean()
         torch.testing.assert_close(out[n, 3], std.expand(4, 4))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_two_batches_at_once_get_the_logits_that_each_gets_alone(config: Config, size):
+    D, x = Discriminator(config, 2), torch.randn(2 * size, 1, 16, 16)
+    c = torch.eye(2)[torch.arange(2 * size) % 2]
+    alone = torch.cat([D(x[:size], c[:size]), D(x[size:], c[size:])])
+    torch.testing.assert_close(D(x, c, batches=2), alone)
 
 
 def test_noise_is_off_at_first_then_random_constant_or_none():
@@ -220,7 +245,7 @@ def test_noise_is_the_same_in_both_precisions():
 def test_torgb_is_linear_and_not_demodulated():
     torgb = ToRGB(4, 2, 8)
     x, w = torch.randn(3, 4, 5, 5), torch.randn(3, 8)
-    styles = torgb.affine(w) / 2
+    styles = (w @ torgb.affine.weight.T / math.sqrt(8) + 1) / 2
     expected = torch.einsum("oi,ni,nihw->nohw", torgb.weight[:, :, 0, 0], styles, x)
     torch.testing.assert_close(torgb(x, w), expected)
     torch.testing.assert_close(torgb(2 * x, w), 2 * expected)

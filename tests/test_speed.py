@@ -1,0 +1,254 @@
+"""What a step costs: operations, precision, compilation; and the same code on CUDA."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import phase_calls, phase_gradients, step_inputs
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from config import CPU, GPU, Config
+from modules import Discriminator, Generator
+from train import PHASES, Phases, TrainingState, d_r1, g_main, train, train_step
+from utils import STATS, feature_dtype, read_log
+
+WIDTHS = (64, 512)  # of channel_max, at the settings for a GPU: 256 pixels
+
+
+# Operations
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts every operation that reaches the device, backward passes included, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def full_size_calls(channel_max: int, device: str) -> Iterator[tuple[Callable, tuple]]:
+    """Each phase and its arguments at the settings for a GPU: no values, no memory, no GPU."""
+    config = Config(**GPU | {"channel_max": channel_max})
+    with torch.device(device):
+        G, D = (net(config, 2, dtype=torch.bfloat16) for net in (Generator, Discriminator))
+        real = torch.zeros(config.batch_size, 1, *[config.img_resolution] * 2)
+        c = torch.zeros(config.batch_size, 2)
+    for phase, (_, args) in phase_calls(G, D, real, c, config).items():
+        D.requires_grad_(phase is not g_main)
+        yield phase, args
+
+
+def operations(channel_max: int) -> dict[str, Counter[str]]:
+    """Operations of each phase and of its gradients, by name."""
+    found = {}
+    for phase, args in full_size_calls(channel_max, "meta"):
+        with OperationCounter() as counter:
+            phase(*args)[0].backward()
+        found[phase.__name__] = counter.counts
+    return found
+
+
+def test_operations_are_few_and_their_number_does_not_depend_on_the_width():
+    found = operations(channel_max=512)
+    assert found == operations(channel_max=64)
+    limits = {"g_main": 3000, "g_path": 3850, "d_main": 1700, "d_r1": 1600}
+    for name, counts in found.items():
+        assert counts.total() <= limits[name], counts.most_common(8)
+        assert sum(n for kind, n in counts.items() if "conv" in kind) <= 100, name
+
+
+def graph_nodes(channel_max: int, names: tuple[str, ...]) -> dict[str, int]:
+    """Nodes of the forward and backward graphs that the compiler is given for each phase."""
+    nodes: Counter[str] = Counter()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for phase, args in full_size_calls(channel_max, "cpu"):
+            if phase.__name__ not in names:
+                continue
+
+            def count(graph, _inputs, name=phase.__name__):
+                nodes[name] += len(graph.graph.nodes)
+                return graph.forward
+
+            compilers = {"fw_compiler": count, "bw_compiler": count}
+            backend = aot_autograd(**compilers, decompositions=select_decomp_table())
+            compiled = torch.compile(phase, backend=backend, fullgraph=True, dynamic=False)
+            compiled(*args)[0].backward()
+    return dict(nodes)
+
+
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
+def test_what_the_compiler_is_given_is_small_and_does_not_depend_on_the_width(fresh_compiler):
+    limits = {"g_main": 4600, "g_path": 6000, "d_main": 3000, "d_r1": 3000}
+    found = graph_nodes(512, tuple(limits))
+    assert all(found[name] <= limit for name, limit in limits.items()), found
+    torch.compiler.reset()
+    assert graph_nodes(64, ("d_r1",)) == {"d_r1": found["d_r1"]}
+
+
+# Gradients, compiled and in bfloat16
+
+
+def noisy_state(config: Config):
+    """A state in which noise has a strength, as after some training."""
+    state, real, c = step_inputs(config)
+    for name, p in state.G.named_parameters():
+        if name.endswith("noise_strength"):
+            p.data.fill_(0.1)
+    return state, real, c
+
+
+def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(config, fresh_compiler):
+    """Traced and differentiated by the compiler's front end, run by its reference backend."""
+    config = replace(config, augment="ada", ada_p=0.5)
+    state, real, c = noisy_state(config)
+    expected = phase_gradients(state, real, c, Phases("off").backward)
+    traced = Phases("off")
+    traced.compiled = {
+        phase: torch.compile(phase, backend="aot_eager", fullgraph=True, dynamic=False)
+        for phase in PHASES
+    }
+    for name, gradient in phase_gradients(state, real, c, traced.backward).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_phase_has_the_gradients_it_has_uncompiled(config: Config, fresh_compiler):
+    """The default backend, on R1 alone: the others take minutes on a CPU."""
+    state, real, c = noisy_state(config)
+    _, args = phase_calls(state.G, state.D, real, c, config)[d_r1]
+    found = []
+    for phases in (Phases("off"), Phases("on")):
+        stats = phases.backward(d_r1, 1, *args)
+        found.append([torch.zeros(1) if p.grad is None else p.grad for p in state.D.parameters()])
+        found[-1].append(stats["r1"])
+        state.D.zero_grad()
+    for plain, compiled in zip(*found, strict=True):
+        compiled = compiled if compiled.any() else torch.zeros_like(plain)  # zeros for None
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_compiled_is_said_once_and_trains_as_it_is(config, monkeypatch, capsys):
+    def broken(phase, **_options):
+        def run(*_args):
+            torch.randn(7)  # a failed attempt leaves no trace in the random numbers
+            raise RuntimeError("no compiler found\nand much more")
+
+        return run
+
+    train(config)
+    other = replace(config, out=config.out.with_name("compiled"), compile="on")
+    monkeypatch.setattr(torch, "compile", broken)
+    capsys.readouterr()
+    train(other)
+    out = capsys.readouterr().out
+    assert out.count("warning") == 1
+    assert "warning: g_main cannot be compiled, going on without: no compiler found\n" in out
+    assert (config.out / "losses.csv").read_text() == (other.out / "losses.csv").read_text()
+
+
+def test_precision_is_chosen_by_device_and_width():
+    native = torch.cpu._is_avx512_bf16_supported()
+    cpu, wide = torch.device("cpu"), Config(**CPU | {"channel_base": 1024})
+    assert feature_dtype(wide, cpu) == (torch.bfloat16 if native else torch.float32)
+    assert feature_dtype(Config(**CPU), cpu) == torch.float32  # 8 maps
+    assert feature_dtype(replace(wide, precision="float32"), cpu) == torch.float32
+    assert feature_dtype(Config(**CPU, precision="bfloat16"), cpu) == torch.bfloat16
+
+
+def test_bfloat16_gradients_stay_close(config: Config):
+    """Over a batch: of four images alone, R1's may fall to a cosine of 0.94."""
+    config = replace(config, img_resolution=64, channel_base=512, channel_max=64, batch_size=16)
+    coarse = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    real = F.interpolate(coarse, size=64, mode="bicubic").clamp(-1, 1)
+    c, found = torch.eye(2)[torch.arange(16) % 2], []
+    for precision in ("float32", "bfloat16"):
+        state, _, _ = noisy_state(replace(config, precision=precision))
+        found.append(phase_gradients(state, real, c, Phases("off").backward))
+    for name, exact in found[0].items():
+        assert torch.cosine_similarity(found[1][name], exact, dim=0) > 0.99, name
+        assert not torch.equal(found[1][name], exact)
+
+
+def test_what_ran_once_is_not_blamed_on_the_compiler_later(config: Config):
+    state, real, c = step_inputs(config)
+    state.phases.compiled = {d_r1: d_r1}
+    args = (state.d_opt, 0, state.D, real, c, config)
+    state.phases(d_r1, *args)
+
+    def out_of_memory(*_args):
+        raise torch.OutOfMemoryError("no memory")
+
+    state.phases.compiled = {d_r1: out_of_memory}
+    with pytest.raises(torch.OutOfMemoryError):
+        state.phases(d_r1, *args)
+
+
+def test_a_thousand_steps_in_bfloat16_stay_finite(config: Config):
+    config = replace(config, precision="bfloat16", channel_max=4, num_workers=0)
+    state, real, c = step_inputs(config)
+    stats = torch.stack([train_step(state, real, c, torch.eye(2)) for _ in range(1000)])
+    assert stats[:, [STATS.index(n) for n in ("g_loss", "d_loss")]].isfinite().all()
+    for net in (state.G, state.D, state.G_ema):
+        assert all(p.isfinite().all() and p.dtype == torch.float32 for p in net.parameters())
+
+
+# CUDA
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@needs_cuda
+@pytest.mark.parametrize("compile", ["off", "on", "graphs"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_code_trains_on_cuda(config, capsys, fresh_compiler, precision, compile):
+    how = {"device": "cuda", "precision": precision, "compile": compile, "num_workers": 2}
+    train(replace(config, **how, r1_interval=2))  # every graph is recorded, and replayed
+    assert "warning" not in capsys.readouterr().out
+    assert read_log(config.out)[-1]["nimg"] == 32
+
+
+@needs_cuda
+@pytest.mark.parametrize("compile", ["off", "on", "graphs"])
+def test_a_step_never_waits_for_the_gpu(config: Config, fresh_compiler, compile):
+    device = torch.device("cuda")
+    ada = {"augment": "ada", "ada_interval": 1, "ada_target": -1.0, "ada_kimg": 0.5}
+    state = TrainingState(replace(config, compile=compile, **ada), 2, device)
+    real, c = torch.rand(4, 1, 16, 16, device=device), torch.eye(2, device=device)[[0, 1, 1, 0]]
+    for _ in range(20):  # compiled, recorded, and every penalty seen
+        train_step(state, real, c, torch.eye(2, device=device))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(16):
+            train_step(state, real, c, torch.eye(2, device=device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("compile", ["on", "graphs"])
+def test_compiled_gradients_on_cuda_are_those_of_the_plain_phases(
+    config, monkeypatch, fresh_compiler, compile
+):
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)
+    state = TrainingState(config, 2, torch.device("cuda"))
+    real = torch.rand(4, 1, 16, 16, device="cuda") * 2 - 1
+    c = torch.eye(2, device="cuda")[[0, 1, 1, 0]]
+    expected = phase_gradients(state, real, c, Phases("off").backward)
+    compiled = Phases(compile)
+    for _ in range(3):  # graphs are recorded at the second call and replayed at the third
+        for name, gradient in phase_gradients(state, real, c, compiled.backward).items():
+            cosine = torch.cosine_similarity(gradient, expected[name], dim=0)
+            assert cosine > 0.999, name  # TF32 convolutions
+    assert len(compiled.compiled) == len(PHASES)
