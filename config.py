@@ -124,14 +124,14 @@ class Config:
 
     # Snapshots
     snapshot_epochs: int = 1
-    """Epochs from one image grid to the next, 1 or more."""
-    checkpoint_epochs: int = 1
-    """Epochs from one checkpoint to the next, 1 or more; the newest two are kept."""
+    """Epochs from one image grid to the next, 1 or more; 10 times as many from epoch 100 on, ..."""
+    checkpoint_kimg: float = 100.0
+    """Thousands of images from one checkpoint to the next, at ends of epochs; two are kept."""
 
     # What a run measures of itself
-    fid_epochs: int = 1
-    """Epochs from one measurement (FID, KID, leaks, health of the labels) to the next; 0: never."""
-    fid_images: int = 5000
+    fid_kimg: float = 50.0
+    """Thousands of images from one measurement (FID, KID, leaks, labels) to the next; 0: never."""
+    fid_images: int = 2500
     """Samples in each, 100 or more."""
     fid_extractor: Literal["encoder", "inception"] = "encoder"
     """Features of FID: of a small network trained on the training slices, or FID's own."""
@@ -141,8 +141,8 @@ class Config:
         at_least = {
             "epochs": 1, "batch_size": 2, "num_workers": 0, "z_dim": 1, "w_dim": 1,
             "channel_base": 16, "channel_max": 1, "r1_interval": 1, "pl_weight": 0,
-            "pl_interval": 1, "ema_rampup": 0, "snapshot_epochs": 1, "checkpoint_epochs": 1,
-            "label_ramp_kimg": 0, "ada_interval": 1, "fid_epochs": 0, "fid_images": 100,
+            "pl_interval": 1, "ema_rampup": 0, "snapshot_epochs": 1,
+            "label_ramp_kimg": 0, "ada_interval": 1, "fid_kimg": 0, "fid_images": 100,
         }  # fmt: skip
         self._require("img_resolution", self.img_resolution in sizes, f"one of {sizes}")
         for name, low in at_least.items():
@@ -156,7 +156,7 @@ class Config:
             self._require(name, 0 <= getattr(self, name) <= 1, "0 to 1")
         for name in ("rotation", "ada_rotation"):
             self._require(name, 0 <= getattr(self, name) <= 180, "0 to 180 degrees")
-        for name in ("learning_rate", "ada_kimg"):
+        for name in ("learning_rate", "ada_kimg", "checkpoint_kimg"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "above 0")
         self._require("ada_target", -1 <= self.ada_target <= 1, "-1 to 1")
         self._require("ada_p", self.ada_p is None or 0 <= self.ada_p <= 1, "0 to 1, or None")
@@ -181,6 +181,8 @@ CPU: dict[str, Any] = {  # seven epochs of demo brains end within ten minutes on
     "w_dim": 64,
     "channel_base": 512,
     "channel_max": 64,
+    "checkpoint_kimg": 3.0,
+    "fid_kimg": 3.0,
     "augment": "dataset",  # in so short a run the better pictures; p of ada would hardly leave 0
     "fid_images": 500,
 }

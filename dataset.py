@@ -33,6 +33,7 @@ from tqdm import tqdm
 from assets.demo_brains import write_demo
 from config import Config, UserError
 from utils import (
+    StopRequest,
     ensure_writable,
     num_ranks,
     one_hot,
@@ -241,7 +242,11 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
             images[rows] = result.numpy()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(tqdm(pool.map(work, groups.values()), "decoding", len(groups), unit="id"))
+        try:
+            list(tqdm(pool.map(work, groups.values()), "decoding", len(groups), unit="id"))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     if problems:
         table = "\n  ".join(sorted(problems))
         raise UserError(f"{len(problems)} of {len(files)} files cannot be used:\n  {table}")
@@ -281,11 +286,14 @@ def demo_root(cache: Path) -> Path:
     if not root.exists():
         ensure_writable(cache)
         partial = root.with_name(f"{root.name}.{os.getpid()}.partial")
-        write_demo(partial)
         try:
+            write_demo(partial)
             partial.rename(root)
-        except OSError:  # another run was faster
-            shutil.rmtree(partial)
+        except OSError:
+            if not root.exists():  # else another run was faster
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return root
 
 
@@ -347,8 +355,8 @@ class TrainingSlices(Dataset):
 
 
 def ignore_signals(_: int) -> None:
-    """In a worker: Ctrl-C and SIGTERM reach the whole process group, but only training answers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """In a worker: signals reach the whole process group, but only training answers."""
+    for number in StopRequest.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

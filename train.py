@@ -23,14 +23,12 @@ References:
 import argparse
 import json
 import math
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -48,6 +46,8 @@ from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from utils import (
     FREE_TO_CHANGE,
     STATS,
+    STOP,
+    Stopped,
     append_losses,
     average_over_ranks,
     broadcast_from_rank_0,
@@ -55,7 +55,6 @@ from utils import (
     diagnose,
     ensure_writable,
     feature_dtype,
-    keep_freed_memory,
     load_checkpoint,
     most_of_ranks,
     num_ranks,
@@ -78,6 +77,7 @@ from utils import (
     stream_seed,
     tile,
     to_uint8,
+    tune,
     write_atomically,
     write_run_config,
 )
@@ -175,8 +175,8 @@ PHASES = (g_main, g_path, d_main, d_r1)
 class Phases:
     """Runs a phase, compiled into one graph forward and one backward, or as it is.
 
-    `mode` is that of config.compile. Where something cannot be compiled, a warning says why, once,
-    and all phases run as they are.
+    `mode` is that of config.compile. Each phase is compiled at its first call, which says so. Where
+    something cannot be compiled, a warning says why, once, and all phases run as they are.
     """
 
     def __init__(self, mode: str) -> None:
@@ -190,23 +190,36 @@ class Phases:
         self, phase: Callable, optimizer: torch.optim.Adam, seed: int, *args: Any
     ) -> dict[str, Tensor]:
         """One update by a phase, on its own random stream. -> its statistics over all ranks."""
-        try:
+        new = phase in self.compiled and phase not in self.proven
+        if new:
+            stats = self.first_call(phase, optimizer, seed, *args)
+        else:
             stats = self.backward(phase, seed, *args)
-        except Exception as error:  # the compiler's are of many types
-            if phase not in self.compiled or phase in self.proven:
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            print(f"warning: {phase.__name__} cannot be compiled, going on without: {reason}")
-            self.compiled = {}
-            optimizer.zero_grad(set_to_none=True)
-            stats = self.backward(phase, seed, *args)
-        self.proven.add(phase)
         parameters = optimizer.param_groups[0]["params"]
         gradients = [p.grad for p in parameters if p.grad is not None]
         average_over_ranks(gradients + list(stats.values()))
         stats[f"{phase.__name__}_grad"] = torch.nn.utils.get_total_norm(gradients)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return stats
+
+    def first_call(
+        self, phase: Callable, optimizer: torch.optim.Adam, seed: int, *args: Any
+    ) -> dict[str, Tensor]:
+        """`backward` of a phase that it compiles, which may take minutes. Raises Stopped."""
+        say(f"compiling {phase.__name__} ...")
+        started = time.perf_counter()
+        try:
+            with STOP.waiting(False):
+                stats = self.backward(phase, seed, *args)
+            say(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
+        except Exception as error:  # the compiler's are of many types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            say(f"warning: {phase.__name__} cannot be compiled, going on without: {reason}")
+            self.compiled = {}
+            optimizer.zero_grad(set_to_none=True)
+            stats = self.backward(phase, seed, *args)
+        self.proven.add(phase)
         return stats
 
     def backward(self, phase: Callable, seed: int, *args: Any) -> dict[str, Tensor]:
@@ -456,11 +469,12 @@ class Recorder:
         if rank() == 0:
             cut_logs(self.run, state.cur_nimg)
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=state.cur_nimg + 1)
-            logged = max((line["nimg"] for line in read_log(self.run)), default=0)
+            self.logged = max((line["nimg"] for line in read_log(self.run)), default=0)
             rows = read_losses(self.run)
             rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
-            self.epoch_rows = list(rows[rows[:, 0] > logged])  # of the epoch that is under way
+            self.epoch_rows = list(rows[rows[:, 0] > self.logged])  # of the epoch under way
             self.warned: set[str] = set()
+        self.upkeep, self.began = 0.0, time.perf_counter()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -478,7 +492,11 @@ class Recorder:
             if len(steps) == 2:
                 steps.popleft().synchronize()
             asked = time.perf_counter()
-            batch = next(iterator, None)
+            try:
+                with STOP.waiting(num_ranks() > 1):  # many ranks end after the same step
+                    batch = next(iterator, None)
+            except Stopped:
+                return
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
@@ -487,21 +505,32 @@ class Recorder:
                 steps.append(torch.cuda.Event())
                 steps[-1].record()
 
-    def end_step(self, stats: Tensor, epoch: int, last: bool) -> dict[str, float]:
+    def end_step(self, stats: Tensor, epoch: int) -> dict[str, float]:
         """Write what is due after a step of an epoch: statistics, its line and grid, a checkpoint.
 
         Returns:
             The newest statistics, when they were looked at: that waits for the device.
         """
-        state, config = self.state, self.config
-        self.pending.append((state.cur_nimg, stats))
-        ended = state.cur_nimg >= epoch * self.epoch_size
-        shown = self.flush() if last or ended or len(self.pending) == FLUSH_STEPS else {}
+        self.pending.append((self.state.cur_nimg, stats))
+        ended = self.state.cur_nimg >= epoch * self.epoch_size
+        shown = self.flush() if ended or len(self.pending) == FLUSH_STEPS else {}
         if ended:
             self.end_epoch(epoch)
-        if last or (ended and epoch % config.checkpoint_epochs == 0):
-            save_run(state)
         return shown
+
+    def missed_epoch(self) -> int | None:
+        """The epoch that ended with the last step, if the run was stopped before its line."""
+        nimg = self.state.cur_nimg
+        epoch = max(0, nimg - self.config.batch_size) // self.epoch_size + 1
+        return epoch if nimg >= epoch * self.epoch_size and self.logged < nimg else None
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment, unless there is one."""
+        if self.pending:
+            self.flush()
+        newest = checkpoints(self.run)[-1:]
+        if not newest or newest[0].stem != f"{self.state.cur_nimg:010d}":
+            save_run(self.state)
 
     def flush(self) -> dict[str, float]:
         """Write the waiting rows of losses.csv. Raises UserError at a number that is not finite."""
@@ -518,13 +547,42 @@ class Recorder:
                     raise diverged(self.state, name, n)
         return dict(zip(STATS, values[-1], strict=True))
 
+    def comes_due(self, kimg: float) -> bool:
+        """Whether a multiple of so many thousand images was passed since the last epoch's end."""
+        passed = [int(nimg // (kimg * 1000)) for nimg in (self.logged, self.state.cur_nimg)]
+        return passed[0] < passed[1]
+
     def end_epoch(self, epoch: int) -> None:
-        """One line in log.jsonl, the same as TensorBoard scalars; what is due of all else."""
+        """One line in log.jsonl, the same as TensorBoard scalars; what is due of all else.
+
+        If it is asked to stop while it measures, the resumed run does all of it.
+        """
+        started, config, last = time.perf_counter(), self.config, epoch == self.config.epochs
         line = self.summary(epoch)
-        if self.figures is not None and epoch % self.config.fid_epochs == 0:
-            if label_weight(self.config, self.state.cur_nimg) == 1:  # else labels are half trained
-                line |= self.figures.measure(self.state.G_ema, self.state.D)  # finite, or None
+        try:
+            with STOP.waiting(False):
+                if self.figures is not None and (last or self.comes_due(config.fid_kimg)):
+                    if label_weight(config, self.state.cur_nimg) == 1:  # else half trained
+                        line |= self.figures.measure(self.state.G_ema, self.state.D)
+        except Stopped:
+            return
+        line["upkeep"] = round(self.upkeep_share(time.perf_counter() - started), 4)
+        self.write_line(line)
+        # Of the first 99 epochs every grid is kept, then every tenth, from 1,000 on every hundredth
+        if last or epoch % (config.snapshot_epochs * 10 ** max(0, len(str(epoch)) - 2)) == 0:
+            self.save_grid(epoch)
+        if last or self.comes_due(config.checkpoint_kimg):
+            self.save()
+        self.logged = self.state.cur_nimg
+        self.upkeep += time.perf_counter() - started
         self.start_clock()
+
+    def upkeep_share(self, more: float) -> float:
+        """Share of this process's time in the loop that went in measuring, saving and drawing."""
+        return (self.upkeep + more) / (time.perf_counter() - self.began)
+
+    def write_line(self, line: dict[str, float | None]) -> None:
+        """An epoch's line; keeps a checkpoint of the best FID, and warns of what looks wrong."""
         with open(self.run / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
@@ -537,9 +595,7 @@ class Recorder:
         for name, text in diagnose(history).items():
             if name not in self.warned:
                 self.warned.add(name)
-                tqdm.write(f"warning: {text}")
-        if epoch % self.config.snapshot_epochs == 0 or epoch == self.config.epochs:
-            self.save_grid(epoch)
+                say(f"warning: {text}")
 
     def summary(self, epoch: int) -> dict[str, float | None]:
         """Speed and the means of the epoch's steps; None where there were none."""
@@ -579,27 +635,6 @@ class Recorder:
             plot_progress(self.run, self.run / "progress.png")
 
 
-class StopRequest:
-    """Context in which Ctrl-C or SIGTERM asks the loop to end after its step.
-
-    A second one kills a single process; of many, each may get one from torchrun and one from Slurm.
-    """
-
-    def __enter__(self) -> "StopRequest":
-        self.name = ""
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.name and num_ranks() == 1:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 # Loop
 
 
@@ -616,7 +651,7 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
             "processes, 2 images or more for each"
         )
     saved = open_run(config)
-    if config.fid_epochs and config.fid_extractor == "inception":
+    if config.fid_kimg and config.fid_extractor == "inception":
         find_inception(None)
     splits, data = load_slices(config)
     if saved is None and config.init_from is not None:
@@ -649,53 +684,74 @@ def start_state(config: Config, slices: Slices, device: torch.device, saved: Any
 
 def train(config: Config) -> None:
     """Train to `config.epochs`, or until asked to stop. Raises UserError for bad input or NaN."""
+    with STOP:
+        try:
+            run(config)
+        except Stopped:
+            STOP.waits = True
+            saved = checkpoints(config.out)[-1:]
+            say(stopped_line(f"the newest checkpoint is {saved[0]}" if saved else "nothing yet"))
+
+
+def stopped_line(saved: str) -> str:
+    """What is said at a request to stop."""
+    return f"stopped by {STOP.name or 'another rank'}; saved: {saved}; the same command goes on"
+
+
+def run(config: Config) -> None:
+    """All of training. Raises Stopped where nothing is left to be saved."""
     device = resolve_device(config.device)
-    keep_freed_memory(device)
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    tune(device, config.cache)
     with rank_0_first(device):
         saved, splits, data = prepare(config)
     slices = splits["train"]
     state = start_state(config, slices, device, saved)
     if not slices.c_dim:
         say(f"one class, {slices.classes[0]}: training without a condition")
-    n, batch = len(slices.images), config.batch_size
-    total = math.ceil(config.epochs * n / batch) * batch
+    total = math.ceil(config.epochs * len(slices.images) / config.batch_size) * config.batch_size
     recorder = Recorder(state, slices)
-    if state.cur_nimg >= total:
+    missed = recorder.missed_epoch() if rank() == 0 else None
+    if state.cur_nimg >= total and missed is None:
         recorder.close()
         say(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
         return
 
-    if config.fid_epochs and rank() == 0:
+    if config.fid_kimg and rank() == 0:
         recorder.figures = TrainingFigures(splits, data, config, device)
-    label_pool = one_hot(slices.labels, slices.c_dim).to(device)
-    loader = make_loader(slices, config, state.cur_nimg, total, device.type == "cuda")
-    pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file needs no thousands of lines
-    bar = tqdm(
-        total=total, initial=state.cur_nimg, unit="img", mininterval=pace, smoothing=0.05,
-        disable=rank() > 0,
-    )  # fmt: skip
-    with StopRequest() as stop, bar:
+    with STOP.waiting(True):
         try:
-            for real, c in recorder.batches(loader):
-                epoch = state.cur_nimg // n + 1
-                bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
-                stats = train_step(state, real, c, label_pool)
-                bar.update(batch)
-
-                stopping = bool(most_of_ranks(bool(stop.name)))  # once: a signal may come any time
-                if rank() == 0:
-                    last = stopping or state.cur_nimg == total
-                    shown = recorder.end_step(stats, epoch, last)
-                    if shown:
-                        bar.set_postfix({k: f"{shown[k]:.2f}" for k in ("d_loss", "g_loss")})
-                if stopping:
-                    break
+            if missed is not None:
+                recorder.end_epoch(missed)
+            if not most_of_ranks(bool(STOP.name)):
+                loop(state, slices, recorder, total)
+            if rank() == 0:
+                recorder.save()
         finally:
             recorder.close()
-    signal_name = stop.name or "another rank"
-    end = f"stopped by {signal_name}; the same command resumes" if stopping else "done"
-    say(f"{end}: {state.cur_nimg:,} images, {config.out}")
+    images = f"{state.cur_nimg:,} images, {config.out}"
+    done = state.cur_nimg >= total and not STOP.name
+    say(f"done: {images}" if done else stopped_line(images))
+
+
+def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -> None:
+    """Steps up to `total` images, or until any rank is asked to stop."""
+    config, n = state.config, len(slices.images)
+    label_pool = one_hot(slices.labels, slices.c_dim).to(state.device)
+    loader = make_loader(slices, config, state.cur_nimg, total, state.device.type == "cuda")
+    pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file needs no thousands of lines
+    with tqdm(
+        total=total, initial=state.cur_nimg, unit="img", mininterval=pace, smoothing=0.05,
+        disable=rank() > 0,
+    ) as bar:  # fmt: skip
+        for real, c in recorder.batches(loader):
+            epoch = state.cur_nimg // n + 1
+            bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
+            stats = train_step(state, real, c, label_pool)
+            bar.update(config.batch_size)
+            if rank() == 0 and (shown := recorder.end_step(stats, epoch)):
+                bar.set_postfix({k: f"{shown[k]:.2f}" for k in ("d_loss", "g_loss")})
+            if most_of_ranks(bool(STOP.name)):
+                return
 
 
 def parse_settings(args: list[str] | None = None) -> Config:

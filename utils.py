@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from config import Config, UserError
 from modules import AdaptiveAugment, Generator, channels
@@ -33,7 +36,7 @@ PATHS = ("data_root", "out", "cache", "init_from")  # settings that are paths
 # Settings that say where, how long and how often, not what a run learns
 FREE_TO_CHANGE = (
     "epochs", "out", "cache", "data_root", "device", "num_workers", "precision", "compile",
-    "snapshot_epochs", "checkpoint_epochs", "fid_epochs",
+    "snapshot_epochs", "checkpoint_kimg", "fid_kimg",
 )  # fmt: skip
 # Statistics of each step, in the order in which they arise
 STATS = (
@@ -54,6 +57,73 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised where a request to stop is answered at once."""
+
+
+class StopRequest:
+    """Context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the work in good order.
+
+    They raise Stopped at once, and again after some seconds if that was lost, as it is in a
+    finalizer, but wait where `waiting` says so. A second one kills a single process; of many, each
+    may get one from torchrun and one from Slurm. What the parent of this process had it ignore, as
+    nohup does, stays ignored.
+    """
+
+    SECONDS = 3  # from one attempt to end the work to the next
+
+    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+               if hasattr(signal, name)]  # fmt: skip
+
+    def __init__(self) -> None:
+        self.name, self.waits = "", False
+
+    def __enter__(self) -> "StopRequest":
+        self.name, self.waits = "", False
+        self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+        heard = [s for s in self.SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.ask) for number in heard}
+        if hasattr(signal, "SIGALRM"):
+            self.before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.stop)
+        return self
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.name and num_ranks() == 1:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+        if self.name == "SIGHUP":  # nobody reads any more, and writing would be an error
+            for stream in self.terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, self.SECONDS, self.SECONDS)
+        self.stop(number, frame)
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        if not self.waits:
+            raise Stopped
+
+    @contextmanager
+    def waiting(self, waits: bool) -> Iterator[None]:
+        """Whether a request within waits for whoever looks at `name`, or is answered at once."""
+        before, self.waits = self.waits, waits
+        try:
+            if self.name and not waits:
+                raise Stopped
+            yield
+        finally:
+            self.waits = before
+
+    def __exit__(self, *_: object) -> None:
+        self.waits = True
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+STOP = StopRequest()  # one a process, as its signals are
 
 
 def resolve_device(name: str) -> torch.device:
@@ -103,6 +173,15 @@ def keep_freed_memory(device: torch.device) -> None:
         if hasattr(libc, "mallopt"):  # glibc: M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1
             libc.mallopt(-4, 0)
             libc.mallopt(-1, -1)
+
+
+def tune(device: torch.device, cache: Path) -> None:
+    """PyTorch's own settings: convolutions tried out, TF32, compiled code kept under `cache`."""
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    keep_freed_memory(device)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute() / "compiled"))
 
 
 def stream_seed(purpose: str, *parts: int) -> int:
@@ -181,9 +260,10 @@ def most_of_ranks(value: int) -> int:
 
 
 def say(text: str) -> None:
-    """Print, on rank 0 only."""
+    """Print, on rank 0 only, above a progress bar."""
     if rank() == 0:
-        print(text, flush=True)
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 # Run folders and checkpoints

@@ -187,7 +187,11 @@ def write_demo(root: Path, num_train: int = 160, num_test: int = 40, seed: int =
 
     # One thread a subject: faster than one subject on all, and the same for any number
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        rows = list(tqdm(pool.map(work, range(count)), "demo brains", count, unit="subject"))
+        try:
+            rows = list(tqdm(pool.map(work, range(count)), "demo brains", count, unit="subject"))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     torch.set_num_threads(threads)
     with open(root / "subjects.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -66,7 +66,8 @@ def config(tmp_path: Path, data_root: Path) -> Config:
         epochs=2,
         learning_rate=0.002,
         augment="dataset",
-        fid_epochs=0,
+        fid_kimg=0,
+        checkpoint_kimg=0.001,  # at each epoch
     )
 
 
@@ -103,3 +104,23 @@ def phase_gradients(state: TrainingState, real, c, run) -> dict[str, torch.Tenso
         state.G.zero_grad()
         state.D.zero_grad()
     return found
+
+
+def same_tensors(a, b, path="") -> list[str]:
+    """The places where two nested states differ."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return [d for k in a for d in same_tensors(a[k], b[k], f"{path}.{k}")]
+    if isinstance(a, list | tuple):
+        pairs = zip(a, b, strict=True)
+        return [d for i, (x, y) in enumerate(pairs) for d in same_tensors(x, y, f"{path}.{i}")]
+    equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if equal else [path]
+
+
+def as_flags(config: Config) -> list[str]:
+    names = ["data_root", "out", "cache", "device", "img_resolution", "z_dim", "w_dim", "epochs"]
+    names += ["channel_base", "channel_max", "batch_size", "learning_rate", "fid_kimg", "seed"]
+    names += ["augment", "ada_kimg", "ada_target", "ada_interval", "checkpoint_kimg", "num_workers"]
+    pairs = [(f"--{n.replace('_', '-')}", str(getattr(config, n))) for n in names]
+    return [part for pair in pairs for part in pair]

@@ -38,7 +38,7 @@ from config import CPU, GPU, Config, UserError
         ("ema_kimg", -1.0, "0 or more"),
         ("ema_rampup", -1.0, "0 or more"),
         ("snapshot_epochs", 0, "1 or more"),
-        ("checkpoint_epochs", 0, "1 or more"),
+        ("checkpoint_kimg", 0, "above 0"),
     ],
 )
 def test_an_invalid_value_is_named_with_what_is_allowed(name, value, allowed):
