@@ -453,6 +453,11 @@ def diverged(state: TrainingState, where: str, nimg: float) -> UserError:
     )
 
 
+def grid_interval(config: Config, epoch: int) -> int:
+    """Epochs from one grid to the next: below 100, ten times as many below 1,000, and so on."""
+    return config.snapshot_epochs * 10 ** max(0, len(str(epoch)) - 2)
+
+
 class Recorder:
     """Writes, on rank 0, what a run says of itself: losses.csv, log.jsonl, grids, plots."""
 
@@ -568,8 +573,7 @@ class Recorder:
             return
         line["upkeep"] = round(self.upkeep_share(time.perf_counter() - started), 4)
         self.write_line(line)
-        # Of the first 99 epochs every grid is kept, then every tenth, from 1,000 on every hundredth
-        if last or epoch % (config.snapshot_epochs * 10 ** max(0, len(str(epoch)) - 2)) == 0:
+        if last or epoch % grid_interval(config, epoch) == 0:
             self.save_grid(epoch)
         if last or self.comes_due(config.checkpoint_kimg):
             self.save()

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
 from config import Config, UserError
@@ -51,6 +52,9 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if STOP.name:
+            sys.stdout.flush()
+            os._exit(0)  # the compiler's threads would be waited for, which may take long
     except UserError as error:
         print(f"rank {rank()}: " * (rank() > 0) + f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -181,7 +185,8 @@ def tune(device: torch.device, cache: Path) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     keep_freed_memory(device)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute() / "compiled"))
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # not the user's
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.absolute() / "compiled")
 
 
 def stream_seed(purpose: str, *parts: int) -> int:

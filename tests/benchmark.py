@@ -12,6 +12,7 @@ that large matrix products of that precision reach on the same device, TF32 for 
 On Linux CPUs all rows but "naive" and the peer reuse freed memory, as training does.
 """
 
+import importlib.util
 import json
 import math
 import platform
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -228,11 +230,29 @@ def our_phases(config: Config, form: Form, device: torch.device) -> dict[str, Ca
     return phases | {"ema": lambda: train.ema_step(state)}
 
 
+def mend_peer() -> None:
+    """Lets it find the extensions that it builds, and do without two modules for other tasks."""
+    from torch.utils import cpp_extension
+
+    load = cpp_extension.load
+
+    def load_and_keep(name: str, **kwargs: Any) -> Any:
+        sys.modules[name] = load(name=name, **kwargs)
+        return sys.modules[name]
+
+    cpp_extension.load = load_and_keep
+    version = {"parse_version": torch.torch_version.TorchVersion}
+    for name, content in (("pkg_resources", version), ("requests", {})):
+        if importlib.util.find_spec(name) is None:
+            sys.modules[name] = SimpleNamespace(**content)
+
+
 def peer_phases(
     config: Config, form: Form, device: torch.device, folder: Path
 ) -> dict[str, Callable[[], Any]]:
     """The phases of stylegan2-ada-pytorch, called as its own training loop calls them."""
     sys.path.insert(0, str(folder))
+    mend_peer()
     from training.loss import StyleGAN2Loss
     from training.networks import Discriminator, Generator
 

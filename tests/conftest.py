@@ -1,16 +1,19 @@
 """Tiny settings and a tiny data set of bright ellipses, some with a dark centre, for all tests."""
 
+import faulthandler
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from PIL import Image
 
 from config import CPU, Config
 from modules import Discriminator, Generator
-from train import TrainingState, d_main, d_r1, g_main, g_path
+from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path
 
 torch.set_num_threads(1)  # tiny networks are slower with more, by far on a shared machine
 
@@ -71,6 +74,24 @@ def config(tmp_path: Path, data_root: Path) -> Config:
     )
 
 
+CUDA_SECONDS = 20
+
+
+@pytest.fixture
+def limited_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that takes longer ends its process, and the stacks of all threads are printed."""
+    stderr = request.config.stash[fault_handler_stderr_fd_key]
+    faulthandler.dump_traceback_later(CUDA_SECONDS, exit=True, file=stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def needs_cuda(test: Callable) -> Callable:
+    """Skipped without CUDA, and never hangs with it."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    return skip(pytest.mark.usefixtures("limited_time")(test))
+
+
 @pytest.fixture
 def fresh_compiler() -> None:
     """No code compiled by an earlier test is used again."""
@@ -93,10 +114,13 @@ def phase_calls(G: Generator, D: Discriminator, real, c, config: Config) -> dict
     }
 
 
-def phase_gradients(state: TrainingState, real, c, run) -> dict[str, torch.Tensor]:
+def phase_gradients(
+    state: TrainingState, real, c, run, phases: tuple[Callable, ...] = PHASES
+) -> dict[str, torch.Tensor]:
     """The gradients of each phase, all parameters in one vector; none where they are zero."""
-    found = {}
-    for phase, (net, args) in phase_calls(state.G, state.D, real, c, state.config).items():
+    found, calls = {}, phase_calls(state.G, state.D, real, c, state.config)
+    for phase in phases:
+        net, args = calls[phase]
         state.D.requires_grad_(phase is not g_main)
         run(phase, 1, *args)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]

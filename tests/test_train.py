@@ -377,6 +377,27 @@ def test_figures_are_measured_at_their_interval_and_drawn(config: Config):
     assert Image.open(config.out / "curves.png").size[0] > 1000
 
 
+def test_images_decide_what_is_done_at_the_end_of_an_epoch(config: Config, monkeypatch):
+    """16 images an epoch: 40 and 80 are passed in the third and fifth, the sixth is the last."""
+    measured, saved = [], []
+    monkeypatch.setattr(
+        training.TrainingFigures, "measure", lambda *_: measured.append(1) or {"kid": 0.0}
+    )
+    monkeypatch.setattr(training, "save_run", lambda state: saved.append(state.cur_nimg))
+    train(replace(config, epochs=6, fid_kimg=0.04, fid_images=100, checkpoint_kimg=0.04))
+    log = read_log(config.out)
+    assert [line["epoch"] for line in log if "kid" in line] == [3, 5, 6] and len(measured) == 3
+    assert saved == [48, 80, 96, 96]  # the last one, not written here, is asked for at the end
+    assert all(0 < line["upkeep"] < 1 for line in log[1:])
+    assert len(list((config.out / "grids").iterdir())) == 6
+
+
+def test_grids_of_a_long_run_become_fewer(config: Config):
+    drawn = [e for e in range(1, 10001) if e % training.grid_interval(config, e) == 0]
+    assert drawn[:100] == list(range(1, 101)) and drawn[100:102] == [110, 120]
+    assert len(drawn) == 99 + 90 + 90 + 1
+
+
 def test_a_diagnosis_is_printed(config: Config, tmp_path):
     train(replace(config, epochs=1))
     done = run_train("--diagnose", config.out)

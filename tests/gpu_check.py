@@ -1,0 +1,195 @@
+"""What a GPU that is at hand for minutes can tell: stages, each a process with a hard limit.
+
+    python tests/gpu_check.py                                # five minutes at most
+    python tests/gpu_check.py --peer stylegan2-ada-pytorch   # a clone of it, measured beside
+    TORCHDYNAMO_DISABLE=1 python tests/gpu_check.py --device cpu --resolutions 16  # dry run
+
+Every line is printed when it is known, and kept in the file `--out`. A stage that is over its
+limit is killed, not asked.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmark import FORMS, PHASES, Options, matrix_rate, measure_row, our_phases
+
+from config import GPU, Config
+from utils import resolve_device, run_command, tune
+
+
+@dataclass(frozen=True)
+class Check:
+    """What to look at. Everything else is as in config.py for a GPU."""
+
+    resolutions: tuple[int, ...] = (128, 256)
+    """Image sizes in pixels; phases and kernels are shown at the last one."""
+    channel_base: int = 16384
+    """Feature maps times resolution."""
+    channel_max: int = 512
+    """Most feature maps at any resolution."""
+    batch_size: int = 32
+    """Images per step."""
+    peer: Path | None = None
+    """Folder of a clone of stylegan2-ada-pytorch."""
+    seconds: float = 1.0
+    """Least time to measure each phase for."""
+    total: float = 300.0
+    """Seconds for all stages together."""
+    device: str = "cuda"
+    """cuda, or cpu for a dry run."""
+    out: Path = Path("gpu_check.txt")
+    """File that keeps what is printed."""
+    stage: str | None = None
+    """Internal: run one stage in this process."""
+
+    def config(self, resolution: int) -> Config:
+        sizes = {n: getattr(self, n) for n in ("channel_base", "channel_max", "batch_size")}
+        return Config(**GPU | sizes | {"img_resolution": resolution, "device": self.device})
+
+
+def card(check: Check) -> None:
+    """Name of the device, versions, rate of matrix products."""
+    device = resolve_device(check.device)
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_cuda else "CPU"
+    print(f"{name}, torch {torch.__version__}, {os.cpu_count()} cores")
+    for precision in ("bfloat16", "float32") if on_cuda else ("float32",):
+        rate = matrix_rate(getattr(torch, precision), device)
+        print(f"matrix products, {precision}: {rate / 1e12:.2f} TFLOP/s")
+
+
+def speed(check: Check, form: str, resolution: int) -> None:
+    """ms of each phase, images a second of a whole step, memory."""
+    options = Options(device=check.device, seconds=check.seconds, peer=check.peer)
+    row = measure_row(check.config(resolution), FORMS[form], options)
+    phases = ", ".join(f"{name} {row[name]:.1f}" for name in PHASES)
+    print(
+        f"{form}, {resolution} pixels: {1000 / row['s_per_kimg']:.1f} img/s, {phases} ms, "
+        f"{row['memory_mb']:.0f} MB, {row['build_s']:.0f} s until each phase had run"
+    )
+
+
+def compilation(check: Check, resolution: int) -> None:
+    """Each phase for the first time: it says how long that takes."""
+    started = time.perf_counter()
+    device = resolve_device(check.device)
+    for call in our_phases(
+        check.config(resolution), FORMS["bfloat16 NHWC compiled"], device
+    ).values():
+        call()
+    print(f"all phases: {time.perf_counter() - started:.0f} s")
+
+
+def kernels(check: Check, resolution: int, count: int = 20) -> None:
+    """The costliest kernels of the four phases, compiled: ms in all, calls, name."""
+    device = resolve_device(check.device)
+    phases = our_phases(check.config(resolution), FORMS["bfloat16 NHWC compiled"], device)
+    for _ in range(2):
+        for call in phases.values():
+            call()
+    with torch.profiler.profile() as profiler:
+        for call in phases.values():
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda e: -getattr(e, kind))
+    for event in events[:count]:
+        print(f"{getattr(event, kind) / 1000:9.2f} ms {event.count:5} x {event.key[:100]}")
+
+
+class Stage(NamedTuple):
+    """A function of this module, its arguments after the settings, and its limit in seconds."""
+
+    call: Callable[..., None]
+    args: tuple[Any, ...]
+    limit: float
+
+
+def stages(check: Check) -> dict[str, Stage]:
+    """All stages in the order of their worth."""
+    last = check.resolutions[-1]
+    found = {"card": Stage(card, (), 40)}
+    for form in ("bfloat16 NHWC", "bfloat16 NCHW"):
+        found[f"{form}, {last} pixels"] = Stage(speed, (form, last), 60)
+    for start in ("cold", "warm"):
+        found[f"compilation, {start}"] = Stage(compilation, (last,), 150)
+    for resolution in check.resolutions[::-1]:
+        for form in ("bfloat16 NHWC compiled", "bfloat16 NHWC graphs"):
+            found[f"{form}, {resolution} pixels"] = Stage(speed, (form, resolution), 100)
+    found["kernels"] = Stage(kernels, (last,), 60)
+    if check.peer is not None:
+        for form in ("peer float16", "peer float32"):
+            found[f"{form}, {last} pixels"] = Stage(speed, (form, last), 120)
+    for resolution in check.resolutions[:-1]:
+        form = "bfloat16 NHWC"
+        found[f"{form}, {resolution} pixels"] = Stage(speed, (form, resolution), 60)
+    return found
+
+
+def run_stage(name: str, limit: float, arguments: list[str], cache: str, tell: Callable) -> None:
+    """One stage in a process of its own, whose group is killed at its limit."""
+    command = [sys.executable, "-u", __file__, *arguments, "--stage", name]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    killed = threading.Event()
+
+    def kill() -> None:
+        killed.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit, kill)
+    timer.start()
+    for line in process.stdout:
+        tell(f"  {line.rstrip()}")
+    code = process.wait()
+    timer.cancel()
+    if killed.is_set():
+        tell(f"  killed after {limit:.0f} s")
+    elif code:
+        tell(f"  failed with exit code {code}")
+
+
+def main() -> None:
+    """Command line of this module."""
+    check = tyro.cli(Check, description=__doc__)
+    if check.stage is not None:
+        tune(resolve_device(check.device), Path("cache"))
+        stage = stages(check)[check.stage]
+        return stage.call(check, *stage.args)
+    started = time.perf_counter()
+    with open(check.out, "w") as file, tempfile.TemporaryDirectory() as cache:
+
+        def tell(line: str) -> None:
+            print(line, flush=True)
+            print(line, file=file, flush=True)
+
+        for name, stage in stages(check).items():
+            left = check.total - (time.perf_counter() - started)
+            if left < 5:
+                tell(f"{name}: no time left")
+                continue
+            tell(f"{name} (at most {min(stage.limit, left):.0f} s)")
+            run_stage(name, min(stage.limit, left), sys.argv[1:], cache, tell)
+        tell(f"{time.perf_counter() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    run_command(main)
