@@ -25,7 +25,7 @@ from config import Config
 
 NoiseMode = Literal["random", "const", "none"]
 ACTIVATION_GAIN = math.sqrt(2)  # keeps unit variance through a leaky ReLU
-MEMORY_FORMAT = torch.channels_last  # of features and kernels: the faster one on CPUs
+MEMORY_FORMAT = torch.channels_last  # of features and kernels: as CPUs and tensor cores want them
 HIGH_RESOLUTION = 16  # pixels; features of this size and above take the dtype of their network
 
 

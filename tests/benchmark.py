@@ -98,6 +98,7 @@ FORMS = {
     "bfloat16 NHWC, fresh memory": Form("bfloat16", "NHWC", "off", reuse_memory=False),
     "bfloat16 NHWC": Form("bfloat16", "NHWC", "off"),
     "float32 NHWC compiled": Form("float32", "NHWC", "on"),
+    "bfloat16 NCHW compiled": Form("bfloat16", "NCHW", "on"),
     "bfloat16 NHWC compiled": Form("bfloat16", "NHWC", "on"),
     "float32 NHWC, ada p 0": Form("float32", "NHWC", "off", ada_p=0.0),
     "float32 NHWC, ada p 0.5": Form("float32", "NHWC", "off", ada_p=0.5),

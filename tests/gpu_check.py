@@ -135,9 +135,10 @@ def stages(check: Check) -> dict[str, Stage]:
     if check.peer is not None:
         for form in ("peer float16", "peer float32"):
             found[f"{form}, {last} pixels"] = Stage(speed, (form, last), 120)
-    for resolution in check.resolutions[:-1]:
-        form = "bfloat16 NHWC"
-        found[f"{form}, {resolution} pixels"] = Stage(speed, (form, resolution), 60)
+    for form, resolution in (
+        ("bfloat16 NCHW compiled", last), *(("bfloat16 NHWC", r) for r in check.resolutions[:-1])
+    ):  # fmt: skip
+        found[f"{form}, {resolution} pixels"] = Stage(speed, (form, resolution), 100)
     return found
 
 
