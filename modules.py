@@ -244,8 +244,8 @@ class MinibatchStd(nn.Module):
         G = next(size for size in range(min(self.group_size, n), 0, -1) if n % size == 0)
         groups = x.reshape(N // G, G, C, H, W)
         std = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))  # [N / G]
-        std = std.repeat_interleave(G, output_size=N)  # [N]
-        return torch.cat([x, std.view(N, 1, 1, 1).expand(N, 1, H, W)], 1)
+        std = std[:, None].expand(-1, G).reshape(N, 1, 1, 1)
+        return torch.cat([x, std.expand(N, 1, H, W)], 1)
 
 
 class MappingNetwork(nn.Module):

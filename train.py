@@ -190,8 +190,7 @@ class Phases:
         self, phase: Callable, optimizer: torch.optim.Adam, seed: int, *args: Any
     ) -> dict[str, Tensor]:
         """One update by a phase, on its own random stream. -> its statistics over all ranks."""
-        new = phase in self.compiled and phase not in self.proven
-        if new:
+        if phase in self.compiled and phase not in self.proven:
             stats = self.first_call(phase, optimizer, seed, *args)
         else:
             stats = self.backward(phase, seed, *args)
@@ -523,11 +522,12 @@ class Recorder:
             self.end_epoch(epoch)
         return shown
 
-    def missed_epoch(self) -> int | None:
-        """The epoch that ended with the last step, if the run was stopped before its line."""
+    def missed_epoch(self) -> int:
+        """On all ranks: the epoch that ended with the last step, if its line is missing, or 0."""
         nimg = self.state.cur_nimg
         epoch = max(0, nimg - self.config.batch_size) // self.epoch_size + 1
-        return epoch if nimg >= epoch * self.epoch_size and self.logged < nimg else None
+        missed = rank() == 0 and nimg >= epoch * self.epoch_size and self.logged < nimg
+        return most_of_ranks(epoch * missed)
 
     def save(self) -> None:
         """Write a checkpoint of this moment, unless there is one."""
@@ -714,8 +714,8 @@ def run(config: Config) -> None:
         say(f"one class, {slices.classes[0]}: training without a condition")
     total = math.ceil(config.epochs * len(slices.images) / config.batch_size) * config.batch_size
     recorder = Recorder(state, slices)
-    missed = recorder.missed_epoch() if rank() == 0 else None
-    if state.cur_nimg >= total and missed is None:
+    missed = recorder.missed_epoch()
+    if state.cur_nimg >= total and not missed:
         recorder.close()
         say(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
         return
@@ -724,7 +724,7 @@ def run(config: Config) -> None:
         recorder.figures = TrainingFigures(splits, data, config, device)
     with STOP.waiting(True):
         try:
-            if missed is not None:
+            if missed and rank() == 0:
                 recorder.end_epoch(missed)
             if not most_of_ranks(bool(STOP.name)):
                 loop(state, slices, recorder, total)

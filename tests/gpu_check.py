@@ -101,7 +101,9 @@ def kernels(check: Check, resolution: int, count: int = 20) -> None:
     for _ in range(2):
         for call in phases.values():
             call()
-    with torch.profiler.profile() as profiler:
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CUDA if device.type == "cuda" else kinds.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
         for call in phases.values():
             call()
         if device.type == "cuda":

@@ -13,7 +13,8 @@ TINY += ["--batch-size", "4", "--seconds", "0.01"]
 
 def test_every_stage_runs_and_is_kept(tmp_path: Path):
     command = [sys.executable, gpu_check.__file__, *TINY, "--out", str(tmp_path / "check.txt")]
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # a CPU compiles for minutes
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment |= {"TORCHDYNAMO_DISABLE": "1"}  # a CPU compiles for minutes
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
     )
@@ -21,9 +22,9 @@ def test_every_stage_runs_and_is_kept(tmp_path: Path):
     assert done.stdout == (tmp_path / "check.txt").read_text()
     check = gpu_check.Check(resolutions=(16,), device="cpu")
     assert all(f"{name} (at most" in done.stdout for name in gpu_check.stages(check))
-    assert "failed with" not in done.stdout and "killed after" not in done.stdout
+    assert "failed with exit code" not in done.stdout and "killed after" not in done.stdout
     assert done.stdout.count("img/s") == 5 and done.stdout.count("compiled d_r1 in ") == 6
-    assert done.stdout.count(" ms ") == 20 + 5  # kernels, rows
+    assert done.stdout.count(" ms ") == 20  # kernels
 
 
 def test_a_stage_over_its_limit_is_killed(tmp_path: Path):
