@@ -8,7 +8,7 @@
 
 The same command resumes a run that was stopped. Settings and their defaults: config.py or --help.
 On two cores of a shared AMD EPYC server the default run shows 22,400 demo slices to D in
-7 min 43 s, demo brains and figures included, and ends at a FID of 1.9 in the encoder's features,
+6 min 47 s, demo brains and figures included, and ends at a FID of 3.9 in the encoder's features,
 where two halves of the real slices have 0.03. On a GPU it is not yet measured.
 
 References:

@@ -5,9 +5,10 @@
     TORCHDYNAMO_DISABLE=1 python tests/gpu_check.py --device cpu --resolutions 16  # dry run
 
 Every line is printed when it is known, and kept in the file `--out`. A stage that is over its
-limit is killed, not asked.
+limit shows where it is, and is killed, not asked.
 """
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -147,7 +148,7 @@ def stages(check: Check) -> dict[str, Stage]:
 def run_stage(name: str, limit: float, arguments: list[str], cache: str, tell: Callable) -> None:
     """One stage in a process of its own, whose group is killed at its limit."""
     command = [sys.executable, "-u", __file__, *arguments, "--stage", name]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "STAGE_SECONDS": str(limit)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         start_new_session=True,
@@ -174,6 +175,9 @@ def main() -> None:
     """Command line of this module."""
     check = tyro.cli(Check, description=__doc__)
     if check.stage is not None:
+        faulthandler.dump_traceback_later(
+            max(1, float(os.environ.get("STAGE_SECONDS", "3600")) - 3)
+        )
         tune(resolve_device(check.device), Path("cache"))
         stage = stages(check)[check.stage]
         return stage.call(check, *stage.args)
