@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train as training
 from config import CPU, GPU, Config
 from modules import Discriminator, Generator
-from train import PHASES, Phases, TrainingState, d_r1, g_main, train, train_step
+from train import PHASES, Phases, TrainingState, d_r1, g_main, g_path, train, train_step
 from utils import STATS, feature_dtype, read_log, tune
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,20 @@ def test_operations_are_few_and_their_number_does_not_depend_on_the_width():
     for name, counts in found.items():
         assert counts.total() <= limits[name], counts.most_common(8)
         assert sum(n for kind, n in counts.items() if "conv" in kind) <= 100, name
+
+
+def test_second_derivatives_do_not_go_channel_by_channel_on_a_cpu(config: Config):
+    found = []
+    for width in (8, 32):
+        state, real, c = step_inputs(replace(config, channel_max=width, channel_base=512))
+        counts = {}
+        for phase in (g_path, d_r1):
+            _, args = phase_calls(state.G, state.D, real, c, config)[phase]
+            with OperationCounter() as counter:
+                phase(*args)[0].backward()
+            counts[phase.__name__] = counter.counts
+        found.append(counts)
+    assert found[0] == found[1]
 
 
 def graph_nodes(channel_max: int, names: tuple[str, ...]) -> dict[str, int]:

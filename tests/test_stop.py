@@ -120,16 +120,12 @@ def test_what_was_ignored_stays_ignored(run_config, monkeypatch, capsys):
 
 def test_a_request_that_was_lost_is_made_again(monkeypatch):
     monkeypatch.setattr(StopRequest, "SECONDS", 0.2)
-    attempts = 0
-    with pytest.raises(Stopped), StopRequest():
-        while attempts < 2:
-            try:
-                if attempts == 0:
-                    os.kill(os.getpid(), signal.SIGTERM)
+    with StopRequest():
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):
+            with pytest.raises(Stopped):
                 time.sleep(5)
-            except Stopped:
-                attempts += 1
-        time.sleep(5)
 
 
 def test_a_second_request_ends_it_at_once(run_config, monkeypatch):
