@@ -55,6 +55,7 @@ from utils import (
     diagnose,
     ensure_writable,
     feature_dtype,
+    keep_freed_memory,
     load_checkpoint,
     most_of_ranks,
     num_ranks,
@@ -706,6 +707,7 @@ def run(config: Config) -> None:
     """All of training. Raises Stopped where nothing is left to be saved."""
     device = resolve_device(config.device)
     tune(device, config.cache)
+    keep_freed_memory(device)
     with rank_0_first(device):
         saved, splits, data = prepare(config)
     slices = splits["train"]

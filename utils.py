@@ -184,7 +184,6 @@ def tune(device: torch.device, cache: Path) -> None:
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    keep_freed_memory(device)
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # not the user's
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.absolute() / "compiled")
 

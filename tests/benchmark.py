@@ -42,7 +42,7 @@ import modules
 import train
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, make_loader
-from utils import feature_dtype, keep_freed_memory, resolve_device, run_command
+from utils import feature_dtype, keep_freed_memory, resolve_device, run_command, tune
 
 PHASES = tuple(phase.__name__ for phase in train.PHASES)
 
@@ -318,7 +318,7 @@ def milliseconds(
 def measure_row(config: Config, form: Form, options: Options) -> dict[str, float]:
     """ms of each phase, ms per image of a whole step, peak memory in MB, seconds to build."""
     device = resolve_device(options.device)
-    torch.backends.cudnn.benchmark = True
+    tune(device, Path("cache"))
     if form.peer:
         phases = peer_phases(config, form, device, options.peer)
     else:

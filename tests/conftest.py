@@ -1,6 +1,8 @@
 """Tiny settings and a tiny data set of bright ellipses, some with a dark centre, for all tests."""
 
 import faulthandler
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image
 from config import CPU, Config
 from modules import Discriminator, Generator
 from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path
+from utils import read_log
 
 torch.set_num_threads(1)  # tiny networks are slower with more, by far on a shared machine
 
@@ -148,3 +151,11 @@ def as_flags(config: Config) -> list[str]:
     names += ["augment", "ada_kimg", "ada_target", "ada_interval", "checkpoint_kimg", "num_workers"]
     pairs = [(f"--{n.replace('_', '-')}", str(getattr(config, n))) for n in names]
     return [part for pair in pairs for part in pair]
+
+
+def wait_for_epoch(config: Config, process: subprocess.Popen) -> None:
+    """Until the log of a run that was started has a line."""
+    deadline = time.time() + 120
+    while not (config.out / "log.jsonl").exists() or not read_log(config.out):
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.1)

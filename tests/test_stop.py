@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_flags, same_tensors
+from conftest import as_flags, same_tensors, wait_for_epoch
 
 import dataset
 import evaluate
@@ -141,13 +141,6 @@ def test_a_second_request_ends_it_at_once(run_config, monkeypatch):
 def start(config: Config, cwd: Path, **kwargs) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *as_flags(config)]
     return subprocess.Popen(command, cwd=cwd, start_new_session=True, text=True, **kwargs)
-
-
-def wait_for_epoch(config: Config, process: subprocess.Popen) -> None:
-    deadline = time.time() + 120
-    while not (config.out / "log.jsonl").exists() or not read_log(config.out):
-        assert time.time() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])

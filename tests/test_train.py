@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import as_flags, phase_gradients, same_tensors, step_inputs, write_folder
+from conftest import (
+    as_flags,
+    phase_gradients,
+    same_tensors,
+    step_inputs,
+    wait_for_epoch,
+    write_folder,
+)
 from PIL import Image
 from torch import nn
 
@@ -777,13 +784,6 @@ def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, c
 def children(process: subprocess.Popen) -> list[int]:
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     return [int(number) for number in found.split()]
-
-
-def wait_for_epoch(config: Config, process: subprocess.Popen) -> None:
-    deadline = time.time() + 120
-    while not (config.out / "log.jsonl").exists() or not read_log(config.out):
-        assert time.time() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
