@@ -37,26 +37,22 @@ from tqdm import tqdm
 
 from config import Config, UserError
 from dataset import Slices, load_slices
-from evaluate import averaged
+from metrics import averaged, mean_by_id, spread
 from modules import Generator
+from monitor import draw_loss, read_log, read_square
 from utils import (
     FREE_TO_CHANGE,
-    draw_loss,
     ensure_writable,
     load_generator,
-    mean_by_id,
     newest_run,
     one_hot,
     plain_settings,
-    read_log,
     read_run_config,
-    read_square,
     resolve_device,
     run_command,
     run_folder,
     save_figure,
     save_grey,
-    spread,
     tile,
     to_uint8,
 )

@@ -21,7 +21,6 @@ References:
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -31,61 +30,55 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader
-from evaluate import TrainingFigures, find_inception
+from metrics import find_inception
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
-from utils import (
-    FREE_TO_CHANGE,
+from monitor import (
+    FLUSH_STEPS,
     STATS,
+    Recorder,
+    TrainingFigures,
+    diagnose,
+    due_statistics,
+    grid_interval,
+    plot_curves,
+    read_history,
+)
+from utils import (
     STOP,
     Stopped,
-    append_losses,
     average_over_ranks,
     broadcast_from_rank_0,
-    cut_logs,
-    diagnose,
-    ensure_writable,
+    checkpoints,
     feature_dtype,
     keep_freed_memory,
     load_checkpoint,
     most_of_ranks,
     num_ranks,
     one_hot,
+    open_run,
     plain_settings,
-    plot_curves,
-    plot_losses,
-    plot_progress,
     rank,
     rank_0_first,
-    read_history,
-    read_log,
-    read_losses,
     read_run_config,
     resolve_device,
     run_command,
     save_generator,
-    save_grey,
     say,
+    start_run,
     stream_seed,
-    tile,
-    to_uint8,
     tune,
     write_atomically,
-    write_run_config,
 )
 
-FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
 KEPT_CHECKPOINTS = 2
-GRID_COLUMNS = 8
 
 
 # Losses
@@ -298,16 +291,6 @@ def ema_step(state: TrainingState) -> None:
     torch._foreach_lerp_(list(state.G_ema.parameters()), list(state.G.parameters()), weight)
 
 
-def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
-    """Which statistics belong to the step that starts at image `nimg`, of those that may not."""
-    step = nimg // config.batch_size
-    return {
-        "r1": step % config.r1_interval == 0,
-        "path_length": config.pl_weight > 0 and step % config.pl_interval == 0,
-        "ada_p": config.augment == "ada",
-    }
-
-
 def label_weight(config: Config, nimg: int) -> float:
     """How much labels count at image `nimg`: from 0 up to 1 over `label_ramp_kimg` ([5])."""
     return min(1, nimg / (config.label_ramp_kimg * 1000)) if config.label_ramp_kimg else 1
@@ -354,7 +337,7 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
     return torch.stack([stats.get(name, missing) for name in STATS])
 
 
-# Run folder
+# Checkpoints
 
 
 def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]]:
@@ -391,40 +374,6 @@ def adopt(net: torch.nn.Module, weights: dict[str, Tensor]) -> None:
         own[first][:, :z_dim] = weights[first] * math.sqrt(own[first].shape[1] / z_dim)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("*.pt"))
-
-
-def require_same(saved: dict[str, Any], config: Config, source: Path) -> None:
-    """Raises UserError that names every setting that differs, but for those free to change."""
-    wanted = plain_settings(config)
-    names = [n for n in wanted if n not in FREE_TO_CHANGE and saved.get(n, wanted[n]) != wanted[n]]
-    if names:
-        changed = "; ".join(f"{n} = {saved[n]}, now {wanted[n]}" for n in names)
-        raise UserError(f"{source} was trained with {changed}; use another --out")
-
-
-def open_run(config: Config) -> dict[str, Any] | None:
-    """The last checkpoint of a run, if there is one of the same settings. Writes nothing."""
-    ensure_writable(config.out)
-    if (config.out / "config.json").exists():
-        require_same(plain_settings(read_run_config(config.out)[0]), config, config.out)
-    if not (found := checkpoints(config.out)):
-        return None
-    state = load_checkpoint(found[-1])
-    require_same(state["settings"], config, found[-1])
-    return state
-
-
-def start_run(config: Config, classes: list[str], data: str) -> None:
-    """Write config.json. Raises UserError if the run was trained on other data."""
-    if (config.out / "config.json").exists():
-        if read_run_config(config.out)[1:] != (classes, data):
-            raise UserError(f"{config.out} was trained on other data; use another --out")
-    write_run_config(config.out, config, classes, data)
-
-
 def write_checkpoint(state: TrainingState, path: Path) -> None:
     """Raises UserError for weights that are not finite; the last good checkpoint stays."""
     for name in ("G", "D", "G_ema"):
@@ -453,194 +402,90 @@ def diverged(state: TrainingState, where: str, nimg: float) -> UserError:
     )
 
 
-def grid_interval(config: Config, epoch: int) -> int:
-    """Epochs from one grid to the next: below 100, ten times as many below 1,000, and so on."""
-    return config.snapshot_epochs * 10 ** max(0, len(str(epoch)) - 2)
+# Loop
 
 
-class Recorder:
-    """Writes, on rank 0, what a run says of itself: losses.csv, log.jsonl, grids, plots."""
+def batches(
+    loader: Iterable, recorder: Recorder, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader on the device, clocking how long this rank waits for them.
 
-    def __init__(self, state: TrainingState, slices: Slices) -> None:
-        self.state, self.config, self.run = state, state.config, state.config.out
-        self.epoch_size = len(slices.images)
-        self.figures: TrainingFigures | None = None
-        self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, statistics) not yet written
-        rng = torch.Generator().manual_seed(stream_seed("grid", self.config.seed))
-        z = torch.randn(1, GRID_COLUMNS, self.config.z_dim, generator=rng)
-        num_rows = len(slices.classes)  # every class shows the same latents
-        self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(state.device)
-        self.c = one_hot(np.arange(num_rows).repeat(GRID_COLUMNS), slices.c_dim).to(state.device)
-        if rank() == 0:
-            cut_logs(self.run, state.cur_nimg)
-            self.board = SummaryWriter(self.run / "tensorboard", purge_step=state.cur_nimg + 1)
-            self.logged = max((line["nimg"] for line in read_log(self.run)), default=0)
-            rows = read_losses(self.run)
-            rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
-            self.epoch_rows = list(rows[rows[:, 0] > self.logged])  # of the epoch under way
-            self.warned: set[str] = set()
-        self.upkeep, self.began = 0.0, time.perf_counter()
-        self.start_clock()
-
-    def start_clock(self) -> None:
-        self.started, self.started_nimg, self.waited = time.perf_counter(), self.state.cur_nimg, 0.0
-
-    def batches(self, loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a loader on the device, clocking how long this rank waits for them.
-
-        A GPU is at most two steps behind, so that what is waited for is what it lacks.
-        """
-        iterator, device = iter(loader), self.state.device
-        steps: deque[torch.cuda.Event] = deque()
-        self.start_clock()
-        while True:
-            if len(steps) == 2:
-                steps.popleft().synchronize()
-            asked = time.perf_counter()
-            try:
-                with STOP.waiting(num_ranks() > 1):  # many ranks end after the same step
-                    batch = next(iterator, None)
-            except Stopped:
-                return
-            self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield tuple(part.to(device, non_blocking=device.type == "cuda") for part in batch)
-            if device.type == "cuda":
-                steps.append(torch.cuda.Event())
-                steps[-1].record()
-
-    def end_step(self, stats: Tensor, epoch: int) -> dict[str, float]:
-        """Write what is due after a step of an epoch: statistics, its line and grid, a checkpoint.
-
-        Returns:
-            The newest statistics, when they were looked at: that waits for the device.
-        """
-        self.pending.append((self.state.cur_nimg, stats))
-        ended = self.state.cur_nimg >= epoch * self.epoch_size
-        shown = self.flush() if ended or len(self.pending) == FLUSH_STEPS else {}
-        if ended:
-            self.end_epoch(epoch)
-        return shown
-
-    def missed_epoch(self) -> int:
-        """On all ranks: the epoch that ended with the last step, if its line is missing, or 0."""
-        nimg = self.state.cur_nimg
-        epoch = max(0, nimg - self.config.batch_size) // self.epoch_size + 1
-        missed = rank() == 0 and nimg >= epoch * self.epoch_size and self.logged < nimg
-        return most_of_ranks(epoch * missed)
-
-    def save(self) -> None:
-        """Write a checkpoint of this moment, unless there is one."""
-        if self.pending:
-            self.flush()
-        newest = checkpoints(self.run)[-1:]
-        if not newest or newest[0].stem != f"{self.state.cur_nimg:010d}":
-            save_run(self.state)
-
-    def flush(self) -> dict[str, float]:
-        """Write the waiting rows of losses.csv. Raises UserError at a number that is not finite."""
-        nimg, stats = zip(*self.pending, strict=True)
-        values = torch.stack(stats).cpu().double().numpy()
-        self.pending = []
-        rows = np.column_stack([nimg, values])
-        self.epoch_rows.extend(rows)
-        append_losses(self.run, rows)
-        for n, row in zip(nimg, values, strict=True):
-            due = due_statistics(self.config, n - self.config.batch_size)
-            for name, value in zip(STATS, row, strict=True):
-                if math.isinf(value) or (math.isnan(value) and due.get(name, True)):
-                    raise diverged(self.state, name, n)
-        return dict(zip(STATS, values[-1], strict=True))
-
-    def comes_due(self, kimg: float) -> bool:
-        """Whether a multiple of so many thousand images was passed since the last epoch's end."""
-        passed = [int(nimg // (kimg * 1000)) for nimg in (self.logged, self.state.cur_nimg)]
-        return passed[0] < passed[1]
-
-    def end_epoch(self, epoch: int) -> None:
-        """One line in log.jsonl, the same as TensorBoard scalars; what is due of all else.
-
-        If it is asked to stop while it measures, the resumed run does all of it.
-        """
-        started, config, last = time.perf_counter(), self.config, epoch == self.config.epochs
-        line = self.summary(epoch)
+    A GPU is at most two steps behind, so that what is waited for is what it lacks.
+    """
+    iterator = iter(loader)
+    steps: deque[torch.cuda.Event] = deque()
+    recorder.start_clock()
+    while True:
+        if len(steps) == 2:
+            steps.popleft().synchronize()
+        asked = time.perf_counter()
         try:
-            with STOP.waiting(False):
-                if self.figures is not None and (last or self.comes_due(config.fid_kimg)):
-                    if label_weight(config, self.state.cur_nimg) == 1:  # else half trained
-                        line |= self.figures.measure(self.state.G_ema, self.state.D)
+            with STOP.waiting(num_ranks() > 1):  # many ranks end after the same step
+                batch = next(iterator, None)
         except Stopped:
             return
-        line["upkeep"] = round(self.upkeep_share(time.perf_counter() - started), 4)
-        self.write_line(line)
-        if last or epoch % grid_interval(config, epoch) == 0:
-            self.save_grid(epoch)
-        if last or self.comes_due(config.checkpoint_kimg):
-            self.save()
-        self.logged = self.state.cur_nimg
-        self.upkeep += time.perf_counter() - started
-        self.start_clock()
-
-    def upkeep_share(self, more: float) -> float:
-        """Share of this process's time in the loop that went in measuring, saving and drawing."""
-        return (self.upkeep + more) / (time.perf_counter() - self.began)
-
-    def write_line(self, line: dict[str, float | None]) -> None:
-        """An epoch's line; keeps a checkpoint of the best FID, and warns of what looks wrong."""
-        with open(self.run / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if value is not None:
-                self.board.add_scalar(name, value, self.state.cur_nimg)
-        self.epoch_rows = []
-        history = read_history(self.run)
-        if history.newest_is_best():
-            write_checkpoint(self.state, self.run / "best.pt")
-        for name, text in diagnose(history).items():
-            if name not in self.warned:
-                self.warned.add(name)
-                say(f"warning: {text}")
-
-    def summary(self, epoch: int) -> dict[str, float | None]:
-        """Speed and the means of the epoch's steps; None where there were none."""
-        nimg, seconds = self.state.cur_nimg, time.perf_counter() - self.started
-        line: dict[str, float | None] = {
-            "epoch": epoch,
-            "nimg": nimg,
-            "seconds": round(seconds, 2),
-            "img_per_s": round((nimg - self.started_nimg) / seconds, 2),
-            "data_wait": round(self.waited / seconds, 4),
-        }
-        columns = dict(zip(STATS, np.array(self.epoch_rows).T[1:], strict=True))
-        for name, column in columns.items():
-            line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
-        line["pl_mean"] = self.state.pl_mean.item()
-        line["d_loss_spread"] = float(columns["d_loss"].std())
-        return line
-
-    @torch.no_grad()
-    def save_grid(self, epoch: int) -> None:
-        """The same latents at every epoch, a row per class."""
-        weight = label_weight(self.config, self.state.cur_nimg)
-        fake = [
-            self.state.G_ema(z, c * weight, noise_mode="const")
-            for z, c in zip(self.z.split(GRID_COLUMNS), self.c.split(GRID_COLUMNS), strict=True)
-        ]
-        picture = tile(to_uint8(torch.cat(fake)), GRID_COLUMNS)
-        save_grey(picture, self.run / "grids" / f"epoch{epoch:04d}.png")
-        self.board.add_image("grid", picture, self.state.cur_nimg, dataformats="HW")
-
-    def close(self) -> None:
-        """Draw the plots of the run so far."""
-        if rank() == 0:
-            self.board.close()
-            plot_losses(self.run, self.run / "losses.png")
-            plot_curves(self.run, self.run / "curves.png")
-            plot_progress(self.run, self.run / "progress.png")
+        recorder.waited += time.perf_counter() - asked
+        if batch is None:
+            return
+        yield tuple(part.to(device, non_blocking=device.type == "cuda") for part in batch)
+        if device.type == "cuda":
+            steps.append(torch.cuda.Event())
+            steps[-1].record()
 
 
-# Loop
+def flush(state: TrainingState, recorder: Recorder) -> dict[str, float]:
+    """Write the losses that wait. Raises UserError at a number that is not finite."""
+    newest = recorder.flush()
+    if recorder.not_finite:
+        raise diverged(state, *recorder.not_finite)
+    return newest
+
+
+def end_step(
+    state: TrainingState, recorder: Recorder, stats: Tensor, epoch: int
+) -> dict[str, float]:
+    """What is due after a step of an epoch. -> its statistics, where they were looked at."""
+    recorder.add(state.cur_nimg, stats)
+    ended = state.cur_nimg >= epoch * recorder.epoch_size
+    shown = flush(state, recorder) if ended or len(recorder.pending) == FLUSH_STEPS else {}
+    if ended:
+        end_epoch(state, recorder, epoch)
+    return shown
+
+
+def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
+    """One line in the logs; measurements, a grid and a checkpoint where they are due.
+
+    If it is asked to stop while it measures, the resumed run does all of it.
+    """
+    started, config, last = time.perf_counter(), state.config, epoch == state.config.epochs
+    weight = label_weight(config, state.cur_nimg)
+    line = recorder.summary(epoch, state.pl_mean.item())
+    try:
+        with STOP.waiting(False):
+            if recorder.figures is not None and (last or recorder.comes_due(config.fid_kimg)):
+                if weight == 1:  # else labels are half trained
+                    line |= recorder.figures.measure(state.G_ema, state.D)
+    except Stopped:
+        return
+    history = recorder.write_line(line | {"upkeep": recorder.upkeep_share(started)})
+    if history.newest_is_best():
+        write_checkpoint(state, config.out / "best.pt")
+    recorder.warn(history)
+    if last or epoch % grid_interval(config, epoch) == 0:
+        recorder.save_grid(state.G_ema, epoch, weight)
+    if last or recorder.comes_due(config.checkpoint_kimg):
+        save(state, recorder)
+    recorder.end_upkeep(started)
+
+
+def save(state: TrainingState, recorder: Recorder) -> None:
+    """Write a checkpoint of this moment, unless there is one."""
+    if recorder.pending:
+        flush(state, recorder)
+    newest = checkpoints(state.config.out)[-1:]
+    if not newest or newest[0].stem != f"{state.cur_nimg:010d}":
+        save_run(state)
 
 
 def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], str]:
@@ -715,7 +560,7 @@ def run(config: Config) -> None:
     if not slices.c_dim:
         say(f"one class, {slices.classes[0]}: training without a condition")
     total = math.ceil(config.epochs * len(slices.images) / config.batch_size) * config.batch_size
-    recorder = Recorder(state, slices)
+    recorder = Recorder(config, slices, state.cur_nimg, device)
     missed = recorder.missed_epoch()
     if state.cur_nimg >= total and not missed:
         recorder.close()
@@ -727,11 +572,11 @@ def run(config: Config) -> None:
     with STOP.waiting(True):
         try:
             if missed and rank() == 0:
-                recorder.end_epoch(missed)
+                end_epoch(state, recorder, missed)
             if not most_of_ranks(bool(STOP.name)):
                 loop(state, slices, recorder, total)
             if rank() == 0:
-                recorder.save()
+                save(state, recorder)
         finally:
             recorder.close()
     images = f"{state.cur_nimg:,} images, {config.out}"
@@ -749,12 +594,12 @@ def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -
         total=total, initial=state.cur_nimg, unit="img", mininterval=pace, smoothing=0.05,
         disable=rank() > 0,
     ) as bar:  # fmt: skip
-        for real, c in recorder.batches(loader):
+        for real, c in batches(loader, recorder, state.device):
             epoch = state.cur_nimg // n + 1
             bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
             stats = train_step(state, real, c, label_pool)
             bar.update(config.batch_size)
-            if rank() == 0 and (shown := recorder.end_step(stats, epoch)):
+            if rank() == 0 and (shown := end_step(state, recorder, stats, epoch)):
                 bar.set_postfix({k: f"{shown[k]:.2f}" for k in ("d_loss", "g_loss")})
             if most_of_ranks(bool(STOP.name)):
                 return

@@ -1,4 +1,4 @@
-"""Devices, seeds, run folders, checkpoints, logs and pictures: what training and prediction share.
+"""Devices, seeds, ranks, requests to stop, run folders and pictures: what the other modules share.
 
 A run is a folder: config.json, log.jsonl, losses.csv, grids/, plots, checkpoints/ and
 generator.safetensors.
@@ -7,7 +7,6 @@ generator.safetensors.
 import ctypes
 import hashlib
 import json
-import math
 import os
 import signal
 import sys
@@ -16,12 +15,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -30,7 +28,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
 
 from config import Config, UserError
-from modules import AdaptiveAugment, Generator, channels
+from modules import Generator, channels
 
 RUNS = Path("runs")
 PATHS = ("data_root", "out", "cache", "init_from")  # settings that are paths
@@ -38,11 +36,6 @@ PATHS = ("data_root", "out", "cache", "init_from")  # settings that are paths
 FREE_TO_CHANGE = (
     "epochs", "out", "cache", "data_root", "device", "num_workers", "precision", "compile",
     "snapshot_epochs", "checkpoint_kimg", "fid_kimg",
-)  # fmt: skip
-# Statistics of each step, in the order in which they arise
-STATS = (
-    "g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1", "real_sign", "fake_sign",
-    "g_main_grad", "d_main_grad", "ada_p",
 )  # fmt: skip
 
 
@@ -199,20 +192,6 @@ def one_hot(labels: np.ndarray, c_dim: int) -> Tensor:
     return torch.eye(max(1, c_dim))[torch.as_tensor(labels)][:, :c_dim]
 
 
-def spread(n: int, most: int) -> np.ndarray:
-    """Up to `most` indices out of n, at even distances."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
-
-
-def mean_by_id(
-    values: np.ndarray, subjects: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the slices of each id. -> values [ids, ...], labels [ids]."""
-    keys, rows = np.unique(np.stack([subjects, labels.astype(str)]), axis=1, return_inverse=True)
-    means = [values[rows == i].mean(0) for i in range(keys.shape[1])]
-    return np.stack(means), keys[1].astype(int)
-
-
 # Ranks: the processes that torchrun starts, one for each GPU
 
 
@@ -349,6 +328,40 @@ def read_run_config(run: Path) -> tuple[Config, list[str], str]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("*.pt"))
+
+
+def require_same(saved: dict[str, Any], config: Config, source: Path) -> None:
+    """Raises UserError that names every setting that differs, but for those free to change."""
+    wanted = plain_settings(config)
+    names = [n for n in wanted if n not in FREE_TO_CHANGE and saved.get(n, wanted[n]) != wanted[n]]
+    if names:
+        changed = "; ".join(f"{n} = {saved[n]}, now {wanted[n]}" for n in names)
+        raise UserError(f"{source} was trained with {changed}; use another --out")
+
+
+def open_run(config: Config) -> dict[str, Any] | None:
+    """The last checkpoint of a run, if there is one of the same settings. Writes nothing."""
+    ensure_writable(config.out)
+    if (config.out / "config.json").exists():
+        require_same(plain_settings(read_run_config(config.out)[0]), config, config.out)
+    if not (found := checkpoints(config.out)):
+        return None
+    state = load_checkpoint(found[-1])
+    require_same(state["settings"], config, found[-1])
+    return state
+
+
+def start_run(config: Config, classes: list[str], data: str) -> None:
+    """Write config.json. Raises UserError if the run was trained on other data."""
+    if (config.out / "config.json").exists():
+        if read_run_config(config.out)[1:] != (classes, data):
+            raise UserError(f"{config.out} was trained on other data; use another --out")
+    write_run_config(config.out, config, classes, data)
+
+
 def save_generator(run: Path, G_ema: Generator) -> None:
     """Write generator.safetensors, which together with config.json is what is shared."""
     state = {name: value.contiguous() for name, value in G_ema.state_dict().items()}
@@ -385,203 +398,6 @@ def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
     return G.eval().requires_grad_(False), config, classes
 
 
-# Logs
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a text file, without a last one that was cut off; none without the file."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
-
-
-def read_losses(run: Path, up_to: float = math.inf) -> np.ndarray:
-    """Rows (nimg, *STATS) of losses.csv up to an image count; NaN where one was not due."""
-    header, *lines = whole_lines(run / "losses.csv") or ["nimg"]
-    names = header.split(",")  # those of earlier versions had fewer
-    rows = np.full((len(lines), 1 + len(STATS)), np.nan)
-    values = [[float(value or "nan") for value in line.split(",")] for line in lines]
-    for name, column in zip(names, np.array(values).reshape(-1, len(names)).T, strict=True):
-        rows[:, ("nimg", *STATS).index(name)] = column
-    return rows[rows[:, 0] <= up_to]
-
-
-def losses_text(rows: np.ndarray) -> str:
-    """Rows (nimg, *STATS) as lines of losses.csv."""
-    return "".join(",".join("" if np.isnan(v) else f"{v:.9g}" for v in r) + "\n" for r in rows)
-
-
-def append_losses(run: Path, rows: np.ndarray) -> None:
-    """Append rows (nimg, *STATS) to losses.csv."""
-    with open(run / "losses.csv", "a") as file:
-        file.write(losses_text(rows))
-
-
-def read_log(run: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
-    """Lines of log.jsonl up to an image count."""
-    lines = [json.loads(line) for line in whole_lines(run / "log.jsonl")]
-    return [line for line in lines if line["nimg"] <= up_to]
-
-
-def cut_logs(run: Path, up_to: int) -> None:
-    """Start both logs, or cut them back to what the last checkpoint has seen."""
-    losses = ",".join(("nimg", *STATS)) + "\n" + losses_text(read_losses(run, up_to))
-    log = "".join(json.dumps(line) + "\n" for line in read_log(run, up_to))
-    for name, text in (("losses.csv", losses), ("log.jsonl", log)):
-        write_atomically(run / name, lambda path, text=text: path.write_text(text))
-
-
-# Diagnosis
-
-
-class History(NamedTuple):
-    """Columns by name: of each epoch (log.jsonl) and of each step (losses.csv); NaN: no value."""
-
-    epochs: dict[str, np.ndarray]
-    steps: dict[str, np.ndarray]
-
-    def last(self, name: str, least: int = 1) -> float:
-        """Mean of the last three values of a column; NaN, for which no rule holds, if too few."""
-        values = self.measured(name)
-        return float(values[-3:].mean()) if len(values) >= least else math.nan
-
-    def measured(self, name: str) -> np.ndarray:
-        """The values that an epoch column has."""
-        values = self.epochs.get(name, np.zeros(0))
-        return values[np.isfinite(values)]
-
-    def fids(self) -> np.ndarray:
-        """FID where z moves a pixel further than noise does: before, samples are no slices yet,
-        and an encoder that has seen nothing but slices was found to hold them for good ones."""
-        if "fid" not in self.epochs:
-            return np.zeros(0)
-        counts = self.epochs["vary_z"] > self.epochs["vary_noise"]
-        return self.epochs["fid"][counts & np.isfinite(self.epochs["fid"])]
-
-    def newest_is_best(self) -> bool:
-        """Whether the last epoch has the lowest FID that counts."""
-        fids = self.fids()
-        return len(fids) > 0 and bool(self.epochs["fid"][-1] == fids.min())
-
-
-def read_history(run: Path) -> History:
-    """The logs of a run."""
-    log, rows = read_log(run), read_losses(run)
-    names = sorted({name for line in log for name in line})
-    epochs = {n: np.array([line.get(n) for line in log], dtype=float) for n in names}
-    return History(epochs, dict(zip(("nimg", *STATS), rows.T, strict=True)))
-
-
-class Rule(NamedTuple):
-    """Something that can be wrong with a run."""
-
-    holds: Callable[[History], bool]
-    looks: str
-    advice: str
-
-
-LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
-LEAST_SIGNAL = 0.05  # agreement above chance below which classes are taken for noise
-SETTLED = 5  # epochs or measurements before which nothing is expected of D or of the samples
-
-
-def past_its_best(h: History) -> bool:
-    """FID is a fifth above its lowest value, which lies three measurements or more back."""
-    fid = h.fids()
-    return len(fid) > 3 and fid[:-3].min() * 1.2 < fid[-3:].min()
-
-
-def stays_above(h: History, name: str, limit: float) -> bool:
-    """The last six values are further from 0 than a limit, and no longer on their way to it."""
-    values = np.abs(h.measured(name)[-6:])
-    return len(values) == 6 and values.min() > limit and values[3:].mean() > 0.9 * values[:3].mean()
-
-
-def label_effect(h: History) -> float:
-    """Agreement above chance, as a share of that of real test slices; NaN where that is low."""
-    chance = h.last("agreement_chance")
-    real = h.last("agreement_real") - chance
-    return (h.last("agreement", SETTLED) - chance) / real if real > LEAST_SIGNAL else math.nan
-
-
-RULES = {
-    "not finite": Rule(
-        lambda h: not np.isfinite(h.steps["g_loss"] + h.steps["d_loss"]).all(),
-        "a loss is not a finite number",
-        "start again, or from an earlier checkpoint, with a lower learning_rate",
-    ),
-    "numbers grow": Rule(
-        lambda h: max(abs(h.last("real_logit")), abs(h.last("fake_logit"))) > 30,
-        "the logits of D are above 30: numbers that are not finite may be near",
-        "raise r1_gamma or lower learning_rate",
-    ),
-    "learning rate too high": Rule(
-        lambda h: h.last("d_loss_spread") > 0.5,
-        "the loss of D jumps: its deviation within an epoch is above 0.5",
-        "lower learning_rate, to a half or less",
-    ),
-    "D too weak": Rule(
-        lambda h: (
-            abs(h.last("d_loss", SETTLED) - 2 * math.log(2)) < 0.05 and h.last("real_sign") < 0.15
-        ),
-        "D cannot tell real from generated slices: its loss stays at 2 ln 2",
-        "lower r1_gamma; if augment is ada, lower ada_target",
-    ),
-    "D overfits": Rule(
-        lambda h: h.last("overfitting", SETTLED) > 0.5,
-        "D holds real slices that it was not trained on for generated ones",
-        'augment = "ada", a higher r1_gamma, or more data',
-    ),
-    "past its best": Rule(
-        past_its_best,
-        "FID has been rising for at least three measurements",
-        "use best.pt, and augment = ada in the next run",
-    ),
-    "p at its cap": Rule(
-        lambda h: abs(h.last("ada_p") - AdaptiveAugment.P_MAX) < 1e-6,
-        "p of adaptive augmentation stays at its cap of 0.8",
-        "the data are few: raise r1_gamma or lower channel_max; look for leaks",
-    ),
-    "augmentation leaks": Rule(
-        lambda h: any(stays_above(h, name, limit) for name, limit in LEAK_LIMITS.items()),
-        "samples are turned, mirrored, or lit in their background as the real slices are not",
-        "augment = ada in the place of dataset; lower flip, rotation, brightness or ada_noise",
-    ),
-    "z ignored": Rule(
-        lambda h: h.last("vary_z", SETTLED) < max(0.3, h.last("vary_noise") / 2),
-        "samples hardly change with z: one picture per class, varied by noise alone at most",
-        "look at the grid; lower learning_rate, try label_ramp_kimg or style_mixing_prob = 0.5",
-    ),
-    "labels without signal": Rule(
-        lambda h: h.last("agreement_real") - h.last("agreement_chance") < LEAST_SIGNAL,
-        "a classifier trained on the training slices cannot tell the classes of test slices",
-        "look whether slices lie in the right class folders; if so, they do not show the class",
-    ),
-    "class ignored": Rule(
-        lambda h: label_effect(h) < 0.2,
-        "samples do not show the class asked for",
-        "train longer, with label_ramp_kimg = 0",
-    ),
-    "caricature": Rule(
-        lambda h: label_effect(h) > 2,
-        "the classes of samples are further apart than those of real slices",
-        "label_ramp_kimg at about half of the run; train longer",
-    ),
-    "loader too slow": Rule(
-        lambda h: h.last("data_wait") > 0.2,
-        "more than a fifth of the time goes in waiting for the loader",
-        "raise num_workers",
-    ),
-}
-
-
-def diagnose(history: History) -> dict[str, str]:
-    """What looks wrong in a run's logs, and what to try, by the name of the rule."""
-    return {
-        name: f"{name}: {rule.looks}. Try: {rule.advice}"
-        for name, rule in RULES.items()
-        if rule.holds(history)
-    }
-
-
 # Pictures
 
 
@@ -605,128 +421,3 @@ def save_grey(picture: np.ndarray, path: Path) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a matplotlib figure as PNG."""
     write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
-
-
-def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
-    """Exponential moving average with a half-life in steps, without the bias of its start."""
-    decay, mean, weight, out = 0.5 ** (1 / half_life), 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
-        out.append(mean / weight)
-    return np.array(out)
-
-
-def draw_loss(ax: Axes, run: Path, name: str, color: str = "C0") -> None:
-    """One loss of a run on an axis: each step, smoothed, and the mean of each epoch."""
-    rows, epochs = read_losses(run), read_log(run)
-    kimg, values = rows[:, 0] / 1000, rows[:, 1 + STATS.index(name)]
-    ax.plot(kimg, values, lw=0.5, alpha=0.3, color=color)
-    ax.plot(kimg, smooth(values, 50), color=color, label=f"{name}, smoothed")
-    ax.plot([e["nimg"] / 1000 for e in epochs], [e[name] for e in epochs], "o", ms=3, color=color)
-    ax.set(xlabel="thousands of real images seen", ylabel="loss")
-    ax.grid(alpha=0.3)
-
-
-def plot_losses(run: Path, path: Path) -> None:
-    """Loss curves of D and G of one run."""
-    figure = Figure(figsize=(11, 3.6))
-    titles = {"d_loss": "Discriminator", "g_loss": "Generator"}
-    for ax, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        draw_loss(ax, run, name)
-        ax.set_title(f"{title} loss")
-    caption = "thin: each step; thick: smoothed; dots: mean of an epoch"
-    figure.text(0.5, -0.07, caption, ha="center", fontsize=9)
-    save_figure(figure, path)
-
-
-# Panels of curves.png: title, columns with their names, the healthy range, what to see
-PANELS = (
-    ("Losses", {"d_loss": "D", "g_loss": "G"}, (0.5, 2.0),
-     "level, neither towards 0"),
-    ("Logits of D", {"real_logit": "real", "fake_logit": "generated"}, (-5, 5),
-     "real above generated, both bounded"),
-    ("Sign of the logits", {"real_sign": "real", "fake_sign": "generated"}, (-0.8, 0.8),
-     "ada keeps real near its target"),
-    ("R1", {"r1": "|gradient of D|²"}, None,
-     "bounded"),
-    ("Path length", {"path_length": "of a batch", "pl_mean": "running mean"}, None,
-     "comes to rest"),
-    ("Gradient norms", {"g_main_grad": "G", "d_main_grad": "D"}, None,
-     "no growth by powers of ten"),
-    ("p of augmentation", {"ada_p": "p"}, (0, AdaptiveAugment.P_MAX),
-     "below its cap; only with ada"),
-    ("FID", {"fid": "samples", "fid_floor": "real halves"}, None,
-     "falls towards the floor"),
-    ("Overfitting of D", {"overfitting": "(train - test) / (train - generated)"}, (-0.1, 0.5),
-     "0: none, 1: unseen slices pass for generated"),
-    ("What moves a pixel", {"vary_z": "z", "vary_noise": "noise", "vary_class": "class"},
-     (0.3, 1.2), "share of the variety of real slices; z well above noise"),
-    ("Class seen by an encoder", {"agreement": "samples", "agreement_real": "real test slices"},
-     None, "samples near or above real slices"),
-    ("Leaks", {"leak_rotation": "spread of tilt, ratio", "leak_flip": "sides, deviations",
-               "leak_border": "border, grey levels"}, (-1, 2), "1, 0 and 0 without a leak"),
-    ("Speed", {"img_per_s": "images per second"}, None, "level"),
-)  # fmt: skip
-
-
-def plot_curves(run: Path, path: Path) -> None:
-    """Everything a run measures of itself, healthy ranges shaded, each with a caption in words."""
-    history = read_history(run)
-    shown = [p for p in PANELS if any(len(history.measured(name)) for name in p[1])]
-    if not shown:
-        return
-    columns = 4
-    figure = Figure(figsize=(4.2 * columns, 3.1 * math.ceil(len(shown) / columns)))
-    axes = list(figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False).flat)
-    for ax in axes[len(shown) :]:
-        ax.axis("off")
-    for ax, (title, names, healthy, caption) in zip(axes, shown, strict=False):
-        for i, (name, label) in enumerate(names.items()):
-            if len(history.measured(name)):
-                draw_column(ax, history, name, label, f"C{i}")
-        if healthy is not None:
-            ax.axhspan(*healthy, color="C2", alpha=0.08, lw=0)
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel(caption, fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.legend(fontsize=7, frameon=False)
-        ax.grid(alpha=0.3)
-    found = diagnose(history).values()
-    text = "Against thousands of real images seen. Green: healthy range. Thin: steps, smoothed.\n"
-    figure.suptitle(text + ("\n".join(found) or "No rule finds anything wrong."), fontsize=9)
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def draw_column(ax: Axes, history: History, name: str, label: str, color: str) -> None:
-    """One column: its epochs as dots joined by a line, its steps, smoothed, behind them."""
-    for columns in history:
-        if name in columns:
-            there = np.isfinite(columns[name])
-            kimg, values = columns["nimg"][there] / 1000, columns[name][there]
-            if columns is history.steps:
-                ax.plot(kimg, smooth(values, 20), lw=0.5, alpha=0.5, color=color)
-            else:
-                ax.plot(kimg, values, ".-", ms=4, color=color, label=label)
-
-
-def read_square(grid: Path) -> np.ndarray:
-    """The left part of a grid, twice as wide as high at most."""
-    picture = np.asarray(Image.open(grid))
-    return picture[:, : 2 * picture.shape[0]]
-
-
-def plot_progress(run: Path, path: Path, num_columns: int = 6) -> None:
-    """A strip of the image grids over the epochs: the first images of each, at even distances."""
-    grids = sorted((run / "grids").glob("epoch*.png"))
-    if not grids:
-        return
-    chosen = [
-        grids[i] for i in np.unique(np.linspace(0, len(grids) - 1, num_columns).round().astype(int))
-    ]
-    figure = Figure(figsize=(3.2 * len(chosen), 2))
-    for ax, grid in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
-        ax.imshow(read_square(grid), cmap="gray", vmin=0, vmax=255)
-        ax.set_title(f"epoch {int(grid.stem[5:])}", fontsize=9)
-        ax.axis("off")
-    save_figure(figure, path)

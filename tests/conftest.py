@@ -2,6 +2,7 @@
 
 import faulthandler
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,11 +14,14 @@ import torch
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 from PIL import Image
 
+import metrics
 from config import CPU, Config
+from dataset import Slices
 from modules import Discriminator, Generator
+from monitor import read_log
 from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path
-from utils import read_log
 
+ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # tiny networks are slower with more, by far on a shared machine
 
 
@@ -96,6 +100,13 @@ def needs_cuda(test: Callable) -> Callable:
 
 
 @pytest.fixture
+def short_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder of FID, where a run measures it, is trained for a moment only."""
+    fit = metrics.fit_encoder
+    monkeypatch.setattr(metrics, "fit_encoder", lambda *args, **kw: fit(*args, **kw, steps=5))
+
+
+@pytest.fixture
 def fresh_compiler() -> None:
     """No code compiled by an earlier test is used again."""
     torch.compiler.reset()
@@ -159,3 +170,39 @@ def wait_for_epoch(config: Config, process: subprocess.Popen) -> None:
     while not (config.out / "log.jsonl").exists() or not read_log(config.out):
         assert time.time() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.1)
+
+
+def ids(n: int, per_id: int = 4) -> np.ndarray:
+    return np.array([f"s{i // per_id:03}" for i in range(n)])
+
+
+def make_slices(n: int = 80, per_id: int = 4, size: int = 16, seed: int = 0) -> Slices:
+    """Noise on a disc, darker in its middle for the first class."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) // per_id % 2
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    radius = np.hypot(y, x) / size
+    base = np.where(radius < 0.4, 150.0, 0)
+    images = base + rng.normal(0, 10, (n, size, size)) * (radius < 0.4)
+    images -= 60 * (labels == 0)[:, None, None] * (radius < 0.15)
+    subjects = np.array([f"{seed}-{name}" for name in ids(n, per_id)])
+    return Slices(images.clip(0, 255).astype(np.uint8), labels, subjects, ["AD", "NC"])
+
+
+def fixed_generator(config: Config, **parts) -> Generator:
+    """A generator, of which a change may be asked for."""
+    torch.manual_seed(0)
+    G = Generator(config, 2)
+    for name, p in G.named_parameters():
+        if name.endswith("noise_strength"):
+            p.data.fill_(parts.get("noise", 0.0))
+    if parts.get("no_z"):
+        G.mapping.layers[0].weight.data[:, : config.z_dim] = 0
+    if parts.get("no_class"):
+        G.mapping.layers[0].weight.data[:, config.z_dim :] = 0
+    return G.eval()
+
+
+def run_train(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)

@@ -38,13 +38,12 @@ from evaluate import (
     as_table,
     counts,
     fakes_of,
-    halves_by_id,
     measure,
     planted_copies,
     prepare,
-    spread_labels,
     write_text,
 )
+from metrics import halves_by_id, spread_labels
 from utils import run_command, run_folder
 
 SHOWN = ("fid_train", "fid_test", "kid_train", "kid_test", "precision", "recall", "coverage")

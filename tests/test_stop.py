@@ -13,17 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import as_flags, same_tensors, wait_for_epoch
+from conftest import ROOT, as_flags, same_tensors, wait_for_epoch
 
 import dataset
-import evaluate
+import metrics
+import monitor
 import train as training
 from assets import demo_brains
 from config import Config
-from train import checkpoints, train
-from utils import Stopped, StopRequest, load_checkpoint, read_log
+from monitor import read_log, read_losses
+from train import train
+from utils import Stopped, StopRequest, checkpoints, load_checkpoint
 
-ROOT = Path(__file__).parents[1]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -46,24 +47,22 @@ def interrupted(function: Callable, number: int, at_call: int = 1) -> Callable:
 MOMENTS = {
     "writing demo brains": (demo_brains, "write_subject", 3),
     "decoding": (dataset, "decode_subject", 3),
-    "training the encoder": (evaluate.Encoder, "forward", 3),
-    "features of the training slices": (evaluate, "features_of", 1),
+    "training the encoder": (metrics.Encoder, "forward", 3),
+    "features of the training slices": (monitor, "features_of", 1),
     "compiling": (training.Phases, "backward", 2),
     "waiting for the loader": (dataset.TrainingSlices, "__getitem__", 3),
     "a step": (training, "ema_step", 3),
-    "measuring": (training.TrainingFigures, "measure", 1),
-    "drawing a grid": (training.Recorder, "save_grid", 1),
+    "measuring": (monitor.TrainingFigures, "measure", 1),
+    "drawing a grid": (monitor.Recorder, "save_grid", 1),
     "writing a checkpoint": (torch, "save", 1),
-    "measuring at the end": (training.TrainingFigures, "measure", 2),
+    "measuring at the end": (monitor.TrainingFigures, "measure", 2),
 }
 
 
 @pytest.fixture
-def run_config(config: Config, monkeypatch) -> Config:
+def run_config(config: Config, short_encoder, monkeypatch) -> Config:
     """A run that passes through all the moments; what it compiles costs nothing."""
     monkeypatch.setattr(torch, "compile", lambda phase, **_: phase)
-    fit = evaluate.fit_encoder
-    monkeypatch.setattr(evaluate, "fit_encoder", lambda *args, **kw: fit(*args, **kw, steps=5))
     small_demo = partial(demo_brains.write_demo, num_train=8, num_test=4)
     monkeypatch.setattr(dataset, "write_demo", small_demo)
     monkeypatch.setattr(demo_brains, "SLICES", 2)
@@ -153,7 +152,7 @@ def test_a_signal_to_the_whole_group_saves_and_ends_cleanly(config, tmp_path, nu
     assert process.returncode == 0
     assert f"stopped by {number.name}; saved: " in out and "the same command goes on" in out
     saved = load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
-    assert training.read_losses(config.out)[-1, 0] == saved
+    assert read_losses(config.out)[-1, 0] == saved
     assert (config.out / "losses.png").exists() and (config.out / "progress.png").exists()
 
 
@@ -179,5 +178,5 @@ def test_a_closed_terminal_saves_and_ends_cleanly(config: Config, tmp_path):
     os.close(ours)
     assert process.wait(timeout=60) == 0
     saved = load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
-    assert training.read_losses(config.out)[-1, 0] == saved
+    assert read_losses(config.out)[-1, 0] == saved
     assert (config.out / "progress.png").exists()

@@ -3,11 +3,7 @@
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,23 +11,22 @@ import torch
 from conftest import (
     as_flags,
     phase_gradients,
+    run_train,
     same_tensors,
     step_inputs,
-    wait_for_epoch,
     write_folder,
 )
 from PIL import Image
 from torch import nn
 
-import evaluate as evaluation
 import train as training
 from config import CPU, GPU, Config, UserError
-from evaluate import pose
+from metrics import pose
 from modules import Discriminator, Generator
+from monitor import STATS, read_log, read_losses
 from train import (
     Phases,
     TrainingState,
-    checkpoints,
     d_main,
     d_r1,
     ema_step,
@@ -44,23 +39,14 @@ from train import (
     train_step,
 )
 from utils import (
-    STATS,
+    checkpoints,
     load_checkpoint,
     load_generator,
-    read_log,
-    read_losses,
     read_run_config,
     to_uint8,
 )
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def short_encoder(monkeypatch) -> None:
-    """The encoder of FID, where a test measures it, is trained for a moment only."""
-    fit = evaluation.fit_encoder
-    monkeypatch.setattr(evaluation, "fit_encoder", lambda *args, **kw: fit(*args, **kw, steps=5))
+pytestmark = pytest.mark.usefixtures("short_encoder")
 
 
 class LinearCritic(nn.Module):
@@ -345,74 +331,11 @@ def test_p_does_not_come_with_the_weights(config: Config):
     assert read_losses(other.out)[-1, 1 + STATS.index("ada_p")] == pytest.approx(0.2)
 
 
-def test_both_kinds_of_runs_measure_themselves_in_one_cache(config: Config):
-    """The encoder of a run without classes has other outputs."""
-    config = replace(config, epochs=1, fid_kimg=0.001, fid_images=100)
-    train(config)
-    train(replace(config, conditional=False, out=config.out.with_name("plain")))
-    assert "agreement" not in read_log(config.out.with_name("plain"))[0]
-
-
 def test_a_missing_inception_file_is_said_before_anything_is_written(config, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(UserError, match="inception_weights = None: no such file"):
         train(replace(config, fid_kimg=1, fid_extractor="inception"))
     assert not config.out.exists() and not config.cache.exists()
-
-
-# What a run measures of itself
-
-
-def test_a_run_measures_itself_and_keeps_its_best_checkpoint(config: Config, monkeypatch):
-    measured = ((1.0, 0.5), (3.0, 0.1), (2.0, 0.1), (5.0, 0.1))  # the first is of noise
-    figures = iter([{"fid": fid, "vary_z": 0.4, "vary_noise": noise} for fid, noise in measured])
-    monkeypatch.setattr(training.TrainingFigures, "measure", lambda *_: next(figures))
-    train(replace(config, epochs=4, fid_kimg=0.001, fid_images=100))
-    assert [line["fid"] for line in read_log(config.out)] == [1, 3, 2, 5]
-    assert load_checkpoint(config.out / "best.pt")["cur_nimg"] == 48
-    assert load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"] == 64
-    assert load_generator(config.out / "best.pt")[2] == ["AD", "NC"]
-
-
-def test_figures_are_measured_at_their_interval_and_drawn(config: Config):
-    train(replace(config, fid_kimg=0.032, fid_images=100, augment="ada"))
-    first, second = read_log(config.out)
-    assert "fid" not in first
-    names = {"fid", "kid", "fid_floor", "leak_rotation", "leak_flip", "leak_border", "vary_z",
-             "vary_noise", "vary_class", "overfitting", "agreement", "agreement_real"}  # fmt: skip
-    assert all(math.isfinite(second[name]) for name in names)
-    assert Image.open(config.out / "curves.png").size[0] > 1000
-
-
-def test_images_decide_what_is_done_at_the_end_of_an_epoch(config: Config, monkeypatch):
-    """16 images an epoch: 40 and 80 are passed in the third and fifth, the sixth is the last."""
-    measured, saved = [], []
-    monkeypatch.setattr(
-        training.TrainingFigures, "measure", lambda *_: measured.append(1) or {"kid": 0.0}
-    )
-    monkeypatch.setattr(training, "save_run", lambda state: saved.append(state.cur_nimg))
-    train(replace(config, epochs=6, fid_kimg=0.04, fid_images=100, checkpoint_kimg=0.04))
-    log = read_log(config.out)
-    assert [line["epoch"] for line in log if "kid" in line] == [3, 5, 6] and len(measured) == 3
-    assert saved == [48, 80, 96, 96]  # the last one, not written here, is asked for at the end
-    assert all(0 < line["upkeep"] < 1 for line in log[1:])
-    assert len(list((config.out / "grids").iterdir())) == 6
-
-
-def test_grids_of_a_long_run_become_fewer(config: Config):
-    drawn = [e for e in range(1, 10001) if e % training.grid_interval(config, e) == 0]
-    assert drawn[:100] == list(range(1, 101)) and drawn[100:102] == [110, 120]
-    assert len(drawn) == 99 + 90 + 90 + 1
-
-
-def test_a_diagnosis_is_printed(config: Config, tmp_path):
-    train(replace(config, epochs=1))
-    done = run_train("--diagnose", config.out)
-    assert done.returncode == 0 and done.stdout.strip() == f"{config.out}: nothing looks wrong"
-    failed = run_train("--diagnose", tmp_path)
-    assert failed.returncode == 2 and "is no run: it has no config.json" in failed.stderr
-    failed = run_train("--diagnose", config.out, "--epochs", "3")
-    assert failed.returncode == 2 and "--diagnose takes one run folder" in failed.stderr
 
 
 def test_adam_is_corrected_for_laziness(config: Config):
@@ -534,13 +457,13 @@ def test_a_changed_setting_is_named(config: Config, field, value):
 
 
 def test_a_stop_that_comes_at_the_end_of_an_epoch_is_saved(config: Config, monkeypatch):
-    end_epoch = training.Recorder.end_epoch
+    end_epoch = training.end_epoch
 
-    def interrupted(self, epoch):
-        end_epoch(self, epoch)
+    def interrupted(*args):
+        end_epoch(*args)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training.Recorder, "end_epoch", interrupted)
+    monkeypatch.setattr(training, "end_epoch", interrupted)
     train(replace(config, epochs=5, checkpoint_kimg=100))
     assert [p.stem for p in checkpoints(config.out)] == ["0000000016"]
 
@@ -680,11 +603,6 @@ def test_training_learns_the_class_and_the_shape(tmp_path):
 # Command line
 
 
-def run_train(*args: str, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
-
-
 def test_the_command_line_prints_its_settings_and_one_line_for_an_error(config: Config, tmp_path):
     done = run_train(*as_flags(replace(config, epochs=1)), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -709,118 +627,3 @@ def test_every_setting_is_saved_as_a_plain_value(config: Config):
     state = TrainingState(config, 2, torch.device("cpu")).state_dict()
     assert state["settings"].keys() == asdict(config).keys()
     assert all(isinstance(v, str | int | float | None) for v in state["settings"].values())
-
-
-# Ranks
-
-
-WATCHED_RANK = """
-import sys, torch
-sys.path.insert(0, {root!r})
-import train, utils
-
-states = []
-class Watched(train.TrainingState):
-    def __init__(self, *args):
-        super().__init__(*args)
-        states.append(self)
-
-train.TrainingState = Watched
-train.main()
-parts = [torch.full([2, 3], utils.rank() + 1.0).T, torch.tensor(10.0 * utils.rank())]
-utils.average_over_ranks(parts)
-assert parts[0].tolist() == [[1.5, 1.5]] * 3 and parts[1] == 5, parts
-left = {{"seed": torch.initial_seed(), "state": states[0].state_dict()}}
-torch.save(left, f"rank{{utils.rank()}}.pt")
-"""
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_train_as_one(config: Config, tmp_path):
-    script = tmp_path / "watched.py"
-    script.write_text(WATCHED_RANK.format(root=str(ROOT)))
-    process = start_ranks(script, 2, replace(config, epochs=1, device="cuda"), tmp_path)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    a, b = (torch.load(tmp_path / f"rank{i}.pt", "cpu", weights_only=True) for i in range(2))
-    assert same_tensors(a["state"], b["state"]) == [".G_ema.mapping.w_avg"]
-
-
-def start_ranks(script: Path, count: int, config: Config, cwd: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={count}", str(script), *as_flags(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, capsys):
-    script = tmp_path / "watched.py"
-    script.write_text(WATCHED_RANK.format(root=str(ROOT)))
-    ada = {"augment": "ada", "ada_kimg": 0.05, "ada_target": -1.0, "ada_interval": 3}
-    config = replace(config, **ada, seed=1)
-    process = start_ranks(script, 2, replace(config, epochs=1), tmp_path)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert out.count("done: 16 images") == out.count("data_root=") == 1  # rank 0 alone speaks
-    a, b = (torch.load(tmp_path / f"rank{i}.pt", "cpu", weights_only=True) for i in range(2))
-    differing = same_tensors(a["state"], b["state"])
-    assert differing == [".G_ema.mapping.w_avg"]  # estimated when saved, on rank 0
-    assert a["seed"] != b["seed"]  # random streams of their own
-    assert a["state"]["D"]["augment.p"] == pytest.approx(0.24)
-    assert a["state"]["D"]["augment.sign_sum"] != 0  # of both: the same, though D saw other slices
-    assert a["state"]["cur_nimg"] == 16
-    assert read_losses(config.out)[:, 0].tolist() == [4, 8, 12, 16]
-    assert np.isfinite(read_losses(config.out)[0]).all()
-
-    train(config)
-    out = capsys.readouterr().out
-    assert "at 16 images, number of processes 2, now 1: bits will differ" in out
-    assert [line["nimg"] for line in read_log(config.out)] == [16, 32]
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    return [int(number) for number in found.split()]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
-def test_a_killed_rank_ends_the_job_with_an_error(config: Config, tmp_path):
-    process = start_ranks(ROOT / "train.py", 2, replace(config, epochs=10000), tmp_path)
-    wait_for_epoch(config, process)
-    started = time.time()
-    os.kill(children(process)[-1], signal.SIGKILL)
-    process.communicate(timeout=90)
-    assert process.returncode != 0
-    assert time.time() - started < 60
-
-
-def test_a_signal_stops_all_ranks_at_the_same_step(config: Config, tmp_path):
-    process = start_ranks(ROOT / "train.py", 2, replace(config, epochs=10000), tmp_path)
-    wait_for_epoch(config, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=90)
-    assert "stopped by" in out, err
-    assert (
-        read_losses(config.out)[-1, 0] == load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
-    )
-
-
-def test_a_batch_that_cannot_be_split_evenly_is_an_error(config: Config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="batch_size = 4: must split evenly over the 3 processes"):
-        train(config)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="2 images or more for each"):
-        train(config)
-    assert not config.out.exists()
-
-
-def test_bad_input_to_many_ranks_is_one_line(config: Config, tmp_path):
-    bad = replace(config, data_root=tmp_path / "nowhere")
-    process = start_ranks(ROOT / "train.py", 2, bad, tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert err.count("no such folder") == 1

@@ -1,0 +1,130 @@
+"""Several processes train as one, and end as one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, as_flags, same_tensors, wait_for_epoch
+
+from config import Config, UserError
+from monitor import read_log, read_losses
+from train import train
+from utils import checkpoints, load_checkpoint
+
+WATCHED_RANK = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import train, utils
+
+states = []
+class Watched(train.TrainingState):
+    def __init__(self, *args):
+        super().__init__(*args)
+        states.append(self)
+
+train.TrainingState = Watched
+train.main()
+parts = [torch.full([2, 3], utils.rank() + 1.0).T, torch.tensor(10.0 * utils.rank())]
+utils.average_over_ranks(parts)
+assert parts[0].tolist() == [[1.5, 1.5]] * 3 and parts[1] == 5, parts
+left = {{"seed": torch.initial_seed(), "state": states[0].state_dict()}}
+torch.save(left, f"rank{{utils.rank()}}.pt")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(config: Config, tmp_path):
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED_RANK.format(root=str(ROOT)))
+    process = start_ranks(script, 2, replace(config, epochs=1, device="cuda"), tmp_path)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    a, b = (torch.load(tmp_path / f"rank{i}.pt", "cpu", weights_only=True) for i in range(2))
+    assert same_tensors(a["state"], b["state"]) == [".G_ema.mapping.w_avg"]
+
+
+def start_ranks(script: Path, count: int, config: Config, cwd: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={count}", str(script), *as_flags(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, capsys):
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED_RANK.format(root=str(ROOT)))
+    ada = {"augment": "ada", "ada_kimg": 0.05, "ada_target": -1.0, "ada_interval": 3}
+    config = replace(config, **ada, seed=1)
+    process = start_ranks(script, 2, replace(config, epochs=1), tmp_path)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert out.count("done: 16 images") == out.count("data_root=") == 1  # rank 0 alone speaks
+    a, b = (torch.load(tmp_path / f"rank{i}.pt", "cpu", weights_only=True) for i in range(2))
+    differing = same_tensors(a["state"], b["state"])
+    assert differing == [".G_ema.mapping.w_avg"]  # estimated when saved, on rank 0
+    assert a["seed"] != b["seed"]  # random streams of their own
+    assert a["state"]["D"]["augment.p"] == pytest.approx(0.24)
+    assert a["state"]["D"]["augment.sign_sum"] != 0  # of both: the same, though D saw other slices
+    assert a["state"]["cur_nimg"] == 16
+    assert read_losses(config.out)[:, 0].tolist() == [4, 8, 12, 16]
+    assert np.isfinite(read_losses(config.out)[0]).all()
+
+    train(config)
+    out = capsys.readouterr().out
+    assert "at 16 images, number of processes 2, now 1: bits will differ" in out
+    assert [line["nimg"] for line in read_log(config.out)] == [16, 32]
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(number) for number in found.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
+def test_a_killed_rank_ends_the_job_with_an_error(config: Config, tmp_path):
+    process = start_ranks(ROOT / "train.py", 2, replace(config, epochs=10000), tmp_path)
+    wait_for_epoch(config, process)
+    started = time.time()
+    os.kill(children(process)[-1], signal.SIGKILL)
+    process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert time.time() - started < 60
+
+
+def test_a_signal_stops_all_ranks_at_the_same_step(config: Config, tmp_path):
+    process = start_ranks(ROOT / "train.py", 2, replace(config, epochs=10000), tmp_path)
+    wait_for_epoch(config, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=90)
+    assert "stopped by" in out, err
+    assert (
+        read_losses(config.out)[-1, 0] == load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
+    )
+
+
+def test_a_batch_that_cannot_be_split_evenly_is_an_error(config: Config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="batch_size = 4: must split evenly over the 3 processes"):
+        train(config)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="2 images or more for each"):
+        train(config)
+    assert not config.out.exists()
+
+
+def test_bad_input_to_many_ranks_is_one_line(config: Config, tmp_path):
+    bad = replace(config, data_root=tmp_path / "nowhere")
+    process = start_ranks(ROOT / "train.py", 2, bad, tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("no such folder") == 1
