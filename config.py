@@ -7,7 +7,7 @@ flag: `learning_rate` is `--learning-rate`.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 
 class UserError(ValueError):
@@ -59,6 +59,8 @@ class Config:
     # Labels
     conditional: bool = True
     """Condition on the class; False takes all slices for one class."""
+    any_classes: bool = False
+    """Train on more than 20 classes too, or on classes of a single id: they may be patients."""
     label_ramp_kimg: float = 0.0
     """Thousands of images over which the label gains its full weight from none; 0: at once."""
     init_from: Path | None = None
@@ -137,6 +139,11 @@ class Config:
     """Features of FID: of a small network trained on the training slices, or FID's own."""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Config).items():
+            allowed = list(get_args(hint) or [hint])  # types, or the very values
+            names = [getattr(kind, "__name__", kind) for kind in allowed if kind is not type(None)]
+            names += ["None"] * (len(names) < len(allowed))
+            self._require(name, fits(getattr(self, name), allowed), " or ".join(names))
         sizes = (16, 32, 64, 128, 256, 512)
         at_least = {
             "epochs": 1, "batch_size": 2, "num_workers": 0, "z_dim": 1, "w_dim": 1,
@@ -168,6 +175,16 @@ class Config:
     def _require(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
             raise UserError(f"{name} = {getattr(self, name)}: must be {allowed}")
+
+
+def fits(value: Any, allowed: list[Any]) -> bool:
+    """Whether a value is one of the allowed ones, or of an allowed type; True is no number."""
+    types = [kind for kind in allowed if isinstance(kind, type)]
+    if float in types:
+        types.append(int)
+    if isinstance(value, bool):
+        return bool in types
+    return value in allowed or isinstance(value, tuple(types))
 
 
 # The two named settings: what differs from the defaults above

@@ -17,13 +17,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -35,18 +36,24 @@ from config import Config, UserError
 from utils import (
     StopRequest,
     ensure_writable,
+    first_line,
+    make_once,
     num_ranks,
-    one_hot,
+    partial_path,
     rank,
     run_command,
     say,
+    shown,
     stream_seed,
-    write_atomically,
+    sweep,
 )
 
 SPLITS = ("train", "test")
+MOST_CLASSES = 20  # above which class folders are taken for patients
+WAIT_SECONDS = 300  # for one batch of a worker, after which it is held for lost
+SAMPLE_FORMAT, PHOTOMETRIC = 339, 262  # tags of TIFF
 TEST_SHARE = 0.2  # of the ids of each class, where the folder itself has no split
-CACHE_VERSION = 1  # part of every cache key: raise it when decoding changes
+CACHE_VERSION = 2  # part of every cache key: raise it when decoding changes
 
 
 class SliceFile(NamedTuple):
@@ -76,13 +83,21 @@ class Slices:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p for p in entries(folder) if p.is_dir())
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, hidden things aside. Raises UserError where it cannot be read."""
+    try:
+        return [path for path in folder.iterdir() if path.name[0] != "."]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def list_slices(folder: Path, label: int) -> list[SliceFile]:
     """The image files of one class folder, by id and slice number. Raises UserError if none."""
     suffixes = Image.registered_extensions()
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.name[0] != "."]
+    paths = [p for p in entries(folder) if p.suffix.lower() in suffixes]
     if not paths:
         raise UserError(f"class folder {folder} holds no image files")
     files = [SliceFile(p, p.stem.rpartition("_")[0] or p.stem, label) for p in paths]
@@ -94,7 +109,7 @@ def split_by_id(files: list[SliceFile]) -> dict[str, list[SliceFile]]:
     test: set[str] = set()
     for label in sorted({f.label for f in files}):
         ids = sorted({f.subject for f in files if f.label == label})
-        ids.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+        ids.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
         test.update(ids[: math.ceil(TEST_SHARE * len(ids))])
     splits = {
         "train": [f for f in files if f.subject not in test],
@@ -115,12 +130,14 @@ def find_class_folders(folder: Path) -> tuple[list[str], list[SliceFile]]:
     return classes, [f for i, c in enumerate(classes) for f in list_slices(folder / c, i)]
 
 
-def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
+def find_slices(
+    root: Path, any_classes: bool = False
+) -> tuple[list[str], dict[str, list[SliceFile]]]:
     """Class names and the files of each split.
 
     Raises:
         UserError: no folder, no classes, an empty class, classes that differ between the splits,
-            or an id that is on both sides.
+            an id that is on both sides, or, unless `any_classes`, classes that look like patients.
     """
     if not root.is_dir():
         raise UserError(f"data_root = {root}: no such folder")
@@ -131,6 +148,8 @@ def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
     names, found = zip(*map(find_class_folders, parents), strict=True)
     if has_split and names[0] != names[1]:
         raise UserError(f"classes differ: {parents[0]} has {names[0]}, {parents[1]} {names[1]}")
+    if not any_classes and (doubt := doubtful_classes(names[0], found[0])):
+        raise UserError(f"{root}: {doubt}; if they are right, say --any-classes")
     splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0])
     if shared := {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}:
         first = ", ".join(sorted(shared)[:5])
@@ -138,10 +157,44 @@ def find_slices(root: Path) -> tuple[list[str], dict[str, list[SliceFile]]]:
     return names[0], splits
 
 
-def warn_of_single_slices(splits: dict[str, list[SliceFile]]) -> None:
-    """Say so if no two files share an id: a split by id is then a split by file."""
+def doubtful_classes(classes: list[str], files: list[SliceFile]) -> str | None:
+    """Why the class folders may be something else, in words."""
+    found = f"{len(classes)} class folders ({', '.join(classes[:3])}, ...)"
+    if len(classes) > MOST_CLASSES:
+        return f"{found}, more than {MOST_CLASSES}, may be patients"
+    if len(classes) == len({(f.label, f.subject) for f in files}) > 2:
+        return f"{found} of a single id each may be patients"
+    return None
+
+
+def ignored_files(root: Path, used: set[Path]) -> list[str]:
+    """How many files under `root` are not used, by the highest folder that has no use."""
+    parents = {parent for path in used for parent in path.parents}
+    counts: Counter[Path] = Counter()
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name[0] != "."]
+        unused = sum(n[0] != "." and Path(folder, n) not in used for n in files)
+        top = Path(folder)
+        while top not in parents and top.parent not in parents and top != root:
+            top = top.parent
+        counts[top] += unused
+    return [f"{n} in {folder}" for folder, n in sorted(counts.items()) if n]
+
+
+def describe(root: Path, classes: list[str], splits: dict[str, list[SliceFile]]) -> None:
+    """Say what was found, and what of it is left out or looks odd."""
+    for split, files in splits.items():
+        rows = [[f for f in files if f.label == label] for label in range(len(classes))]
+        parts = [
+            f"{name} {len({f.subject for f in row})} ids, {len(row)} slices"
+            for name, row in zip(classes, rows, strict=True)
+        ]
+        say(f"{split}: {'; '.join(parts)}")
     files = splits["train"] + splits["test"]
-    if len({f.subject for f in files}) == len(files):
+    if ignored := ignored_files(root, {f.path for f in files}):
+        more = f", and {len(ignored) - 5} more folders" if len(ignored) > 5 else ""
+        say(f"note: files that are not used: {'; '.join(ignored[:5])}{more}")
+    if len({f.subject for f in files}) == len(files):  # a split by id is then a split by file
         name = files[0].path.name
         say(f"note: every file is an id of its own; if {name} has sisters, name them ID_SLICE")
 
@@ -149,13 +202,36 @@ def warn_of_single_slices(splits: dict[str, list[SliceFile]]) -> None:
 # Decoding
 
 
+def deep_values(image: Image.Image) -> np.ndarray | None:
+    """The values of a file that is not 8-bit unsigned, as they were written; None if it is."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: its sample format tells what Pillow does not
+    signed, white_is_zero = tags.get(SAMPLE_FORMAT, (1,))[0] == 2, tags.get(PHOTOMETRIC) == 0
+    values = np.array(image)
+    if image.mode == "L" and signed:
+        return values.view(np.int8)
+    if image.mode == "I" and tags and not signed:
+        values = values.view(np.uint32)
+    if image.mode.startswith("I;16") and white_is_zero:
+        values = 65535 - values
+    return values if image.mode == "F" or image.mode.startswith("I") else None
+
+
 def decode(path: Path) -> Tensor:
-    """One file as grey [1, H, W]: uint8, or float32 if 16-bit or float. Raises on damage."""
-    with Image.open(path) as image:
+    """One file, upright, as grey [1, H, W]: uint8, or float32 if of another type. Raises on damage.
+
+    The float32 values are those of the file, negative ones too.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")  # a pipe would be waited for without end
+    # from memory: a file that it maps itself, Pillow turns wrongly (uncompressed TIFF, 13.0)
+    with Image.open(BytesIO(path.read_bytes())) as image:
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError("holds more than one image")
-        if image.mode == "F" or image.mode.startswith("I"):
-            values = torch.from_numpy(np.array(image, dtype=np.float32))[None]
+        image.load()
+        if image.format != "TIFF":  # those are upright when loaded
+            ImageOps.exif_transpose(image, in_place=True)
+        if (deep := deep_values(image)) is not None:
+            values = torch.from_numpy(deep.astype(np.float32))[None]
             if not values.isfinite().all():
                 raise ValueError("holds values that are not finite")
             return values
@@ -176,34 +252,57 @@ def pad_to_square(image: Tensor) -> Tensor:
 
 def reason(path: Path, error: Exception) -> str:
     """Why a file cannot be used, in one line."""
-    if file_stamp(path)[0] == 0:
+    if path.is_file() and file_stamp(path)[0] == 0:
         return "empty file"
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
+
+
+def grey_range(images: list[Tensor]) -> tuple[float, float]:
+    """The values of one id that become black and white: 0 and 255 where its files are 8-bit.
+
+    Else white is the 99.9th percentile of all its slices, so that they stay comparable and no
+    single bright pixel darkens them, and black is 0, or the 0.1th where there are negative values.
+
+    Raises:
+        ValueError: files of both kinds, which have no common scale.
+    """
+    deep = [image.is_floating_point() for image in images]
+    if not any(deep):
+        return 0, 255
+    if not all(deep):
+        raise ValueError("8-bit and other files in one id have no common scale")
+    values = np.concatenate([image.flatten().numpy() for image in images])
+    low, high = np.percentile(values, [0.1, 99.9])
+    return (float(low) if values.min() < 0 else 0.0), float(high)
+
+
+def decode_id(paths: list[Path]) -> tuple[list[Tensor], tuple[float, float], list[str]]:
+    """The slices of one id, the values that become black and white, and what is wrong."""
+    images, limits, problems = [], (0.0, 255.0), []
+    for path in paths:
+        try:
+            images.append(decode(path))
+        except Exception as error:  # PIL raises a different type for each kind of damage
+            problems.append(f"{path}: {reason(path, error)}")
+    try:
+        limits = grey_range(images)
+    except ValueError as error:
+        problems.append(f"{paths[0]}: {error}")
+    return images, limits, problems
 
 
 def decode_subject(paths: list[Path], resolution: int) -> tuple[Tensor | None, list[str]]:
-    """All slices of one id as uint8 [n, R, R], or None, with what is wrong with each bad file.
-
-    16-bit files share one scale per id, its 99.9th percentile: slices stay comparable, and no
-    single bright pixel darkens them.
-    """
+    """All slices of one id as uint8 [n, R, R], or None, with what is wrong with each bad file."""
     resize = v2.Resize([resolution, resolution], v2.InterpolationMode.BICUBIC, antialias=True)
-    images, problems = [], []
-    for path in paths:
-        try:
-            images.append(resize(pad_to_square(decode(path))))
-        except Exception as error:  # PIL raises a different type for each kind of damage
-            problems.append(f"{path}: {reason(path, error)}")
+    images, (low, high), problems = decode_id(paths)
     if problems:
         return None, problems
-    deep = [image.flatten() for image in images if image.is_floating_point()]
-    top = np.percentile(torch.cat(deep).numpy(), 99.9) if deep else 255
-    scaled = [i * (255 / max(top, 1e-8)) if i.is_floating_point() else i for i in images]
-    return torch.cat(
-        [i.round().clamp(0, 255).byte() if i.is_floating_point() else i for i in scaled]
-    ), []
+    if images[0].is_floating_point():
+        images = [(image - low) * (255 / max(high - low, 1e-8)) for image in images]
+    images = [resize(pad_to_square(image)) for image in images]
+    return torch.cat([image.round().clamp(0, 255).byte() for image in images]), []
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
@@ -217,7 +316,7 @@ def file_stamp(path: Path) -> tuple[int, int]:
 def data_identity(files: Iterable[SliceFile], root: Path) -> str:
     """Hash of names and sizes: the same after a copy to another place."""
     lines = [f"{f.path.relative_to(root)} {file_stamp(f.path)[0]}" for f in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
 def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
@@ -259,16 +358,17 @@ def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) ->
     stamp = repr((CACHE_VERSION, resolution, data_identity(files, root), times))
     path = cache / f"{hashlib.sha256(stamp.encode()).hexdigest()[:16]}-{resolution}.npy"
     if not path.exists():
-        ensure_writable(cache)
-        write_atomically(path, lambda partial: decode_all(files, resolution, partial))
+        sweep(cache)
+    make_once(path, lambda partial: decode_all(files, resolution, partial))
     return np.load(path, mmap_mode="r")
 
 
 def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     """Both splits, decoded, and the data's identity. Raises UserError as `find_slices` does."""
     root = config.data_root or demo_root(config.cache)
-    classes, splits = find_slices(root)
-    warn_of_single_slices(splits)
+    classes, splits = find_slices(root, config.any_classes or not config.conditional)
+    if config.data_root is not None:
+        describe(root, classes, splits)
     if not config.conditional:
         classes, splits = ["all"], {k: [f._replace(label=0) for f in v] for k, v in splits.items()}
     files = splits["train"] + splits["test"]
@@ -285,7 +385,7 @@ def demo_root(cache: Path) -> Path:
     root = cache / f"demo-{CACHE_VERSION}"
     if not root.exists():
         ensure_writable(cache)
-        partial = root.with_name(f"{root.name}.{os.getpid()}.partial")
+        partial = partial_path(root)
         try:
             write_demo(partial)
             partial.rename(root)
@@ -328,22 +428,39 @@ class TrainingSlices(Dataset):
     """The endless stream of training slices: what lies at a position depends only on (seed, it).
 
     Each epoch is a new permutation of all slices. An item is a batch, asked for by its positions:
-    images float32 [N, 1, R, R] in [-1, 1] and labels [N, c_dim].
+    images uint8 [N, R, R] and labels int64 [N], arrays rather than tensors, which workers would
+    send through the shared memory that containers have little of.
     """
 
     def __init__(self, slices: Slices, config: Config) -> None:
-        self.images, self.config = slices.images, config
-        self.c = one_hot(slices.labels, slices.c_dim)
+        self.images, self.labels, self.config = slices.images, slices.labels, config
         self.epoch, self.order = -1, np.zeros(0, int)
 
-    def __getitem__(self, positions: range) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, positions: range) -> tuple[np.ndarray, np.ndarray]:
         indices = [self.index(position) for position in positions]
-        images = torch.from_numpy(self.images[indices])[:, None].float() / 255
+        images = np.array(self.images[indices])
         if self.config.augment == "dataset":
             seeds = (stream_seed("augment", self.config.seed, p) for p in positions)
             draws = np.stack([np.random.default_rng(seed).random(4) for seed in seeds])
-            images = augment(images, torch.from_numpy(draws).float(), self.config)
-        return images * 2 - 1, self.c[indices]
+            grey = torch.from_numpy(images)[:, None].float() / 255
+            grey = augment(grey, torch.from_numpy(draws).float(), self.config)
+            images = (grey[:, 0] * 255).round().byte().numpy()
+        return images, self.labels[indices]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of pixels that lie in a file, its name: a worker that is spawned maps it again."""
+        state, images = dict(self.__dict__), self.images
+        if isinstance(images, np.memmap):
+            whole = images.base if isinstance(images.base, np.memmap) else images
+            first = (images.ctypes.data - whole.ctypes.data) // images.strides[0]
+            state["images"] = images.filename, first, len(images)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.images, tuple):
+            path, first, count = self.images
+            self.images = np.load(path, mmap_mode="r")[first : first + count]
 
     def index(self, position: int) -> int:
         """The slice shown at a position."""
@@ -360,7 +477,17 @@ def ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(slices: Slices, config: Config, start: int, stop: int, cuda: bool) -> DataLoader:
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [N, R, R] -> float32 [N, 1, R, R] in [-1, 1]: mean 0.5 and deviation 0.5 of [0, 1]."""
+    return images[:, None].float() / 255 * 2 - 1
+
+
+def as_it_is(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """In the place of a collation that makes tensors."""
+    return batch
+
+
+def make_loader(slices: Slices, config: Config, start: int, stop: int) -> DataLoader:
     """This rank's share of each batch of the stream, from image `start` to `stop`, in order."""
     batch = config.batch_size
     share = batch // num_ranks()
@@ -369,13 +496,38 @@ def make_loader(slices: Slices, config: Config, start: int, stop: int, cuda: boo
         TrainingSlices(slices, config),
         batch_size=None,  # an item is a batch
         sampler=[range(first, first + share) for first in starts],
+        collate_fn=as_it_is,
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,
-        pin_memory=cuda,
+        timeout=WAIT_SECONDS if config.num_workers else 0,
     )
 
 
 # Command line
+
+
+def examine(ids: Iterable[list[Path]], problems: list[str]) -> str:
+    """Sizes of the files, in words, and of values that are not 8-bit what becomes of them.
+
+    Appends what is wrong to `problems`.
+    """
+    kinds: Counter[str] = Counter()
+    ranges = []  # of each id: least and largest value, share below 0, black and white
+    for paths in ids:
+        images, limits, bad = decode_id(paths)
+        problems += bad
+        kinds.update(f"{image.shape[2]}x{image.shape[1]}" for image in images)
+        if images and images[0].is_floating_point() and not bad:
+            values = torch.cat([image.flatten() for image in images])
+            below = (values < 0).float().mean()
+            ranges.append([float(v) for v in (values.min(), values.max(), below, *limits)])
+    text = ", ".join(f"{size}: {count}" for size, count in kinds.most_common(4))
+    if not ranges:
+        return text
+    low, high, below, black, white = np.array(ranges).T
+    text += f"; values {low.min():g} to {high.max():g}, {below.mean():.1%} below 0"
+    text += f"; an id's black is {black.min():g} to {black.max():g}"
+    return text + f", its white {white.min():g} to {white.max():g}"
 
 
 def check(root: tyro.conf.Positional[Path], /) -> None:
@@ -384,27 +536,22 @@ def check(root: tyro.conf.Positional[Path], /) -> None:
     Args:
         root: folder that holds train/ and test/, or the class folders.
     """
-    classes, splits = find_slices(root)
-    warn_of_single_slices(splits)
-    print(f"{'split':6} {'class':12} {'ids':>6} {'slices':>7}   sizes and modes")
-    problems = []
+    classes, splits = find_slices(root, any_classes=True)
+    describe(root, classes, splits)
+    if doubt := doubtful_classes(classes, splits["train"]):
+        say(f"note: {doubt}: training asks for --any-classes")
+    problems: list[str] = []
     for split, files in splits.items():
         for label, name in enumerate(classes):
-            chosen = [f for f in files if f.label == label]
-            kinds: Counter[str] = Counter()
-            for file in tqdm(chosen, f"{split}/{name}", leave=False):
-                try:
-                    decode(file.path)
-                    with Image.open(file.path) as image:
-                        kinds[f"{image.width}x{image.height} {image.mode}"] += 1
-                except Exception as error:  # PIL raises a different type for each kind of damage
-                    problems.append(f"{file.path}: {reason(file.path, error)}")
-            found = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common(4))
-            ids = len({f.subject for f in chosen})
-            print(f"{split:6} {name:12} {ids:6} {len(chosen):7}   {found}")
+            groups = defaultdict(list)
+            for file in files:
+                if file.label == label:
+                    groups[file.subject].append(file.path)
+            bar = tqdm(groups.values(), shown(f"{split}/{name}"), unit="id", leave=False)
+            say(f"{split}/{name}: {examine(bar, problems)}")
     if problems:
         raise UserError(f"{len(problems)} unusable files:\n  " + "\n  ".join(problems))
-    print("no id is on both sides; every file can be read")
+    say("no id is on both sides; every file can be read")
 
 
 def demo(root: tyro.conf.Positional[Path], /) -> None:
@@ -417,7 +564,7 @@ def demo(root: tyro.conf.Positional[Path], /) -> None:
         raise UserError(f"{root} is not empty")
     ensure_writable(root)
     write_demo(root)
-    print(f"demo brains in {root}; what each subject drew is in {root / 'subjects.csv'}")
+    say(f"demo brains in {root}; what each subject drew is in {root / 'subjects.csv'}")
 
 
 def main() -> None:

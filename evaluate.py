@@ -26,6 +26,7 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from safetensors import safe_open
 from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -46,6 +47,7 @@ from metrics import (
     draw_pairs,
     effect_interval,
     effect_size,
+    encoder_extractor,
     extract,
     features_of,
     fit_encoder,
@@ -63,20 +65,22 @@ from metrics import (
     similarity,
     spread,
     spread_labels,
-    train_extractor,
+    trained_encoder,
 )
 from modules import Generator
-from monitor import read_log
 from utils import (
     ensure_writable,
     load_checkpoint,
     load_generator,
     newest_run,
     one_hot,
+    read_run_config,
     resolve_device,
     run_command,
     run_folder,
     save_figure,
+    say,
+    shown,
     stream_seed,
     tile,
     write_atomically,
@@ -88,6 +92,7 @@ LEAST = 10  # slices, below which a set is not compared
 NARROW = 512  # features: up to here, a relative distance of each class costs seconds
 NUM_SEEDS = 3  # of each classifier
 TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of relative distances
+OTHER_DATA = "not the slices of this run: it cannot have memorised them"
 NUM_COPIES = 100  # planted, of each kind, as a control of the memorisation audit
 
 
@@ -166,11 +171,14 @@ def measure_distribution(fakes: Slices, bench: Bench) -> dict[str, Rows]:
         rows = {}
         for label, name in [(None, "all"), *enumerate(fakes.classes)]:
             parts, chosen = {k: r.of_class(label) for k, r in reals.items()}, fake.of_class(label)
-            if len(chosen.values) < LEAST or label is not None and len(fakes.classes) < 2:
+            if label is not None and len(fakes.classes) < 2:
+                continue
+            if len(chosen.values) < LEAST:
+                rows[name] = {"note": f"fewer than {LEAST} samples: not compared"}
                 continue
             rows[name] = compare_sets(chosen, parts, bench.seed)
-            narrow = label is None or chosen.values.shape[1] <= NARROW
-            if narrow and (ratio := relative_distance(parts["train"], chosen, bench.seed)):
+            if label is None or chosen.values.shape[1] <= NARROW:
+                ratio = relative_distance(parts["train"], chosen, bench.seed)
                 found["relative_fd"].append({"extractor": extractor.name, "set": name} | ratio)
         if min(len(a), len(b)) >= LEAST:
             halves = {"train": train.take(a), "test": reals["test"]}
@@ -192,7 +200,7 @@ def measure_diversity(fakes: Slices, bench: Bench) -> dict[str, Rows]:
     rows = []
     for name, slices in {"fake": fakes, "real": bench.splits["train"]}.items():
         pairs = draw_pairs(slices.subjects, slices.labels, bench.seed)
-        values = similarity(slices.images, pairs)
+        values = similarity(slices.images, pairs) if len(pairs) else np.array([math.nan])
         error = values.std() / math.sqrt(len(values))
         rows.append({"pairs": name, "ms_ssim": float(values.mean()), "error": float(error)})
     return {"diversity": rows}
@@ -272,7 +280,7 @@ def measure_anatomy(fakes: Slices, bench: Bench) -> dict[str, Rows]:
         values = {k: measured[k][:, column] for k in ("real", "fake")}
         row: dict[str, Any] = {"area": name}
         row |= {f"{k}_mean": float(v.mean()) for k, v in values.items()}
-        distance = wasserstein_distance(*values.values()) / max(values["real"].std(), 1e-12)
+        distance = wasserstein_distance(*values.values()) / (values["real"].std() or math.nan)
         row |= {"distance_in_sd": float(distance), "histogram": histogram(values)}
         if len(fakes.classes) == 2:
             row["real_effect_of_ids"] = effect_size(*mean_by_id(values["real"], subjects, labels))
@@ -372,7 +380,7 @@ def draw_labels(ax: Axes, rows: Rows) -> None:
 def draw_report(report: dict[str, Any], path: Path) -> None:
     """One picture of what was measured, a panel for each figure."""
     panels: list[Callable[[Axes], None]] = []
-    if rows := report.get("relative_fd"):
+    if rows := [r for r in report.get("relative_fd", ()) if math.isfinite(r["relative_fd"])]:
         panels.append(lambda ax: draw_relative(ax, rows))
     for row in report.get("memorisation", ()):
         title = f"Memorisation, {row['space']}: {row['share_too_near']:.1%} too near"
@@ -434,8 +442,19 @@ def measure(fakes: Slices, bench: Bench, metrics: tuple[Group, ...]) -> dict[str
 def cell(value: Any) -> str:
     """A value of a table as text; an interval is a list."""
     if isinstance(value, list):
-        return " to ".join(map(cell, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return " to ".join(dict.fromkeys(map(cell, value)))
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "not measured"
+    return shown(value)
+
+
+def plain(value: Any) -> Any:
+    """Nested values as JSON can hold them: null where a number is not finite."""
+    if isinstance(value, dict):
+        return {name: plain(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_table(rows: Rows) -> str:
@@ -454,7 +473,8 @@ def as_markdown(report: dict[str, Any]) -> str:
             rows = [{"of": k, "value": v} for k, v in rows.items()]
         text += f"\n## {title.capitalize().replace('_', ' ')}\n\n{as_table(rows)}"
     return text + (
-        "\nThe memorisation figures are an audit, not a guarantee of privacy. "
+        "\n'Not measured': too few slices or ids for that figure, or all of them alike. "
+        "The memorisation figures are an audit, not a guarantee of privacy. "
         "Figures of different extractors must not be compared.\n"
     )
 
@@ -477,11 +497,18 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
     if splits["train"].classes != classes:
         found = splits["train"].classes
         raise UserError(f"{real.data_root} has classes {found}, the generator {classes}")
+    run = run_folder(source)
+    trained_on_it = data == read_run_config(run)[2]
+    if not trained_on_it:
+        say(f"note: {OTHER_DATA}")
     if "encoder" in options.extractors:
-        extractors.append(train_extractor(splits["train"], data, cache))
+        own = run / "encoder.safetensors"  # what the run measured itself with
+        own = own if trained_on_it and own.exists() else None
+        encoder, digest = trained_encoder(splits["train"], data, cache, own)
+        extractors.append(encoder_extractor(encoder, digest, data))
     what = {
         **identity_of(source),
-        "data": data,
+        "data": data if trained_on_it else f"{data}: {OTHER_DATA}",
         "resolution": config.img_resolution,
         "resize": "bicubic with antialiasing, after padding to a square",
         "seed": options.seed,
@@ -496,9 +523,9 @@ def identity_of(source: Path) -> dict[str, Any]:
     if weights.suffix == ".pt":
         nimg = load_checkpoint(weights)["cur_nimg"]
     else:
-        log = read_log(run_folder(source))
-        nimg = log[-1]["nimg"] if log else None
-    kimg = "unknown" if nimg is None else nimg / 1000
+        with safe_open(weights, "numpy") as file:
+            nimg = (file.metadata() or {}).get("cur_nimg")  # earlier versions did not keep it
+    kimg = "unknown" if nimg is None else int(nimg) / 1000
     return {"weights": str(weights), "sha256": sha256_of(weights), "kimg": kimg}
 
 
@@ -542,12 +569,12 @@ def evaluate(options: Options) -> dict[str, Any]:
     if "diversity" in options.metrics and options.images is None:
         report["grey_levels_moved_by"] = [conditional_variation(G, options.seed)]
     out = options.out or run_folder(Path(what["weights"])) / "evaluation"
-    write_text(json.dumps(report, indent=2) + "\n", out / "evaluation.json")
+    write_text(json.dumps(plain(report), indent=2) + "\n", out / "evaluation.json")
     write_text(as_markdown(report), out / "evaluation.md")
     draw_report(report, out / "evaluation.png")
     for row in report.get("memorisation", ()):
         draw_pairs_of(row, fakes, bench.splits["train"], out / f"nearest_{row['space']}.png")
-    print(as_markdown(report))
+    say(as_markdown(report))
     return report
 
 

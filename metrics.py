@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from scipy import ndimage
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from config import UserError
 from dataset import Slices
 from modules import MEMORY_FORMAT, Generator
-from utils import one_hot, stream_seed, to_uint8, write_atomically
+from utils import make_once, one_hot, read_safetensors, say, stream_seed, to_uint8
 
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 BATCH = 50  # images through a network at a time
@@ -191,13 +191,16 @@ def level_of_slices(subjects: np.ndarray) -> np.ndarray:
     return level
 
 
-def trained_encoder(train: Slices, data: str, cache: Path) -> tuple[Encoder, str]:
+def trained_encoder(
+    train: Slices, data: str, cache: Path, own: Path | None = None
+) -> tuple[Encoder, str]:
     """An Encoder trained to tell class and level of the training slices, and its sha256.
 
-    Its outputs are a score for each class, and the level.
+    Its outputs are a score for each class, and the level. It is trained once for each cache; a run
+    keeps `own`, a copy that comes before the cache: elsewhere another one would come out.
     """
     key = hashlib.sha256(repr((data, train.classes)).encode()).hexdigest()[:16]
-    path = cache / f"encoder-{key}-{train.images.shape[-1]}.pt"
+    path = cache / f"encoder-{key}-{train.images.shape[-1]}.safetensors"
     classes = one_hot(train.labels, len(train.classes))
     targets = torch.cat([classes, torch.from_numpy(level_of_slices(train.subjects))[:, None]], 1)
 
@@ -207,18 +210,23 @@ def trained_encoder(train: Slices, data: str, cache: Path) -> tuple[Encoder, str
             + F.mse_loss(outputs[:, -1], targets[:, -1]) * 10
         )
 
-    if not path.exists():
-        print("training the encoder on the training slices")
+    def write(path: Path) -> None:
+        say("training the encoder on the training slices")
         encoder = fit_encoder(averaged(train.images), targets.float(), loss, seed=0)
-        write_atomically(path, lambda partial: torch.save(encoder.state_dict(), partial))
+        path.write_bytes(save(encoder.state_dict()))
+
+    if own is None or not own.exists():
+        make_once(path, write)
+        if own is not None:
+            make_once(own, lambda copy: copy.write_bytes(path.read_bytes()))
+    path = own or path
     encoder = Encoder(targets.shape[1]).eval()
-    encoder.load_state_dict(torch.load(path, weights_only=True))
+    encoder.load_state_dict(read_safetensors(path))
     return encoder, sha256_of(path)
 
 
-def train_extractor(train: Slices, data: str, cache: Path) -> Extractor:
+def encoder_extractor(encoder: Encoder, digest: str, data: str) -> Extractor:
     """The features of `trained_encoder`: of a network that must see anatomy."""
-    encoder, digest = trained_encoder(train, data, cache)
     identity = f"{digest}, trained on {data[:16]}, averaged to 64 x 64 at most"
     return Extractor("encoder", identity, lambda images: encoder.features(images / 127.5 - 1))
 
@@ -245,15 +253,12 @@ def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str
     key = hashlib.sha256(extractor.identity.encode())
     key.update(np.ascontiguousarray(images).data)
     path = cache / f"features-{extractor.name}-{key.hexdigest()[:16]}.npy"
-    if not path.exists():
-        values = compute_features(images, extractor, f"{extractor.name} of {name}")
-        write_atomically(path, lambda partial: save_array(partial, values))
-    return np.load(path)
 
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:  # np.save would add its own suffix to the name
+            np.save(file, compute_features(images, extractor, f"{extractor.name} of {name}"))
 
-def save_array(path: Path, values: np.ndarray) -> None:
-    with open(path, "wb") as file:  # np.save would add its own suffix to the name
-        np.save(file, values)
+    return np.load(make_once(path, write))
 
 
 def extract(name: str, slices: Slices, extractor: Extractor, cache: Path) -> Features:
@@ -275,13 +280,18 @@ def gaussian(x: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean [F] of features [n, F], and A [min(n, F), F] with A^T A their covariance."""
     A = torch.from_numpy(np.array(x, np.float64))
     mean = A.mean(0)
-    A.sub_(mean).div_(math.sqrt(len(A) - 1))
+    A.sub_(mean).div_(math.sqrt(max(0, len(A) - 1)))
     return mean, torch.linalg.qr(A, mode="r").R if len(A) > A.shape[1] else A
 
 
 def gaussian_distance(p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> float:
-    """Squared Fréchet distance; Tr sqrt(Sp Sq) is the nuclear norm of A B^T: no matrix root."""
+    """Squared Fréchet distance; Tr sqrt(Sp Sq) is the nuclear norm of A B^T: no matrix root.
+
+    NaN where one of them is of a single row.
+    """
     (mean_p, A), (mean_q, B) = p, q
+    if A.isnan().any() or B.isnan().any():
+        return math.nan
     cross = torch.linalg.svdvals(A @ B.T).sum()
     return float((mean_p - mean_q).square().sum() + A.square().sum() + B.square().sum() - 2 * cross)
 
@@ -294,8 +304,13 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
 def kernel_distance(
     x: np.ndarray, y: np.ndarray, seed: int = 0, subsets: int = 50, size: int = 500
 ) -> tuple[float, float]:
-    """KID ([2]): unbiased squared MMD, kernel (x.y / F + 1)^3, over subsets. -> mean, its error."""
+    """KID ([2]): unbiased squared MMD, kernel (x.y / F + 1)^3, over subsets. -> mean, its error.
+
+    NaN where there is a single row.
+    """
     rng, size = np.random.default_rng(seed), min(size, len(x), len(y))
+    if size < 2:
+        return math.nan, math.nan
     values = []
     for _ in range(subsets):
         a, b = (
@@ -331,7 +346,12 @@ def distance_rows(
 
 
 def neighbour_radii(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Distance of each row to its 3rd and to its 5th neighbour of another id. -> [n, 2]."""
+    """Distance of each row to its 3rd and to its 5th neighbour of another id. -> [n, 2].
+
+    Infinite where there are fewer.
+    """
+    if len(x) < 5:
+        return np.full((len(x), 2), np.inf)
     return np.concatenate(
         [np.partition(found, (2, 4))[:, [2, 4]] for _, found in distance_rows(x, x, ids)]
     )
@@ -343,9 +363,11 @@ def manifold_figures(
     """Precision and recall (k = 3, [3]), density and coverage (k = 5, [4]).
 
     Neighbours of the same id are no neighbours. Real and fake must be equally many: coverage rises
-    with the number of fakes.
+    with the number of fakes. NaN where a slice has fewer than five neighbours.
     """
     radii, fake_radii = neighbour_radii(real, real_ids), neighbour_radii(fake, fake_ids)
+    if np.isinf(radii).any() or np.isinf(fake_radii).any():
+        return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     recalled, covered = np.zeros((2, len(real)), bool)
     precise = near = 0
     for rows, found in distance_rows(fake, real):
@@ -442,19 +464,17 @@ def relative_distance(real: Features, fake: Features, seed: int) -> dict[str, An
 
     Median and interval over random halves of the ids: half-samples, whose spread is that of a
     bootstrap over ids, without the repeated slices that would raise the floor. Below 1 is possible:
-    samples are independent of each other, slices of one id are not. Empty where a half would have a
-    single slice.
+    samples are independent of each other, slices of one id are not. NaN where a half would have a
+    single slice, or halves are the same.
     """
     rng, ratios, floors = np.random.default_rng(seed), [], []
     for _ in tqdm(range(NUM_HALVES), "halves of ids", leave=False):
         halves = halves_by_id(real.subjects, real.labels, rng)
-        if min(map(len, halves)) < 2:
-            return {}
         sets = [*(real.values[half] for half in halves), rng.permutation(fake.values)]
         n = min(map(len, sets))
         a, b, c = (gaussian(values[spread(len(values), n)]) for values in sets)
         floors.append(gaussian_distance(b, a))
-        ratios.append(gaussian_distance(c, a) / floors[-1])
+        ratios.append(gaussian_distance(c, a) / (floors[-1] or math.nan))
     return {
         "relative_fd": float(np.median(ratios)),
         "relative_fd_interval": interval(ratios),
@@ -466,7 +486,10 @@ def relative_distance(real: Features, fake: Features, seed: int) -> dict[str, An
 
 
 def similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """MS-SSIM ([5]) of pairs [n, 2] of uint8 images, over as many scales as their size allows."""
+    """MS-SSIM ([5]) of pairs [n, 2] of uint8 images, over as many scales as their size allows.
+
+    n is 1 or more.
+    """
     from torchmetrics.functional.image import (  # seconds, which training need not wait for
         multiscale_structural_similarity_index_measure as ms_ssim,
     )
@@ -482,25 +505,39 @@ def similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def draw_pairs(ids: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """Random pairs of one class and of different ids. -> [NUM_PAIRS, 2]."""
-    rng, pairs = np.random.default_rng(seed), []
-    while len(pairs) < NUM_PAIRS:
-        i, j = rng.integers(0, len(ids), 2)
-        if ids[i] != ids[j] and labels[i] == labels[j]:
-            pairs.append((i, j))
-    return np.array(pairs)
+    """Random pairs of one class and of different ids. -> [NUM_PAIRS, 2], or [0, 2] without any."""
+    rng, codes = np.random.default_rng(seed), np.unique(ids, return_inverse=True)[1]
+    first = rng.permutation(len(ids))
+    partners = {
+        i: np.flatnonzero((labels == labels[i]) & (codes != codes[i])) for i in first[:NUM_PAIRS]
+    }
+    able = [i for i in partners if len(partners[i])]
+    if not able:
+        return np.zeros((0, 2), int)
+    return np.array([(i, rng.choice(partners[i])) for i in np.resize(able, NUM_PAIRS)])
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve; the mean over pairs of classes where there are more than two."""
+    """Area under the ROC curve; the mean over pairs of classes where there are more than two.
+
+    NaN where a class has no slice.
+    """
+    from sklearn.metrics import (
+        roc_auc_score,  # more than a second, which training need not wait for
+    )
+
+    if len(np.unique(labels)) < scores.shape[1]:
+        return math.nan
     if scores.shape[1] == 2:
         return float(roc_auc_score(labels, scores[:, 1]))
     return float(roc_auc_score(labels, scores, multi_class="ovo"))
 
 
 def effect_size(values: np.ndarray, labels: np.ndarray) -> float:
-    """Cohen's d of the first class against the second; NaN where nothing varies."""
+    """Cohen's d of the first class against the second; NaN where nothing varies, or can."""
     a, b = values[labels == 0], values[labels == 1]
+    if min(len(a), len(b)) < 2:
+        return math.nan
     deviation = math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
     return float(a.mean() - b.mean()) / deviation if deviation else math.nan
 
@@ -576,13 +613,14 @@ def pose(images: np.ndarray) -> np.ndarray:
 
 def leaks(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     """Poses [n, 3] of fakes against real ones: spread of tilt as a ratio, sides in deviations of
-    the real ones, border in grey levels. Without a leak 1, 0 and 0."""
+    the real ones, border in grey levels. Without a leak 1, 0 and 0; NaN where real ones are alike.
+    """
     low, high = np.percentile(real, [16, 84], 0)
     fake_low, fake_high = np.percentile(fake, [16, 84], 0)
     shift = fake.mean(0) - real.mean(0)
     return {
-        "leak_rotation": float((fake_high - fake_low)[0] / (high - low)[0]),
-        "leak_flip": float(shift[1] / real[:, 1].std()),
+        "leak_rotation": float((fake_high - fake_low)[0] / ((high - low)[0] or math.nan)),
+        "leak_flip": float(shift[1] / (real[:, 1].std() or math.nan)),
         "leak_border": float(shift[2]),
     }
 

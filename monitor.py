@@ -30,6 +30,7 @@ from metrics import (
     class_scores,
     compute_features,
     conditional_variation,
+    encoder_extractor,
     features_of,
     frechet_distance,
     gaussian,
@@ -43,7 +44,6 @@ from metrics import (
     spread,
     spread_labels,
     to_tensor,
-    train_extractor,
     trained_encoder,
 )
 from modules import AdaptiveAugment, Discriminator, Generator
@@ -89,18 +89,33 @@ def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a text file, without a last one that was cut off; none without the file."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+    content = path.read_bytes() if path.exists() else b""
+    return [line.decode(errors="replace") for line in content.split(b"\n")[:-1]]
+
+
+def number(value: Any) -> float:
+    """A finite number, as it is; NaN for anything else."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if plain and abs(value) < 1e300 else math.nan
 
 
 def read_losses(run: Path, up_to: float = math.inf) -> np.ndarray:
-    """Rows (nimg, *STATS) of losses.csv up to an image count; NaN where one was not due."""
-    header, *lines = whole_lines(run / "losses.csv") or ["nimg"]
-    names = header.split(",")  # those of earlier versions had fewer
-    rows = np.full((len(lines), 1 + len(STATS)), np.nan)
-    values = [[float(value or "nan") for value in line.split(",")] for line in lines]
-    for name, column in zip(names, np.array(values).reshape(-1, len(names)).T, strict=True):
-        rows[:, ("nimg", *STATS).index(name)] = column
-    return rows[rows[:, 0] <= up_to]
+    """Rows (nimg, *STATS) of losses.csv up to an image count; NaN where one was not due.
+
+    Only lines that are whole count: as many numbers as there are names, at a later image each.
+    """
+    header, *lines = whole_lines(run / "losses.csv") or [""]
+    names, rows = header.split(","), []  # those of earlier versions had fewer
+    for line in lines if names[0] == "nimg" else ():
+        try:
+            values = [float(value or "nan") for value in line.split(",")]
+            row = dict(zip(names, values, strict=True))
+        except ValueError:
+            continue
+        if not rows or row["nimg"] > rows[-1][0]:
+            rows.append([row.get(name, math.nan) for name in ("nimg", *STATS)])
+    found = np.array(rows).reshape(-1, 1 + len(STATS))
+    return found[found[:, 0] <= up_to]
 
 
 def losses_text(rows: np.ndarray) -> str:
@@ -115,17 +130,34 @@ def append_losses(run: Path, rows: np.ndarray) -> None:
 
 
 def read_log(run: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
-    """Lines of log.jsonl up to an image count."""
-    lines = [json.loads(line) for line in whole_lines(run / "log.jsonl")]
-    return [line for line in lines if line["nimg"] <= up_to]
+    """Lines of log.jsonl up to an image count.
+
+    Only lines that are whole count: numbers by name, an epoch at a later image each.
+    """
+    found: list[dict[str, Any]] = []
+    for text in whole_lines(run / "log.jsonl"):
+        try:
+            line = json.loads(text)
+            nimg, _ = number(line["nimg"]), number(line["epoch"]) + 0
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        last = found[-1]["nimg"] if found else -1
+        if last < nimg <= up_to and math.isfinite(number(line["epoch"])):
+            found.append({k: v for k, v in line.items() if v is None or not math.isnan(number(v))})
+    return found
 
 
 def cut_logs(run: Path, up_to: int) -> None:
-    """Start both logs, or cut them back to what the last checkpoint has seen."""
+    """Start both logs, or cut them back to what the last checkpoint has seen and what is whole."""
     losses = ",".join(("nimg", *STATS)) + "\n" + losses_text(read_losses(run, up_to))
     log = "".join(json.dumps(line) + "\n" for line in read_log(run, up_to))
-    for name, text in (("losses.csv", losses), ("log.jsonl", log)):
-        write_atomically(run / name, lambda path, text=text: path.write_text(text))
+    for path, text, kept in (
+        (run / "losses.csv", losses, 1 + len(read_losses(run))),
+        (run / "log.jsonl", log, len(read_log(run))),
+    ):
+        if lost := max(0, len(whole_lines(path)) - kept):
+            say(f"note: {path}: {lost} lines that cannot be read are left out")
+        write_atomically(path, lambda partial, text=text: partial.write_text(text))
 
 
 # Diagnosis
@@ -148,41 +180,50 @@ class History(NamedTuple):
         return values[np.isfinite(values)]
 
     def fids(self) -> np.ndarray:
-        """FID where z moves a pixel further than noise does: before, samples are no slices yet,
-        and an encoder that has seen nothing but slices was found to hold them for good ones."""
-        if "fid" not in self.epochs:
-            return np.zeros(0)
-        counts = self.epochs["vary_z"] > self.epochs["vary_noise"]
-        return self.epochs["fid"][counts & np.isfinite(self.epochs["fid"])]
-
-    def newest_is_best(self) -> bool:
-        """Whether the last epoch has the lowest FID that counts."""
-        fids = self.fids()
-        return len(fids) > 0 and bool(self.epochs["fid"][-1] == fids.min())
+        """FID of the epochs whose FID counts."""
+        none = np.full(len(self.epochs.get("nimg", ())), math.nan)
+        fid, z, noise = (self.epochs.get(name, none) for name in ("fid", "vary_z", "vary_noise"))
+        return fid[(z > noise) & np.isfinite(fid)]
 
 
-def read_history(run: Path) -> History:
-    """The logs of a run."""
-    log, rows = read_log(run), read_losses(run)
+def history_of(log: list[dict[str, Any]], rows: np.ndarray) -> History:
+    """Lines of log.jsonl and rows of losses.csv by column."""
     names = sorted({name for line in log for name in line})
     epochs = {n: np.array([line.get(n) for line in log], dtype=float) for n in names}
     return History(epochs, dict(zip(("nimg", *STATS), rows.T, strict=True)))
 
 
+def read_history(run: Path) -> History:
+    """The logs of a run."""
+    return history_of(read_log(run), read_losses(run))
+
+
+def counted_fid(line: dict[str, Any]) -> float:
+    """FID of an epoch where it counts: z moves a pixel further than noise does. Else infinite.
+
+    Before, samples are no slices yet, and an encoder that has seen nothing but slices was found to
+    hold them for good ones.
+    """
+    fid, z, noise = (line.get(name) for name in ("fid", "vary_z", "vary_noise"))
+    counts = None not in (fid, z, noise) and z > noise
+    return fid if counts else math.inf
+
+
 class Rule(NamedTuple):
-    """Something that can be wrong with a run."""
+    """Something that can be wrong with a run, and what its settings allow to try."""
 
     holds: Callable[[History], bool]
     looks: str
-    advice: str
+    advice: tuple[str | tuple[Callable[[Config], bool], str], ...]
+
+    def advice_for(self, config: Config) -> str:
+        """What may be tried with these settings."""
+        parts = [(lambda _: True, part) if isinstance(part, str) else part for part in self.advice]
+        return "; ".join(text for fits, text in parts if fits(config))
 
 
 LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
-
-
 LEAST_SIGNAL = 0.05  # agreement above chance below which classes are taken for noise
-
-
 SETTLED = 5  # epochs or measurements before which nothing is expected of D or of the samples
 
 
@@ -205,81 +246,106 @@ def label_effect(h: History) -> float:
     return (h.last("agreement", SETTLED) - chance) / real if real > LEAST_SIGNAL else math.nan
 
 
+def with_ada(config: Config) -> bool:
+    return config.augment == "ada"
+
+
+def without_ada(config: Config) -> bool:
+    return config.augment != "ada"
+
+
+def ramps(config: Config) -> bool:
+    return config.label_ramp_kimg > 0
+
+
 RULES = {
     "not finite": Rule(
         lambda h: not np.isfinite(h.steps["g_loss"] + h.steps["d_loss"]).all(),
         "a loss is not a finite number",
-        "start again, or from an earlier checkpoint, with a lower learning_rate",
+        ("start again, or from an earlier checkpoint, with a lower learning_rate",),
     ),
     "numbers grow": Rule(
         lambda h: max(abs(h.last("real_logit")), abs(h.last("fake_logit"))) > 30,
         "the logits of D are above 30: numbers that are not finite may be near",
-        "raise r1_gamma or lower learning_rate",
+        ("raise r1_gamma or lower learning_rate",),
     ),
     "learning rate too high": Rule(
         lambda h: h.last("d_loss_spread") > 0.5,
         "the loss of D jumps: its deviation within an epoch is above 0.5",
-        "lower learning_rate, to a half or less",
+        ("lower learning_rate, to a half or less",),
     ),
     "D too weak": Rule(
         lambda h: (
             abs(h.last("d_loss", SETTLED) - 2 * math.log(2)) < 0.05 and h.last("real_sign") < 0.15
         ),
         "D cannot tell real from generated slices: its loss stays at 2 ln 2",
-        "lower r1_gamma; if augment is ada, lower ada_target",
+        ("lower r1_gamma", (lambda c: with_ada(c) and c.ada_p is None, "lower ada_target")),
     ),
     "D overfits": Rule(
         lambda h: h.last("overfitting", SETTLED) > 0.5,
         "D holds real slices that it was not trained on for generated ones",
-        'augment = "ada", a higher r1_gamma, or more data',
+        ((without_ada, "augment = ada"), "a higher r1_gamma, or more data"),
     ),
     "past its best": Rule(
         past_its_best,
         "FID has been rising for at least three measurements",
-        "use best.pt, and augment = ada in the next run",
+        ("use best.pt", (without_ada, "augment = ada in the next run")),
     ),
     "p at its cap": Rule(
         lambda h: abs(h.last("ada_p") - AdaptiveAugment.P_MAX) < 1e-6,
         "p of adaptive augmentation stays at its cap of 0.8",
-        "the data are few: raise r1_gamma or lower channel_max; look for leaks",
+        (
+            (lambda c: c.ada_p is None, "the data are few: raise r1_gamma or lower channel_max"),
+            (lambda c: c.ada_p is not None, "a lower ada_p"),
+            "look for leaks",
+        ),
     ),
     "augmentation leaks": Rule(
         lambda h: any(stays_above(h, name, limit) for name, limit in LEAK_LIMITS.items()),
         "samples are turned, mirrored, or lit in their background as the real slices are not",
-        "augment = ada in the place of dataset; lower flip, rotation, brightness or ada_noise",
+        (
+            (lambda c: c.augment == "dataset", "augment = ada in the place of dataset, or"),
+            (lambda c: c.augment == "dataset", "lower flip_prob, rotation or brightness"),
+            (with_ada, "lower ada_flip, ada_rotation, ada_brightness or ada_noise"),
+            (lambda c: c.augment == "none", "nothing is augmented here, so G made it: train on"),
+        ),
     ),
     "z ignored": Rule(
         lambda h: h.last("vary_z", SETTLED) < max(0.3, h.last("vary_noise") / 2),
         "samples hardly change with z: one picture per class, varied by noise alone at most",
-        "look at the grid; lower learning_rate, try label_ramp_kimg or style_mixing_prob = 0.5",
+        (
+            "look at the grid; lower learning_rate",
+            (lambda c: c.conditional and not ramps(c), "label_ramp_kimg"),
+            (lambda c: c.style_mixing_prob > 0.5, "style_mixing_prob = 0.5"),
+        ),
     ),
     "labels without signal": Rule(
         lambda h: h.last("agreement_real") - h.last("agreement_chance") < LEAST_SIGNAL,
         "a classifier trained on the training slices cannot tell the classes of test slices",
-        "look whether slices lie in the right class folders; if so, they do not show the class",
+        ("look whether slices lie in the right class folders; if so, they do not show the class",),
     ),
     "class ignored": Rule(
         lambda h: label_effect(h) < 0.2,
         "samples do not show the class asked for",
-        "train longer, with label_ramp_kimg = 0",
+        ("train longer", (ramps, "with label_ramp_kimg = 0")),
     ),
     "caricature": Rule(
         lambda h: label_effect(h) > 2,
         "the classes of samples are further apart than those of real slices",
-        "label_ramp_kimg at about half of the run; train longer",
+        ("train longer", (lambda c: not ramps(c), "label_ramp_kimg at about half of the run")),
     ),
     "loader too slow": Rule(
         lambda h: h.last("data_wait") > 0.2,
         "more than a fifth of the time goes in waiting for the loader",
-        "raise num_workers",
+        ("raise num_workers", "a cache on a local disk"),
     ),
 }
 
 
-def diagnose(history: History) -> dict[str, str]:
+def diagnose(history: History, config: Config) -> dict[str, str]:
     """What looks wrong in a run's logs, and what to try, by the name of the rule."""
     return {
-        name: f"{name}: {rule.looks}. Try: {rule.advice}"
+        name: f"{name}: {rule.looks}. Try: {rule.advice_for(config)}"
         for name, rule in RULES.items()
         if rule.holds(history)
     }
@@ -299,6 +365,9 @@ class TrainingFigures:
       asked for, the mean over classes; `agreement_real`: the same of real test slices.
     - `overfitting`: how far D holds test slices for fakes, 0 to 1 ([1], equation 1); None where D
       hardly tells training slices from fakes either.
+
+    A figure that needs more slices, or slices less alike, than there are is None, and said to be.
+    Its encoder belongs to the run.
     """
 
     def __init__(
@@ -306,15 +375,16 @@ class TrainingFigures:
     ) -> None:
         train, test = splits["train"], splits["test"]
         self.config, rng = config, np.random.default_rng(0)
-        self.encoder, _ = trained_encoder(train, data, config.cache)
+        own = config.out / "encoder.safetensors"
+        self.encoder, digest = trained_encoder(train, data, config.cache, own)
         if config.fid_extractor == "inception":
             self.extractor = load_inception(None, device)
         else:
-            self.extractor = train_extractor(train, data, config.cache)
+            self.extractor = encoder_extractor(self.encoder, digest, data)
+        self.missing: set[str] = set()
         self.real = features_of(train.images, self.extractor, config.cache, "training slices")
         halves = halves_by_id(train.subjects, train.labels, rng)
-        enough = min(map(len, halves)) > 1
-        self.floor = frechet_distance(*(self.real[half] for half in halves)) if enough else None
+        self.floor = frechet_distance(*(self.real[half] for half in halves))
         self.real = gaussian(self.real), self.real
         self.labels = spread_labels(train.labels, config.fid_images)
         self.samples = {}  # as many slices of each split, for D
@@ -322,10 +392,9 @@ class TrainingFigures:
             rows = rng.permutation(len(part.labels))  # mixed, as batches are in training
             rows = rows[: config.fid_images]
             self.samples[name] = Fakes(np.array(part.images[rows]), part.labels[rows])
-        self.classes = range(len(train.classes))
-        rows = [np.flatnonzero(train.labels == i) for i in self.classes]
+        rows = [np.flatnonzero(train.labels == i) for i in range(len(train.classes))]
         rows = [r[spread(len(r), MAX_DEVIATION)] for r in rows]
-        self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows]))
+        self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows])) or math.nan
         self.pose = pose(self.samples["train"].images)
         self.seen_real = self.agreement(Fakes(test.images, test.labels))
 
@@ -333,7 +402,8 @@ class TrainingFigures:
     def agreement(self, slices: Fakes) -> float:
         """Share of the slices of a class for which the encoder names it, the mean over classes."""
         named = class_scores(self.encoder, averaged(slices.images))[:, :-1].argmax(1)
-        return float(np.mean([(named == i)[slices.labels == i].mean() for i in self.classes]))
+        present = np.unique(slices.labels)
+        return float(np.mean([(named == i)[slices.labels == i].mean() for i in present]))
 
     @torch.no_grad()
     def logits(self, D: Discriminator, slices: Fakes) -> float:
@@ -364,7 +434,12 @@ class TrainingFigures:
         if G.c_dim:
             figures |= {"agreement": self.agreement(fakes), "agreement_real": self.seen_real}
             figures["agreement_chance"] = 1 / G.c_dim
-        return {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
+        found = {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
+        missing = {k for k, v in found.items() if v is None and figures[k] is not None}
+        if new := sorted(missing - self.missing):
+            say(f"note: too few slices, or too much alike, to measure {', '.join(new)}")
+        self.missing |= missing
+        return found
 
 
 # Recording
@@ -396,7 +471,8 @@ class Recorder:
         if rank() == 0:
             cut_logs(self.run, cur_nimg)
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=cur_nimg + 1)
-            self.logged = max((line["nimg"] for line in read_log(self.run)), default=0)
+            self.lines = read_log(self.run)
+            self.logged = self.lines[-1]["nimg"] if self.lines else 0
             rows = read_losses(self.run)
             rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
             self.epoch_rows = list(rows[rows[:, 0] > self.logged])  # of the epoch under way
@@ -430,15 +506,24 @@ class Recorder:
 
     def missed_epoch(self) -> int:
         """On all ranks: the epoch that ended with the last step, if its line is missing, or 0."""
-        nimg = self.cur_nimg
-        epoch = max(0, nimg - self.config.batch_size) // self.epoch_size + 1
-        missed = rank() == 0 and nimg >= epoch * self.epoch_size and self.logged < nimg
-        return most_of_ranks(epoch * missed)
+        missed = rank() == 0 and self.logged < self.cur_nimg
+        return most_of_ranks(self.ended_epoch() if missed else 0)
+
+    def ended_epoch(self) -> int:
+        """The epoch that ended with the last step, the last of them if several did, or 0."""
+        before = (self.cur_nimg - self.config.batch_size) // self.epoch_size
+        now = self.cur_nimg // self.epoch_size
+        return min(now, self.config.epochs) if now > before else 0
 
     def comes_due(self, kimg: float) -> bool:
         """Whether a multiple of so many thousand images was passed since the last epoch's end."""
         passed = [int(nimg // (kimg * 1000)) for nimg in (self.logged, self.cur_nimg)]
         return passed[0] < passed[1]
+
+    def grid_due(self, epoch: int) -> bool:
+        """Whether a multiple of the interval lies in the epochs since the last one's end."""
+        interval = grid_interval(self.config, epoch)
+        return epoch // interval > self.logged // self.epoch_size // interval
 
     def summary(self, epoch: int, pl_mean: float) -> dict[str, float | None]:
         """Speed and the means of the epoch's steps; None where there were none."""
@@ -455,19 +540,17 @@ class Recorder:
             line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
         return line | {"pl_mean": pl_mean, "d_loss_spread": float(columns["d_loss"].std())}
 
-    def write_line(self, line: dict[str, float | None]) -> History:
-        """An epoch's line in log.jsonl and on TensorBoard. -> all that the logs hold now."""
+    def write_line(self, line: dict[str, float | None]) -> None:
+        """An epoch's line in log.jsonl and on TensorBoard; says once what looks wrong."""
         with open(self.run / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if value is not None:
                 self.board.add_scalar(name, value, self.cur_nimg)
+        self.lines.append(line)
+        history = history_of(self.lines, np.array(self.epoch_rows))
         self.epoch_rows = []
-        return read_history(self.run)
-
-    def warn(self, history: History) -> None:
-        """Say what looks wrong, each thing once."""
-        for name, text in diagnose(history).items():
+        for name, text in diagnose(history, self.config).items():
             if name not in self.warned:
                 self.warned.add(name)
                 say(f"warning: {text}")
@@ -500,7 +583,7 @@ class Recorder:
         if rank() == 0:
             self.board.close()
             plot_losses(self.run, self.run / "losses.png")
-            plot_curves(self.run, self.run / "curves.png")
+            plot_curves(self.run, self.run / "curves.png", self.config)
             plot_progress(self.run, self.run / "progress.png")
 
 
@@ -518,11 +601,12 @@ def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
 
 def draw_loss(ax: Axes, run: Path, name: str, color: str = "C0") -> None:
     """One loss of a run on an axis: each step, smoothed, and the mean of each epoch."""
-    rows, epochs = read_losses(run), read_log(run)
-    kimg, values = rows[:, 0] / 1000, rows[:, 1 + STATS.index(name)]
+    epochs, steps = read_history(run)
+    kimg, values = steps["nimg"] / 1000, steps[name]
     ax.plot(kimg, values, lw=0.5, alpha=0.3, color=color)
     ax.plot(kimg, smooth(values, 50), color=color, label=f"{name}, smoothed")
-    ax.plot([e["nimg"] / 1000 for e in epochs], [e[name] for e in epochs], "o", ms=3, color=color)
+    if name in epochs:
+        ax.plot(epochs["nimg"] / 1000, epochs[name], "o", ms=3, color=color)
     ax.set(xlabel="thousands of real images seen", ylabel="loss")
     ax.grid(alpha=0.3)
 
@@ -569,7 +653,7 @@ PANELS = (
 )  # fmt: skip
 
 
-def plot_curves(run: Path, path: Path) -> None:
+def plot_curves(run: Path, path: Path, config: Config) -> None:
     """Everything a run measures of itself, healthy ranges shaded, each with a caption in words."""
     history = read_history(run)
     shown = [p for p in PANELS if any(len(history.measured(name)) for name in p[1])]
@@ -591,7 +675,7 @@ def plot_curves(run: Path, path: Path) -> None:
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=7, frameon=False)
         ax.grid(alpha=0.3)
-    found = diagnose(history).values()
+    found = diagnose(history, config).values()
     text = "Against thousands of real images seen. Green: healthy range. Thin: steps, smoothed.\n"
     figure.suptitle(text + ("\n".join(found) or "No rule finds anything wrong."), fontsize=9)
     figure.tight_layout()

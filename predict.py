@@ -15,6 +15,7 @@ References:
 """
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ from modules import Generator
 from monitor import draw_loss, read_log, read_square
 from utils import (
     FREE_TO_CHANGE,
+    compiled_folder,
     ensure_writable,
     load_generator,
     newest_run,
@@ -53,6 +55,8 @@ from utils import (
     run_folder,
     save_figure,
     save_grey,
+    say,
+    shown,
     tile,
     to_uint8,
 )
@@ -61,6 +65,7 @@ PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)
 SWEEP_SEEDS = 4
 NUM_COMPONENTS = 50  # principal components that stand for a slice
 MAX_FITTED = 4000  # slices that fit the components
+LEAST_POINTS = 4  # of an embedding
 MAX_POINTS = 600  # real slices in an embedding, and as many generated ones
 
 
@@ -157,7 +162,7 @@ def draw_truncation(G: Generator, classes: dict[int, str], seeds: list[int], out
             [H * (i + 0.5) for i in range(len(PSI_SWEEP))], [f"psi {psi}" for psi in PSI_SWEEP]
         )
         ax.set_yticks([H * (i + 0.5) for i in range(len(seeds))], [f"seed {s}" for s in seeds])
-        ax.set_title(name)
+        ax.set_title(shown(name))
     save_figure(figure, out / "truncation.png")
 
 
@@ -192,7 +197,8 @@ def embed(features: np.ndarray) -> dict[str, np.ndarray]:
     from umap import UMAP  # compiles for seconds on import
 
     n = len(features)
-    tsne = TSNE(perplexity=min(30, (n - 1) / 3), init="pca", random_state=0)
+    init = "pca" if features.shape[1] > 1 else "random"
+    tsne = TSNE(perplexity=min(30, (n - 1) / 3), init=init, random_state=0)
     with warnings.catch_warnings():  # that a seed rules out parallelism is what we want
         warnings.simplefilter("ignore", UserWarning)
         umap = UMAP(n_neighbors=min(15, n - 1), random_state=0).fit_transform(features)
@@ -200,9 +206,17 @@ def embed(features: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def draw_embedding(
-    features: np.ndarray, labels: np.ndarray, fake: np.ndarray, names: list[str], caption: str
-) -> Figure:
+    features: np.ndarray,
+    labels: np.ndarray,
+    fake: np.ndarray,
+    names: list[str],
+    caption: str,
+    path: Path,
+) -> None:
     """Two panels coloured by class: real slices are dots, `fake` [N] (bool) ones crosses."""
+    if len(features) < LEAST_POINTS or not features.std(0).any():
+        say(f"no {path.name}: fewer than {LEAST_POINTS} images, or all of them alike")
+        return
     figure = Figure(figsize=(11, 5.4))
     for ax, (title, points) in zip(figure.subplots(1, 2), embed(features).items(), strict=True):
         for label, name in enumerate(names):
@@ -213,22 +227,19 @@ def draw_embedding(
                 x, y = points[(labels == label) & chosen].T
                 if len(x):
                     style = {"s": 14, "alpha": 0.6, "color": f"C{label}", "linewidths": 0.8}
-                    ax.scatter(x, y, marker=marker, label=f"{name} ({kind})", **style)
+                    ax.scatter(x, y, marker=marker, label=shown(f"{name} ({kind})"), **style)
         ax.set(title=title, xticks=[], yticks=[])
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 0.03))
     figure.text(0.5, 0.02, caption, ha="center", va="top", fontsize=9)
-    return figure
+    save_figure(figure, path)
 
 
 def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> None:
     """Real test slices by true class with as many generated ones, in features of the images."""
     train, test = splits["train"], splits["test"]
-    if len(test.labels) < 4:
-        print("fewer than 4 test slices: no embedding of them")
-        return
     fitted = pixels(train.images[spread(len(train.images), MAX_FITTED)])
-    components = min(NUM_COMPONENTS, len(fitted) - 1)
+    components = max(1, min(NUM_COMPONENTS, len(fitted) - 1))
     pca = PCA(components, svd_solver="randomized", random_state=0).fit(fitted)
     features = {k: pca.transform(pixels(s.images)) for k, s in splits.items()}
     probe = probe_by_id((features["train"], train), (features["test"], test))
@@ -243,22 +254,21 @@ def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> 
     )
     both = np.concatenate([features["test"][chosen], fake])
     is_fake = np.arange(len(both)) >= len(labels)
-    figure = draw_embedding(both, np.tile(labels, 2), is_fake, test.classes, caption)
-    save_figure(figure, out / "embedding_images.png")
+    path = out / "embedding_images.png"
+    draw_embedding(both, np.tile(labels, 2), is_fake, test.classes, caption, path)
 
 
 @torch.no_grad()
 def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
     """The intermediate latents w by the class asked for."""
-    labels = np.arange(len(names)).repeat(MAX_POINTS // len(names))
+    labels = np.arange(len(names)).repeat(math.ceil(MAX_POINTS / len(names)))
     z = latents(list(range(len(labels))), G.z_dim)
     device = next(G.parameters()).device
     w = G.mapping.map(z.to(device), one_hot(labels, G.c_dim).to(device)).cpu().numpy()
     caption = (
         "w of the mapping network. The label is one of its inputs: it may separate by that alone."
     )
-    figure = draw_embedding(w, labels, np.ones(len(w), bool), names, caption)
-    save_figure(figure, out / "embedding_w.png")
+    draw_embedding(w, labels, np.ones(len(w), bool), names, caption, out / "embedding_w.png")
 
 
 # Comparison
@@ -304,7 +314,8 @@ def draw_fid(ax: Axes, runs: Sequence[Path]) -> None:
     """
     kinds = [(read_run_config(r)[0].fid_extractor, read_run_config(r)[2]) for r in runs]
     for i, (run, kind) in enumerate(zip(runs, kinds, strict=True)):
-        line = [(e["nimg"] / 1000, e["fid"], e["fid_floor"]) for e in read_log(run) if e.get("fid")]
+        log = [e for e in read_log(run) if e.get("fid") is not None]
+        line = [(e["nimg"] / 1000, e["fid"], e.get("fid_floor")) for e in log]
         if line and kind == kinds[0]:
             kimg, fid, floor = zip(*line, strict=True)
             ax.plot(kimg, fid, ".-", color=f"C{i}", label=f"{run.name}, lowest {min(fid):.2f}")
@@ -333,7 +344,7 @@ def real_slices(config: Config, options: Options, known: list[str]) -> dict[str,
     """The run's data, or --data-root; None if the run's own folder is not on this machine."""
     root = options.data_root or config.data_root
     if options.data_root is None and root is not None and not root.exists():
-        print(f"{root} is not here: no embedding of real slices (--data-root names another place)")
+        say(f"{root} is not here: no embedding of real slices (--data-root names another place)")
         return None
     splits, _ = load_slices(replace(config, data_root=root, cache=options.cache or config.cache))
     if splits["train"].classes != known:
@@ -349,6 +360,8 @@ def predict(options: Options) -> Path:
     classes = chosen_classes(options.classes, known)
     out = options.out or run_folder(source) / "predict"
     ensure_writable(out)
+    cache = options.cache or config.cache
+    os.environ.setdefault("NUMBA_CACHE_DIR", compiled_folder(cache))  # of UMAP
     splits = real_slices(config, options, known)
     seeds = list(options.seeds or range(options.count))
     for label, name in tqdm(classes.items(), "sampling", unit="class"):
@@ -367,9 +380,9 @@ def main() -> None:
         path = (options.out or Path("runs")) / "comparison.png"
         ensure_writable(path.parent)
         plot_comparison(options.compare, path)
-        print(path)
+        say(str(path))
     else:
-        print(f"figures in {predict(options)}")
+        say(f"figures in {predict(options)}")
 
 
 if __name__ == "__main__":

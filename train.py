@@ -25,19 +25,22 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import CPU, GPU, Config, UserError
-from dataset import Slices, load_slices, make_loader
+from dataset import Slices, load_slices, make_loader, normalize
 from metrics import find_inception
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from monitor import (
@@ -45,9 +48,9 @@ from monitor import (
     STATS,
     Recorder,
     TrainingFigures,
+    counted_fid,
     diagnose,
     due_statistics,
-    grid_interval,
     plot_curves,
     read_history,
 )
@@ -58,6 +61,7 @@ from utils import (
     broadcast_from_rank_0,
     checkpoints,
     feature_dtype,
+    first_line,
     keep_freed_memory,
     load_checkpoint,
     most_of_ranks,
@@ -207,8 +211,7 @@ class Phases:
                 stats = self.backward(phase, seed, *args)
             say(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
         except Exception as error:  # the compiler's are of many types
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            say(f"warning: {phase.__name__} cannot be compiled, going on without: {reason}")
+            say(f"warning: {phase.__name__} cannot be compiled, without: {first_line(error)}")
             self.compiled = {}
             optimizer.zero_grad(set_to_none=True)
             stats = self.backward(phase, seed, *args)
@@ -245,7 +248,7 @@ class TrainingState:
         self.g_opt = lazy_adam(self.G, config.learning_rate, config.pl_interval)
         self.d_opt = lazy_adam(self.D, config.learning_rate, config.r1_interval)
         self.pl_mean = torch.zeros([], device=device)
-        self.cur_nimg = 0
+        self.cur_nimg, self.best_fid = 0, math.inf
         auto = "on" if device.type == "cuda" else "off"
         mode = auto if config.compile == "auto" else config.compile
         self.phases = Phases(mode)
@@ -257,6 +260,7 @@ class TrainingState:
         return state | {
             "pl_mean": self.pl_mean,
             "cur_nimg": self.cur_nimg,
+            "best_fid": self.best_fid,
             "num_ranks": num_ranks(),
             "settings": plain_settings(self.config),
         }
@@ -269,6 +273,7 @@ class TrainingState:
             getattr(self, name).load_state_dict(state[name])
         self.pl_mean.copy_(state["pl_mean"])
         self.cur_nimg = state["cur_nimg"]
+        self.best_fid = state.get("best_fid", math.inf)  # earlier versions did not keep it
 
 
 def lazy_adam(net: torch.nn.Module, learning_rate: float, interval: int) -> torch.optim.Adam:
@@ -387,7 +392,7 @@ def save_run(state: TrainingState) -> None:
     """Write a checkpoint and the generator; keep the newest few checkpoints."""
     run = state.config.out
     write_checkpoint(state, run / "checkpoints" / f"{state.cur_nimg:010d}.pt")
-    save_generator(run, state.G_ema)
+    save_generator(run, state.G_ema, state.cur_nimg)
     for old in checkpoints(run)[:-KEPT_CHECKPOINTS]:
         old.unlink()
 
@@ -406,12 +411,19 @@ def diverged(state: TrainingState, where: str, nimg: float) -> UserError:
 
 
 def batches(
-    loader: Iterable, recorder: Recorder, device: torch.device
+    loader: DataLoader, recorder: Recorder, one_hots: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a loader on the device, clocking how long this rank waits for them.
 
     A GPU is at most two steps behind, so that what is waited for is what it lacks.
+
+    Args:
+        one_hots: [classes, c_dim], on the device.
+
+    Yields:
+        images [N, 1, R, R] in [-1, 1] and labels [N, c_dim].
     """
+    device = one_hots.device
     iterator = iter(loader)
     steps: deque[torch.cuda.Event] = deque()
     recorder.start_clock()
@@ -427,7 +439,11 @@ def batches(
         recorder.waited += time.perf_counter() - asked
         if batch is None:
             return
-        yield tuple(part.to(device, non_blocking=device.type == "cuda") for part in batch)
+        images, labels = (torch.from_numpy(part) for part in batch)
+        if device.type == "cuda":
+            images, labels = images.pin_memory(), labels.pin_memory()
+        images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
+        yield normalize(images), one_hots[labels]
         if device.type == "cuda":
             steps.append(torch.cuda.Event())
             steps[-1].record()
@@ -441,16 +457,14 @@ def flush(state: TrainingState, recorder: Recorder) -> dict[str, float]:
     return newest
 
 
-def end_step(
-    state: TrainingState, recorder: Recorder, stats: Tensor, epoch: int
-) -> dict[str, float]:
-    """What is due after a step of an epoch. -> its statistics, where they were looked at."""
+def end_step(state: TrainingState, recorder: Recorder, stats: Tensor) -> dict[str, float]:
+    """What is due after a step. -> its statistics, where they were looked at."""
     recorder.add(state.cur_nimg, stats)
-    ended = state.cur_nimg >= epoch * recorder.epoch_size
-    shown = flush(state, recorder) if ended or len(recorder.pending) == FLUSH_STEPS else {}
-    if ended:
+    epoch = recorder.ended_epoch()
+    newest = flush(state, recorder) if epoch or len(recorder.pending) == FLUSH_STEPS else {}
+    if epoch:
         end_epoch(state, recorder, epoch)
-    return shown
+    return newest
 
 
 def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
@@ -468,11 +482,11 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
                     line |= recorder.figures.measure(state.G_ema, state.D)
     except Stopped:
         return
-    history = recorder.write_line(line | {"upkeep": recorder.upkeep_share(started)})
-    if history.newest_is_best():
+    recorder.write_line(line | {"upkeep": recorder.upkeep_share(started)})
+    if (fid := counted_fid(line)) < state.best_fid:
+        state.best_fid = fid
         write_checkpoint(state, config.out / "best.pt")
-    recorder.warn(history)
-    if last or epoch % grid_interval(config, epoch) == 0:
+    if last or recorder.grid_due(epoch):
         recorder.save_grid(state.G_ema, epoch, weight)
     if last or recorder.comes_due(config.checkpoint_kimg):
         save(state, recorder)
@@ -489,7 +503,7 @@ def save(state: TrainingState, recorder: Recorder) -> None:
 
 
 def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], str]:
-    """The last checkpoint, if any, the slices, and their identity; writes config.json.
+    """The last checkpoint, if any, the slices, and their identity; writes to the cache only.
 
     Raises:
         UserError: whatever is wrong with the settings, the run folder or the data.
@@ -506,8 +520,6 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
     splits, data = load_slices(config)
     if saved is None and config.init_from is not None:
         source_of_weights(config, splits["train"].c_dim)
-    if rank() == 0:
-        start_run(config, splits["train"].classes, data)
     return saved, splits, data
 
 
@@ -555,6 +567,16 @@ def run(config: Config) -> None:
     keep_freed_memory(device)
     with rank_0_first(device):
         saved, splits, data = prepare(config)
+        classes = splits["train"].classes
+        lock = start_run(config, classes, data, saved) if rank() == 0 else nullcontext()
+    with lock:
+        work(config, splits, data, saved, device)
+
+
+def work(
+    config: Config, splits: dict[str, Slices], data: str, saved: Any, device: torch.device
+) -> None:
+    """What is left of training after preparing it, in a run folder of its own."""
     slices = splits["train"]
     state = start_state(config, slices, device, saved)
     if not slices.c_dim:
@@ -574,7 +596,8 @@ def run(config: Config) -> None:
             if missed and rank() == 0:
                 end_epoch(state, recorder, missed)
             if not most_of_ranks(bool(STOP.name)):
-                loop(state, slices, recorder, total)
+                with lost_workers_named(config):
+                    loop(state, slices, recorder, total)
             if rank() == 0:
                 save(state, recorder)
         finally:
@@ -584,23 +607,39 @@ def run(config: Config) -> None:
     say(f"done: {images}" if done else stopped_line(images))
 
 
+@contextmanager
+def lost_workers_named(config: Config) -> Iterator[None]:
+    """Raises UserError where a worker of the loader died, or sent nothing for long.
+
+    PyTorch raises the first from a signal, wherever the main process is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        advice = f"num_workers = {config.num_workers}: 0 loads without other processes"
+        raise UserError(f"the loader lost a worker: {first_line(error)}. {advice}") from error
+
+
 def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -> None:
     """Steps up to `total` images, or until any rank is asked to stop."""
     config, n = state.config, len(slices.images)
-    label_pool = one_hot(slices.labels, slices.c_dim).to(state.device)
-    loader = make_loader(slices, config, state.cur_nimg, total, state.device.type == "cuda")
+    one_hots = one_hot(np.arange(len(slices.classes)), slices.c_dim).to(state.device)
+    label_pool = one_hots[torch.from_numpy(slices.labels).to(state.device)]
+    loader = make_loader(slices, config, state.cur_nimg, total)
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file needs no thousands of lines
     with tqdm(
         total=total, initial=state.cur_nimg, unit="img", mininterval=pace, smoothing=0.05,
         disable=rank() > 0,
     ) as bar:  # fmt: skip
-        for real, c in batches(loader, recorder, state.device):
+        for real, c in batches(loader, recorder, one_hots):
             epoch = state.cur_nimg // n + 1
             bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
             stats = train_step(state, real, c, label_pool)
             bar.update(config.batch_size)
-            if rank() == 0 and (shown := end_step(state, recorder, stats, epoch)):
-                bar.set_postfix({k: f"{shown[k]:.2f}" for k in ("d_loss", "g_loss")})
+            if rank() == 0 and (newest := end_step(state, recorder, stats)):
+                bar.set_postfix({k: f"{newest[k]:.2f}" for k in ("d_loss", "g_loss")})
             if most_of_ranks(bool(STOP.name)):
                 return
 
@@ -622,10 +661,10 @@ def parse_settings(args: list[str] | None = None) -> Config:
 
 def print_diagnosis(run: Path) -> None:
     """What looks wrong in a run. Raises UserError if it is none."""
-    read_run_config(run)
-    found = diagnose(read_history(run))
-    print("\n".join(found.values()) or f"{run}: nothing looks wrong")
-    plot_curves(run, run / "curves.png")
+    config, _, _ = read_run_config(run)
+    found = diagnose(read_history(run), config)
+    say("\n".join(found.values()) or f"{run}: nothing looks wrong")
+    plot_curves(run, run / "curves.png", config)
 
 
 def main() -> None:

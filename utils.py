@@ -8,21 +8,25 @@ import ctypes
 import hashlib
 import json
 import os
+import platform
+import shutil
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from tqdm import tqdm
@@ -30,13 +34,24 @@ from tqdm import tqdm
 from config import Config, UserError
 from modules import Generator, channels
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 RUNS = Path("runs")
 PATHS = ("data_root", "out", "cache", "init_from")  # settings that are paths
 # Settings that say where, how long and how often, not what a run learns
 FREE_TO_CHANGE = (
     "epochs", "out", "cache", "data_root", "device", "num_workers", "precision", "compile",
-    "snapshot_epochs", "checkpoint_kimg", "fid_kimg",
+    "snapshot_epochs", "checkpoint_kimg", "fid_kimg", "any_classes",
 )  # fmt: skip
+
+
+def shown(text: object) -> str:
+    """Text for a terminal or a picture: what is no UTF-8, and escape codes, as backslash codes."""
+    plain = str(text).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in plain)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -48,8 +63,8 @@ def run_command(main: Callable[[], None]) -> None:
         if STOP.name:
             sys.stdout.flush()
             os._exit(0)  # the compiler's threads would be waited for, which may take long
-    except UserError as error:
-        print(f"rank {rank()}: " * (rank() > 0) + f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # of the system: no permission, no space, a lost disk
+        print(shown(f"rank {rank()}: " * (rank() > 0) + f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -76,6 +91,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name, self.waits = "", False
+        self.before: dict[int, Any] = {}  # the handlers that it stands in for
 
     def __enter__(self) -> "StopRequest":
         self.name, self.waits = "", False
@@ -112,12 +128,23 @@ class StopRequest:
         finally:
             self.waits = before
 
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """A request within ends the process: it waits where Python cannot answer."""
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in self.before}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def __exit__(self, *_: object) -> None:
         self.waits = True
         if hasattr(signal, "SIGALRM"):
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before = {}
 
 
 STOP = StopRequest()  # one a process, as its signals are
@@ -178,7 +205,13 @@ def tune(device: torch.device, cache: Path) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # not the user's
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.absolute() / "compiled")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_folder(cache)
+
+
+def compiled_folder(cache: Path) -> str:
+    """Where libraries keep what they compile: a home folder may not be there."""
+    cache = cache if is_writable(cache) else Path(tempfile.gettempdir())
+    return str(cache.absolute() / "compiled")
 
 
 def stream_seed(purpose: str, *parts: int) -> int:
@@ -210,7 +243,8 @@ def rank_0_first(device: torch.device) -> Iterator[None]:
     """The other ranks enter when rank 0 has left: they find the files it wrote, or end with it."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if rank() > 0:
-        dist.init_process_group(backend)
+        with STOP.deaf():
+            dist.init_process_group(backend)
     yield
     if rank() == 0 and num_ranks() > 1:
         dist.init_process_group(backend)
@@ -245,7 +279,7 @@ def most_of_ranks(value: int) -> int:
 def say(text: str) -> None:
     """Print, on rank 0 only, above a progress bar."""
     if rank() == 0:
-        tqdm.write(text)
+        tqdm.write(shown(text))
         sys.stdout.flush()
 
 
@@ -266,10 +300,39 @@ def run_folder(path: Path) -> Path:
     return folder.parent if folder.name == "checkpoints" else folder
 
 
+def partial_path(path: Path) -> Path:
+    """The name under which this process writes a file or folder until it is whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}@{platform.node()}.partial")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what processes that were killed left half written, here or in a subfolder.
+
+    Of this machine that is known of the process; of another, what is older than a day is left over.
+    """
+    for path in folder.rglob("*.partial"):
+        writer, _, node = path.name.split(".")[-2].partition("@")
+        try:
+            dead = node == platform.node() and not is_running(int(writer))
+            if dead or path.stat().st_mtime < time.time() - 86400:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except (OSError, ValueError):
+            continue  # gone meanwhile, not ours to delete, or not of this project
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is someone else's
+    return True
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name, sync it, rename it: readers see the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
         write(partial)
         with open(partial, "rb+") as file:
@@ -279,13 +342,45 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether a folder can be written, or created."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
 def ensure_writable(folder: Path) -> None:
     """Raises UserError where the folder could not be written or created; writes nothing itself."""
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UserError(f"cannot write to {folder}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not is_writable(folder):
         raise UserError(f"cannot write to {folder}: no permission in {existing}")
+
+
+def make_once(path: Path, write: Callable[[Path], Any]) -> Path:
+    """The path of a file of a cache, which is written if it is not there. Raises UserError."""
+    if not path.exists():
+        ensure_writable(path.parent)
+        write_atomically(path, write)
+    return path
+
+
+def lock(folder: Path) -> TextIO:
+    """Keep other processes out of a folder, on shared storage too, while the file is open.
+
+    Raises:
+        UserError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")
+    try:
+        if fcntl:  # of the process: it ends with it, and no worker of the loader inherits it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(f"out = {folder}: another process is training there") from error
+    except OSError as error:  # a file system without locks
+        say(f"note: {folder} cannot be locked ({error.strerror}): let nothing else train there")
+    return file
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -294,11 +389,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if {"G_ema", "settings", "cur_nimg"} <= state.keys():
             return state
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch raises a different type for each kind of damage
         raise UserError(
-            f"{path} is truncated or no checkpoint; move it away to go on from the one before it"
+            f"{path} is truncated or no checkpoint ({first_line(error)}); "
+            "move it away to go on from the one before it"
         ) from error
     raise UserError(f"{path} is no checkpoint of this project")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def plain_settings(config: Config) -> dict[str, str | int | float | None]:
@@ -321,11 +424,14 @@ def read_run_config(run: Path) -> tuple[Config, list[str], str]:
         known = {field.name for field in fields(Config)}
         settings = {k: v for k, v in saved["settings"].items() if k in known}
         paths = {k: Path(settings[k]) for k in PATHS if settings.get(k)}
-        return Config(**settings | paths), saved["classes"], saved["data"]
+        classes, data = saved["classes"], saved["data"]
+        if not classes or not all(isinstance(v, str) for v in [*classes, data]):
+            raise ValueError("classes and data must be names")
+        return Config(**settings | paths), classes, data
     except FileNotFoundError as error:
         raise UserError(f"{run} is no run: it has no config.json") from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -354,18 +460,43 @@ def open_run(config: Config) -> dict[str, Any] | None:
     return state
 
 
-def start_run(config: Config, classes: list[str], data: str) -> None:
-    """Write config.json. Raises UserError if the run was trained on other data."""
+def start_run(
+    config: Config, classes: list[str], data: str, saved: dict[str, Any] | None
+) -> TextIO:
+    """Take the folder for this process and write config.json. -> the lock, open while it trains.
+
+    Raises:
+        UserError: the run was trained on other data, or another process trains there, or did since
+            the checkpoint `saved` was read.
+    """
     if (config.out / "config.json").exists():
         if read_run_config(config.out)[1:] != (classes, data):
             raise UserError(f"{config.out} was trained on other data; use another --out")
+    file = lock(config.out)
+    nimg = saved["cur_nimg"] if saved else 0
+    if checkpoints(config.out)[-1:] > [config.out / "checkpoints" / f"{nimg:010d}.pt"]:
+        raise UserError(f"{config.out}: another process trained there; the same command goes on")
+    sweep(config.out)
     write_run_config(config.out, config, classes, data)
+    return file
 
 
-def save_generator(run: Path, G_ema: Generator) -> None:
+def save_generator(run: Path, G_ema: Generator, cur_nimg: int) -> None:
     """Write generator.safetensors, which together with config.json is what is shared."""
     state = {name: value.contiguous() for name, value in G_ema.state_dict().items()}
-    write_atomically(run / "generator.safetensors", lambda path: save_file(state, path))
+    content = save(state, {"cur_nimg": str(cur_nimg)})
+    # the library's own way to a file would leave it readable to its owner only
+    write_atomically(run / "generator.safetensors", lambda path: path.write_bytes(content))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Its tensors. Raises UserError where it cannot be read or is damaged."""
+    try:
+        return load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # safetensors has its own exception, not a ValueError
+        raise UserError(f"{path} is truncated or no safetensors file") from error
 
 
 def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
@@ -385,10 +516,7 @@ def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
     if weights.suffix == ".pt":
         state = load_checkpoint(weights)["G_ema"]
     else:
-        try:
-            state = load_file(weights)
-        except Exception as error:  # safetensors has its own exception, not a ValueError
-            raise UserError(f"{weights} is truncated or no safetensors file") from error
+        state = read_safetensors(weights)
     G = Generator(config, len(classes) if len(classes) > 1 else 0)
     try:
         G.load_state_dict(state)

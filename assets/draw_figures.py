@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from config import CPU, Config
-from dataset import SPLITS, Slices, TrainingSlices, load_slices
+from dataset import SPLITS, Slices, TrainingSlices, load_slices, normalize
 from modules import AdaptiveAugment
 from utils import save_figure, save_grey, tile, to_uint8
 
@@ -137,19 +137,21 @@ def draw_augmentation(slices: Slices, config: Config) -> None:
     for image in plain[range(NUM_SUBJECTS)][0]:
         places = [find(plain, image, epoch * n, n) for epoch in range(NUM_DRAWS)]
         pictures += [image, *(changed[range(p, p + 1)][0][0] for p in places)]
-    save_grey(tile(to_uint8(torch.stack(pictures)), NUM_DRAWS + 1), FOLDER / "augmentation.png")
+    save_grey(tile(np.stack(pictures), NUM_DRAWS + 1), FOLDER / "augmentation.png")
 
 
-def find(stream: TrainingSlices, image: torch.Tensor, start: int, count: int) -> int:
+def find(stream: TrainingSlices, image: np.ndarray, start: int, count: int) -> int:
     """Position in an epoch at which the stream shows the same slice again."""
     return start + next(
-        i for i, shown in enumerate(stream[range(start, start + count)][0]) if shown.equal(image)
+        i
+        for i, shown in enumerate(stream[range(start, start + count)][0])
+        if np.array_equal(shown, image)
     )
 
 
 def draw_ada(slices: Slices, config: Config) -> None:
     """Slices as they are (left), under each kind of change alone, and under all at p = 0.8."""
-    img = torch.from_numpy(slices.images[[7, 1607, 2407]]).float()[:, None] / 127.5 - 1
+    img = normalize(torch.from_numpy(slices.images[[7, 1607, 2407]]))
     columns = [img]
     torch.manual_seed(1)
     for kind in STRENGTHS:

@@ -384,7 +384,7 @@ def loader_rate(config: Config, seconds: float) -> float:
     R, n = config.img_resolution, 4096
     images = np.random.default_rng(0).integers(0, 256, (n, R, R), dtype=np.uint8)
     slices = Slices(images, np.arange(n) % 2, np.arange(n) // 20, ["AD", "NC"])
-    batches = iter(make_loader(slices, config, 0, 10**6 * config.batch_size, False))
+    batches = iter(make_loader(slices, config, 0, 10**6 * config.batch_size))
     next(batches)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < 3 * seconds or count < 50 * config.batch_size:

@@ -1,17 +1,25 @@
 """Tiny settings and a tiny data set of bright ellipses, some with a dark centre, for all tests."""
 
 import faulthandler
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+# Before NumPy and PyTorch: tiny sums are slower with more threads, by far on a shared machine
+os.environ["OMP_NUM_THREADS"] = "1"
+# What UMAP compiles is kept from one run of the tests to the next
+os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "umap-of-the-tests")
+
 import numpy as np
 import pytest
 import torch
 from _pytest.faulthandler import fault_handler_stderr_fd_key
+from matplotlib.figure import Figure
 from PIL import Image
 
 import metrics
@@ -19,10 +27,10 @@ from config import CPU, Config
 from dataset import Slices
 from modules import Discriminator, Generator
 from monitor import read_log
-from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path
+from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path, main
+from utils import run_command
 
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(1)  # tiny networks are slower with more, by far on a shared machine
 
 
 def draw_slice(rng: np.random.Generator, size: tuple[int, int], dark: bool) -> np.ndarray:
@@ -59,12 +67,17 @@ def data_root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, data_root: Path) -> Config:
-    """Settings small enough for a step in some 30 ms."""
+    """Settings of a run on that data, see `tiny`."""
+    return tiny(tmp_path)
+
+
+def tiny(folder: Path) -> Config:
+    """Settings small enough for a step in some 30 ms; everything lies in one folder."""
     return replace(
         Config(**CPU),
-        data_root=data_root,
-        out=tmp_path / "runs" / "test",
-        cache=tmp_path / "cache",
+        data_root=folder / "data",
+        out=folder / "runs" / "test",
+        cache=folder / "cache",
         device="cpu",
         precision="float32",  # on every machine
         img_resolution=16,
@@ -97,6 +110,30 @@ def needs_cuda(test: Callable) -> Callable:
     """Skipped without CUDA, and never hangs with it."""
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
     return skip(pytest.mark.usefixtures("limited_time")(test))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first: no worker waits for another one's at the end."""
+    items.sort(key=lambda item: item.path.name != "test_speed.py")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """UMAP's compiler, once at work, gives PyTorch more."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures, which take up to a second each, are empty but in tests that are marked `drawn`."""
+
+    def save(_figure: Figure, path: Path, **_: object) -> None:
+        path.write_bytes(b"no plot")
+
+    if "drawn" not in request.keywords:
+        monkeypatch.setattr(Figure, "savefig", save)
+        monkeypatch.setattr(Figure, "tight_layout", lambda _figure: None)
 
 
 @pytest.fixture
@@ -201,6 +238,21 @@ def fixed_generator(config: Config, **parts) -> Generator:
     if parts.get("no_class"):
         G.mapping.layers[0].weight.data[:, config.z_dim :] = 0
     return G.eval()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """python train.py with some arguments, in this process. -> its exit code."""
+
+    def run(*args: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        try:
+            run_command(main)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run
 
 
 def run_train(*args: str, **kwargs) -> subprocess.CompletedProcess:

@@ -1,6 +1,11 @@
 """Finding, decoding and loading slices; every kind of bad input; the demo brains."""
 
 import csv
+import os
+import pickle
+import platform
+import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 import dataset
+from assets import demo_brains
 from assets.demo_brains import draw_subject, load_template, subject_rng, write_demo
 from config import Config, UserError
 from dataset import (
@@ -24,8 +30,10 @@ from dataset import (
     find_slices,
     load_slices,
     make_loader,
+    normalize,
     pad_to_square,
 )
+from utils import run_command
 
 
 @pytest.fixture
@@ -123,7 +131,9 @@ def test_an_id_on_both_sides_is_named(data_root: Path):
 
 
 def test_too_few_ids_to_split_name_the_class(tmp_path: Path):
-    expect_error(write_folder(tmp_path / "flat", {"": 1}), "AD: too few ids")
+    root = write_folder(tmp_path / "flat", {"": 2}, slices=1)
+    next((root / "NC").iterdir()).unlink()
+    expect_error(root, "NC: too few ids")
 
 
 def test_files_that_are_each_an_id_of_their_own_are_pointed_out(tmp_path: Path, config, capsys):
@@ -253,26 +263,186 @@ def test_images_are_decoded_once_and_again_when_a_file_changes(config: Config, m
     assert changed["train"].images[0].max() == 255 and other != identity
 
 
+def write_tiff(path: Path, values: np.ndarray, sample_format: int, photometric: int = 1) -> None:
+    """A grey TIFF of kinds that Pillow reads but does not write."""
+    H, W = values.shape
+    bits, data = values.dtype.itemsize * 8, values.tobytes()
+    tags = [(256, W), (257, H), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1),
+            (278, H), (279, len(data)), (339, sample_format)]  # fmt: skip
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + fields + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sample_format", "photometric", "low", "high"),
+    [
+        ("f4", 3, 1, -1.0, 1.0), ("f4", 3, 1, -2.5, 4.0), ("i1", 2, 1, -100, 100),
+        ("i2", 2, 1, -1000, 3000), ("i4", 2, 1, -70000, 90000), ("u2", 1, 1, 0, 60000),
+        ("u4", 1, 1, 0, 4_000_000_000), ("u2", 1, 0, 65535, 0),
+    ],
+)  # fmt: skip
+def test_no_value_of_any_kind_of_file_is_lost(
+    tmp_path: Path, kind, sample_format, photometric, low, high
+):
+    """A ramp from black to white, in numbers of any sign and width; white may be zero."""
+    ramp = np.linspace(low, high, 256).reshape(16, 16).astype(kind)
+    write_tiff(tmp_path / "1_0.tif", ramp, sample_format, photometric)
+    expected = np.linspace(0, 255, 256).reshape(16, 16)
+    images, problems = dataset.decode_subject([tmp_path / "1_0.tif"], 16)
+    assert problems == []
+    np.testing.assert_allclose(images[0].numpy(), expected, atol=1.5)
+
+
+def test_slices_of_an_id_keep_one_scale_below_zero_too(tmp_path: Path):
+    paths = [tmp_path / f"1_{i}.tif" for i in range(2)]
+    for path, low in zip(paths, (-1.0, 0.0), strict=True):
+        Image.fromarray(np.linspace(low, 1, 256, dtype=np.float32).reshape(16, 16)).save(path)
+    dark, light = dataset.decode_subject(paths, 16)[0].float()
+    assert dark.min() == 0 and light.min() == pytest.approx(127.5, abs=2)
+    assert dark.max() == light.max() == 255
+
+
+def test_files_of_one_id_without_a_common_scale_are_refused(data_root: Path, config: Config):
+    path = sorted((data_root / "train" / "AD").iterdir())[0]
+    Image.fromarray(np.full((24, 20), 0.5, np.float32)).save(path.with_suffix(".tif"))
+    path.unlink()
+    with pytest.raises(UserError, match="8-bit and other files in one id have no common scale"):
+        load_slices(config)
+
+
+def test_check_says_what_becomes_of_values_below_zero(tmp_path: Path, capsys):
+    for number in range(6):
+        path = tmp_path / "data" / "AD" / f"{number}_0.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.linspace(-1, 1, 256, dtype=np.float32).reshape(16, 16)).save(path)
+    check(tmp_path / "data")
+    out = capsys.readouterr().out
+    assert "16x16: 4; values -1 to 1, 50.0% below 0; an id's black is -0.99" in out
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_the_orientation_that_a_camera_or_viewer_noted_is_honoured(tmp_path: Path, suffix):
+    upright = np.zeros((24, 16), np.uint8)
+    upright[:8, :8] = 250  # in the upper left corner
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(np.rot90(upright)).save(tmp_path / f"1_0{suffix}", exif=exif)
+    found = dataset.decode(tmp_path / f"1_0{suffix}")[0].numpy()
+    assert found.shape == (24, 16)
+    assert found[:6, :6].mean() > 200 > 30 > found[:6, -6:].mean()
+    assert found[-6:].mean() < 30
+
+
+def test_a_pipe_called_like_an_image_is_named_and_not_waited_for(data_root: Path, config: Config):
+    os.mkfifo(data_root / "train" / "AD" / "30_0.png")
+    (data_root / "train" / "NC" / "31_0.png").mkdir()
+    with pytest.raises(UserError, match=r"(?s)2 of 26 files.*AD/30_0.png: not a regular file"):
+        load_slices(config)
+
+
+def test_names_that_are_no_utf_8_or_hold_escape_codes_are_no_obstacle(
+    data_root: Path, config: Config, capsys
+):
+    folder = data_root / "train" / "AD"
+    bad = [b"\xff\xfe7_0.png", b"\x1b[31m8_0.png"]
+    for path, name in zip(sorted(folder.iterdir()), bad, strict=False):
+        path.rename(folder / os.fsdecode(name))
+    check(data_root)
+    load_slices(config)
+    (folder / os.fsdecode(bad[0])).write_bytes(b"no image")
+    (folder / os.fsdecode(bad[1])).write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        run_command(lambda: check(data_root))
+    out, err = capsys.readouterr()
+    assert "\\udcff\\udcfe7_0.png: not an image" in err and "\\x1b[31m8_0.png: not an image" in err
+    assert "\x1b" not in out + err
+
+
+def test_what_is_not_used_is_counted_and_named(data_root: Path, config: Config, capsys):
+    (data_root / "notes.txt").touch()
+    for folder in ("val/AD", "train/AD/more/deep"):
+        (data_root / folder).mkdir(parents=True)
+        for i in range(3):
+            (data_root / folder / f"{i}_0.png").touch()
+    (data_root / "train" / "NC" / "list.csv").touch()
+    load_slices(config)
+    out = capsys.readouterr().out
+    for text in (f"1 in {data_root};", f"3 in {data_root}/val", f"3 in {data_root}/train/AD/more",
+                 f"1 in {data_root}/train/NC"):  # fmt: skip
+        assert text in out
+    assert "train: AD 4 ids, 8 slices; NC 4 ids, 8 slices\n" in out
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_folders_of_patients_are_not_taken_for_classes(tmp_path: Path, config: Config, split):
+    for number in range(25):
+        for part in ("train", "test") if split else (".",):
+            folder = tmp_path / "scans" / part / f"patient{number:03}"
+            folder.mkdir(parents=True)
+            for i in range(3):
+                name = f"{part.strip(chr(46))}{number}x{i}_0.png"
+                Image.fromarray(np.full((16, 16), 99, np.uint8)).save(folder / name)
+    config = replace(config, data_root=tmp_path / "scans")
+    with pytest.raises(UserError, match="25 class folders .patient000, .* --any-classes"):
+        load_slices(config)
+    assert len(load_slices(replace(config, any_classes=True))[0]["train"].classes) == 25
+    assert load_slices(replace(config, conditional=False))[0]["train"].classes == ["all"]
+
+
+def test_classes_of_a_single_id_each_ask_for_consent(tmp_path: Path):
+    black = Image.fromarray(np.zeros((16, 16), np.uint8))
+    for part in ("train", "test"):
+        for name in "abc":
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for i in range(3):
+                black.save(folder / f"{part}{name}_{i}.png")
+    expect_error(tmp_path, "3 class folders (a, b, c, ...) of a single id each")
+    assert find_slices(tmp_path, any_classes=True)[0] == ["a", "b", "c"]
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(data_root: Path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    expect_error(data_root, "train cannot be read: Permission denied")
+
+
+def test_what_a_killed_process_left_half_written_is_deleted(config: Config):
+    config.cache.mkdir()
+    node, ended = platform.node(), subprocess.Popen(["true"])
+    ended.wait()
+    names = [f"a.npy.{ended.pid}@{node}.partial", f"b.npy.{os.getpid()}@{node}.partial",
+             "c.npy.12@elsewhere.partial", "d.npy.12@elsewhere.partial"]  # fmt: skip
+    for name in names:
+        (config.cache / name).touch()
+    os.utime(config.cache / names[3], (0, 0))  # of another machine, but old
+    load_slices(config)
+    assert [n for n in names if (config.cache / n).exists()] == names[1:3]
+
+
 # Loading
 
 
-def show(stream: TrainingSlices, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image [1, R, R] and label [c_dim] at one position."""
-    images, c = stream[range(position, position + 1)]
-    return images[0], c[0]
+def show(stream: TrainingSlices, position: int) -> tuple[np.ndarray, int]:
+    """Image [R, R] and label at one position."""
+    images, labels = stream[range(position, position + 1)]
+    return images[0], labels[0]
 
 
 def test_a_slice_shown_depends_on_seed_and_position_only(config: Config):
     slices = load_slices(config)[0]["train"]
     stream, fresh = TrainingSlices(slices, config), TrainingSlices(slices, config)
-    images, c = stream[range(40)]
+    images, labels = stream[range(40)]
     torch.manual_seed(123)
     for position in (33, 5, 17):
         image, label = show(fresh, position)
-        torch.testing.assert_close(image, images[position], rtol=0, atol=1e-6)
-        assert torch.equal(label, c[position])
+        np.testing.assert_allclose(image.astype(int), images[position], atol=1)
+        assert label == labels[position]
     other = TrainingSlices(slices, replace(config, seed=1))[range(16)][0]
-    assert (other - images[:16]).abs().amax((1, 2, 3)).max() > 0.1
+    assert np.abs(other.astype(int) - images[:16]).max() > 12
 
 
 def test_loading_leaves_the_global_random_state_alone(config: Config):
@@ -287,42 +457,54 @@ def test_loading_leaves_the_global_random_state_alone(config: Config):
 def test_an_epoch_shows_every_slice_once_in_a_new_order(config: Config):
     slices = load_slices(config)[0]["train"]
     stream = TrainingSlices(slices, replace(config, augment="none"))
-    images = torch.from_numpy(slices.images.copy()).float() / 127.5 - 1
     orders = []
     for epoch in range(2):
-        shown, c = stream[range(epoch * 16, epoch * 16 + 16)]
-        rows = [int((images - image).abs().sum((1, 2)).argmin()) for image in shown]
+        shown, labels = stream[range(epoch * 16, epoch * 16 + 16)]
+        rows = [int((slices.images == image).all((1, 2)).argmax()) for image in shown]
         assert sorted(rows) == list(range(16))
-        assert c.argmax(1).tolist() == slices.labels[rows].tolist()
+        assert labels.tolist() == slices.labels[rows].tolist()
         orders.append(rows)
     assert orders[0] != orders[1]
 
 
 def test_the_loader_goes_on_at_any_image_with_any_number_of_workers(config: Config):
     slices = load_slices(config)[0]["train"]
-    whole = [image for image, _ in make_loader(slices, config, 0, 32, False)]
-    parts = [image for image, _ in make_loader(slices, config, 12, 32, False)]
+    whole = [image for image, _ in make_loader(slices, config, 0, 32)]
+    parts = [image for image, _ in make_loader(slices, config, 12, 32)]
     workers = replace(config, num_workers=2)
-    parallel = [image for image, _ in make_loader(slices, workers, 12, 32, False)]
-    assert torch.equal(torch.cat(whole)[12:], torch.cat(parts))
-    assert torch.equal(torch.cat(parts), torch.cat(parallel))
+    parallel = [image for image, _ in make_loader(slices, workers, 12, 32)]
+    assert (np.concatenate(whole)[12:] == np.concatenate(parts)).all()
+    assert (np.concatenate(parts) == np.concatenate(parallel)).all()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_ranks_share_each_batch_evenly(config: Config, monkeypatch, ranks):
     slices = load_slices(config)[0]["train"]
-    whole = list(make_loader(slices, config, 4, 32, False))
+    whole = list(make_loader(slices, config, 4, 32))
     shares = []
     for number in range(ranks):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         monkeypatch.setenv("RANK", str(number))
-        shares.append(list(make_loader(slices, config, 4, 32, False)))
+        shares.append(list(make_loader(slices, config, 4, 32)))
     assert len(whole) == 7
-    for step, (images, c) in enumerate(whole):
+    for step, (images, labels) in enumerate(whole):
         parts = [share[step] for share in shares]
         assert all(len(image) == 4 // ranks for image, _ in parts)
-        torch.testing.assert_close(torch.cat([image for image, _ in parts]), images)
-        assert torch.equal(torch.cat([label for _, label in parts]), c)
+        joined = np.concatenate([image for image, _ in parts])
+        np.testing.assert_allclose(joined.astype(int), images, atol=1)
+        assert (np.concatenate([label for _, label in parts]) == labels).all()
+
+
+def test_a_spawned_worker_gets_the_name_of_the_file_of_pixels_not_a_copy(config: Config):
+    splits, _ = load_slices(replace(config, img_resolution=64))
+    for slices in splits.values():
+        stream = TrainingSlices(slices, config)
+        sent = pickle.dumps(stream)
+        assert len(sent) < slices.images.nbytes / 4
+        assert (pickle.loads(sent)[range(12)][0] == stream[range(12)][0]).all()
+    in_memory = replace(splits["test"], images=np.array(splits["test"].images))
+    stream = TrainingSlices(in_memory, config)
+    assert (pickle.loads(pickle.dumps(stream))[range(8)][0] == stream[range(8)][0]).all()
 
 
 STILL = {"flip_prob": 0.0, "rotation": 0.0, "brightness": 0.0, "contrast": 0.0}
@@ -335,9 +517,9 @@ def ramp() -> torch.Tensor:
 def test_images_are_normalized_to_plus_minus_one(config: Config):
     slices = load_slices(config)[0]["train"]
     stream = TrainingSlices(slices, replace(config, augment="none"))
-    images, _ = stream[range(16)]
+    images = normalize(torch.from_numpy(stream[range(16)][0]))
     assert (images.min(), images.dtype, images.shape[1]) == (-1, torch.float32, 1)
-    assert images.max() == slices.images.max() / 127.5 - 1
+    assert images.max() == pytest.approx(slices.images.max() / 127.5 - 1)
 
 
 def test_each_augmentation_can_be_turned_off(config: Config):
@@ -472,14 +654,18 @@ def test_demo_never_writes_into_a_folder_in_use(
 def test_check_prints_what_is_there_and_names_what_is_not(data_root: Path, capsys):
     check(data_root)
     out = capsys.readouterr().out
-    assert "20x24 L: 8" in out and "no id is on both sides" in out
+    assert "train/AD: 20x24: 8\n" in out and "no id is on both sides" in out
     (data_root / "train" / "AD" / "1_5.png").write_text("x")
     with pytest.raises(UserError, match="1_5.png"):
         check(data_root)
 
 
-def test_a_linear_reader_tells_demo_classes_apart_about_as_well_as_real_ones(tmp_path, config):
-    """Id-level AUC on unseen ids: well above chance, far from perfect."""
+def test_a_linear_reader_tells_demo_classes_apart_about_as_well_as_real_ones(
+    tmp_path, config, monkeypatch
+):
+    """Id-level AUC on unseen ids, every other level: well above chance, far from perfect."""
+    monkeypatch.setattr(demo_brains, "SLICES", 10)
+    monkeypatch.setattr(demo_brains, "STEP", (4.0, *demo_brains.STEP[1:]))
     dataset.write_demo(tmp_path / "many", num_train=60, num_test=40)
     config = replace(config, data_root=tmp_path / "many", img_resolution=32)
     train, test = load_slices(config)[0].values()
@@ -487,5 +673,5 @@ def test_a_linear_reader_tells_demo_classes_apart_about_as_well_as_real_ones(tmp
     x, y = (pca.transform(s.images.reshape(len(s.images), -1)) for s in (train, test))
     scale = x.std(0)
     reader = LogisticRegression(C=0.01, max_iter=1000).fit(x / scale, train.labels)
-    scores = reader.decision_function(y / scale).reshape(40, 20).mean(1)
-    assert 0.6 < roc_auc_score(test.labels[::20], scores) < 0.95
+    scores = reader.decision_function(y / scale).reshape(40, 10).mean(1)
+    assert 0.6 < roc_auc_score(test.labels[::10], scores) < 0.95

@@ -1,16 +1,20 @@
 """The protocol: tables of known sets, the report, and impostors whose rank is known before."""
 
 import json
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ids, make_slices, write_folder
 from impostors import compare, impostors, largest_mix
+from PIL import Image
 
 import evaluate as evaluation
 import metrics
+import predict as prediction
 from config import Config, UserError
 from dataset import Slices, load_slices
 from evaluate import (
@@ -25,7 +29,9 @@ from evaluate import (
     measure_memorisation,
     planted_copies,
 )
-from metrics import audit
+from metrics import audit, fit_encoder
+from monitor import read_log
+from predict import predict
 from train import train
 
 # Labels
@@ -126,6 +132,85 @@ def test_each_kind_of_copy_is_reported_and_pairs_are_named(tmp_path):
     assert NUM_COPIES > 80
 
 
+# Small and odd sets
+
+
+def test_without_two_ids_in_a_class_there_is_no_pair(tmp_path):
+    slices = make_slices(n=8, per_id=4)
+    (fake, real) = evaluation.measure_diversity(
+        replace(slices, subjects=ids(8, 1)), Bench({"train": slices}, [], tmp_path, 0)
+    )["diversity"]
+    assert math.isnan(real["ms_ssim"]) and 0 < fake["ms_ssim"] < 1
+    assert evaluation.as_table([real]).splitlines()[-1] == "| real | not measured | not measured |"
+
+
+SMALL = {  # ids and slices of each in train and test, grey level or None for noise, settings
+    "all black": ({"train": (4, 2), "test": (2, 2)}, 0, {}),
+    "a slice of each class": ({"train": (1, 1), "test": (1, 1)}, None, {}),
+    "a test split of two": ({"train": (4, 2), "test": (1, 1)}, None, {}),
+    "a batch of four epochs": (
+        {"train": (2, 2), "test": (1, 2)}, None,
+        {"batch_size": 32, "snapshot_epochs": 2, "epochs": 7},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("name", SMALL)
+def test_small_and_constant_sets_train_draw_and_are_evaluated(
+    config: Config, tmp_path, short_evaluation, capsys, name
+):
+    counts, grey, settings = SMALL[name]
+    rng, number = np.random.default_rng(0), 0
+    for split, (num_ids, num_slices) in counts.items():
+        for folder in (tmp_path / "small" / split / "AD", tmp_path / "small" / split / "NC"):
+            folder.mkdir(parents=True)
+            for _ in range(num_ids):
+                number += 1
+                for i in range(num_slices):
+                    values = (
+                        rng.integers(0, 255, (16, 16)) if grey is None else np.full((16, 16), grey)
+                    )
+                    Image.fromarray(values.astype(np.uint8)).save(folder / f"{number}_{i}.png")
+    config = replace(config, data_root=tmp_path / "small", fid_kimg=0.001, fid_images=100)
+    config = replace(config, **settings)
+    train(config)
+    predict(prediction.Options(config.out, count=2))
+    report = evaluate(Options(config.out, num_fake=100, extractors=("encoder",)))
+    assert (config.out / "grids" / f"epoch{config.epochs:04}.png").exists()
+    assert (config.out / "predict" / "truncation.png").exists()
+    json.loads(
+        (config.out / "evaluation" / "evaluation.json").read_text(), parse_constant=pytest.fail
+    )
+    out = capsys.readouterr().out
+    if name == "all black":
+        assert "note: too few slices, or too much alike, to measure" in out and "vary_z" in out
+        assert "no embedding_images.png" not in out  # samples differ
+        assert math.isnan(report["anatomy"][0]["distance_in_sd"])
+    if name == "a slice of each class":
+        assert "to measure fid_floor, vary_class" in out
+        assert all(math.isnan(row["recall"]) for row in report["distribution"] if "recall" in row)
+    if name == "a batch of four epochs":
+        log = read_log(config.out)
+        assert [line["epoch"] for line in log] == [4, 7] and "fid" in log[-1]
+        assert [p.stem for p in sorted((config.out / "grids").iterdir())] == [
+            "epoch0004",
+            "epoch0007",
+        ]
+
+
+def test_other_data_than_the_run_was_trained_on_is_said(
+    trained: Config, tmp_path, short_evaluation, capsys
+):
+    other = write_folder(tmp_path / "other", {"train": 5, "test": 2})
+    options = Options(trained.out, num_fake=100, extractors=("encoder",), data_root=other)
+    report = evaluate(replace(options, metrics=("memorisation",)))
+    assert "not the slices of this run" in report["what"]["data"]
+    assert "note: not the slices of this run" in capsys.readouterr().out
+    report = evaluate(replace(options, metrics=("memorisation",), data_root=None))
+    assert "not the slices" not in report["what"]["data"]
+
+
 # The command
 
 
@@ -135,14 +220,18 @@ def trained(config: Config, short_encoder) -> Config:
     return config
 
 
-def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, monkeypatch):
-    monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
-    monkeypatch.setattr(metrics, "NUM_HALVES", 2)
-    monkeypatch.setattr(metrics, "NUM_PAIRS", 8)
-    fit = evaluation.fit_encoder
-    monkeypatch.setattr(
-        evaluation, "fit_encoder", lambda *args, **kwargs: fit(*args, **kwargs | {"steps": 3})
-    )
+@pytest.fixture
+def short_evaluation(short_encoder, monkeypatch) -> None:
+    """Classifiers, halves, pairs and points so few that an evaluation takes a moment."""
+    for place, name, value in (
+        (evaluation, "NUM_SEEDS", 1), (evaluation, "fit_encoder", partial(fit_encoder, steps=3)),
+        (metrics, "NUM_HALVES", 2), (metrics, "NUM_PAIRS", 8), (prediction, "MAX_POINTS", 40),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, value)
+
+
+@pytest.mark.drawn
+def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, short_evaluation):
     evaluate(Options(trained.out, num_fake=100, extractors=("encoder",), device="cpu"))
     out = trained.out / "evaluation"
     report = json.loads((out / "evaluation.json").read_text())

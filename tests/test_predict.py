@@ -62,6 +62,7 @@ def test_sampling_equals_the_generator(run: Path):
     assert np.abs(sample(G, z, c, 0.5).astype(int) - expected.numpy()).max() <= 1
 
 
+@pytest.mark.drawn
 def test_every_figure_is_drawn_from_the_newest_run(run: Path, monkeypatch):
     monkeypatch.setattr(utils, "RUNS", run.parent)
     assert newest_run() == run
@@ -191,6 +192,7 @@ def test_pixels_are_averaged_and_spread_is_even():
     assert spread(100, 3).tolist() == [0, 50, 99] or spread(100, 3).tolist() == [0, 49, 99]
 
 
+@pytest.mark.drawn
 def test_runs_can_be_compared(run: Path, config: Config, tmp_path):
     other = replace(config, learning_rate=0.001, epochs=1, out=run.with_name("slow"))
     train(other)

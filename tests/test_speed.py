@@ -47,9 +47,9 @@ class OperationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def full_size_calls(channel_max: int, device: str) -> Iterator[tuple[Callable, tuple]]:
+def gpu_calls(device: str, **settings: int) -> Iterator[tuple[Callable, tuple]]:
     """Each phase and its arguments at the settings for a GPU: no values, no memory, no GPU."""
-    config = Config(**GPU | {"channel_max": channel_max})
+    config = Config(**GPU | settings)
     with torch.device(device):
         G, D = (net(config, 2, dtype=torch.bfloat16) for net in (Generator, Discriminator))
         real = torch.zeros(config.batch_size, 1, *[config.img_resolution] * 2)
@@ -62,7 +62,7 @@ def full_size_calls(channel_max: int, device: str) -> Iterator[tuple[Callable, t
 def operations(channel_max: int) -> dict[str, Counter[str]]:
     """Operations of each phase and of its gradients, by name."""
     found = {}
-    for phase, args in full_size_calls(channel_max, "meta"):
+    for phase, args in gpu_calls("meta", channel_max=channel_max):
         with OperationCounter() as counter:
             phase(*args)[0].backward()
         found[phase.__name__] = counter.counts
@@ -93,10 +93,13 @@ def test_second_derivatives_do_not_go_channel_by_channel_on_a_cpu(config: Config
 
 
 def graph_nodes(channel_max: int, names: tuple[str, ...]) -> dict[str, int]:
-    """Nodes of the forward and backward graphs that the compiler is given for each phase."""
+    """Nodes of the forward and backward graphs that the compiler is given for each phase.
+
+    At 32 pixels: each further doubling adds the same blocks, and seconds of tracing.
+    """
     nodes: Counter[str] = Counter()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for phase, args in full_size_calls(channel_max, "cpu"):
+        for phase, args in gpu_calls("cpu", channel_max=channel_max, img_resolution=32):
             if phase.__name__ not in names:
                 continue
 
@@ -113,7 +116,7 @@ def graph_nodes(channel_max: int, names: tuple[str, ...]) -> dict[str, int]:
 
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
 def test_what_the_compiler_is_given_is_small_and_does_not_depend_on_the_width(fresh_compiler):
-    limits = {"g_main": 4200, "g_path": 4800, "d_main": 2500, "d_r1": 2300}
+    limits = {"g_main": 2600, "g_path": 2700, "d_main": 1600, "d_r1": 1450}
     found = graph_nodes(512, tuple(limits))
     assert all(found[name] <= limit for name, limit in limits.items()), found
     torch.compiler.reset()
@@ -146,10 +149,17 @@ def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(config, f
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def one_block(config: Config):
+    """Networks of 8 pixels, which have a block and everything else once: they compile in less."""
+    object.__setattr__(config, "img_resolution", 8)  # no setting, as nobody trains it
+    state, real, c = noisy_state(config)
+    return state, real[:, :, :8, :8].contiguous(), c
+
+
 def first_call_of_r1(config: Config) -> tuple[list[torch.Tensor], dict[str, int]]:
     """In a process of its own: gradients of R1 by the default compiler, what its cache counted."""
     tune(torch.device("cpu"), config.cache)
-    state, real, c = noisy_state(config)
+    state, real, c = one_block(config)
     phases = Phases("on")
     phases.first_call(d_r1, state.d_opt, 1, state.D, real, c, config)
     assert d_r1 in phases.compiled and Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).exists()
@@ -165,7 +175,7 @@ def test_a_compiled_phase_has_its_gradients_and_a_second_start_compiles_nothing(
 ):
     """The default backend, on R1 alone: the others take minutes on a CPU."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    state, real, c = noisy_state(config)
+    state, real, c = one_block(config)
     Phases("off").backward(d_r1, 1, state.D, real, c, config)
     plain = [torch.zeros_like(p) if p.grad is None else p.grad for p in state.D.parameters()]
     found = []
@@ -194,7 +204,7 @@ def test_what_cannot_be_compiled_is_said_once_and_trains_as_it_is(config, monkey
     train(other)
     out = capsys.readouterr().out
     assert out.count("warning") == 1
-    assert "warning: g_main cannot be compiled, going on without: no compiler found\n" in out
+    assert "warning: g_main cannot be compiled, without: no compiler found\n" in out
     assert (config.out / "losses.csv").read_text() == (other.out / "losses.csv").read_text()
 
 

@@ -1,26 +1,38 @@
 """Losses against closed forms; a run that learns, resumes bit for bit, and fails in plain words."""
 
+import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
     as_flags,
     phase_gradients,
     run_train,
     same_tensors,
     step_inputs,
+    wait_for_epoch,
     write_folder,
 )
 from PIL import Image
 from torch import nn
 
+import dataset
+import metrics
+import monitor
 import train as training
+import utils
 from config import CPU, GPU, Config, UserError
+from dataset import TrainingSlices
 from metrics import pose
 from modules import Discriminator, Generator
 from monitor import STATS, read_log, read_losses
@@ -417,6 +429,7 @@ def test_a_larger_epochs_continues_the_run_as_if_asked_at_first(config: Config):
     assert [line["epoch"] for line in read_log(config.out)] == [1, 2]
 
 
+@pytest.mark.drawn
 def test_a_run_leaves_everything_it_promises(config: Config, capsys):
     config = replace(config, augment="ada")  # every statistic has a value in the first step
     train(config)
@@ -600,20 +613,159 @@ def test_training_learns_the_class_and_the_shape(tmp_path):
     assert torch.cat([dark, light])[:, :2, :2].mean() < -0.5 < -0.3 < light[:, 7:9, 7:9].mean()
 
 
+# The loader
+
+
+def test_batches_need_no_shared_memory(config: Config, monkeypatch):
+    """Containers have 64 MB of it, which eight workers fill at once."""
+
+    def full(*_):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    train(replace(config, num_workers=2, epochs=1))
+    assert read_log(config.out)[-1]["nimg"] == 16
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by signal: Killed"),
+        (lambda: time.sleep(60), "timed out after 1 seconds"),
+    ],
+)
+def test_a_lost_worker_ends_the_run_with_a_reason_and_what_was_done_is_saved(
+    config: Config, monkeypatch, fault, words
+):
+    get = TrainingSlices.__getitem__
+
+    def item(self, positions):
+        if positions[0] == 20:
+            fault()
+        return get(self, positions)
+
+    monkeypatch.setattr(dataset, "WAIT_SECONDS", 1)
+    monkeypatch.setattr(TrainingSlices, "__getitem__", item)
+    with pytest.raises(UserError, match=f"(?s)lost a worker: .*{words}.*num_workers = 1: 0 loads"):
+        train(replace(config, num_workers=1))
+    monkeypatch.undo()
+    train(config)
+    assert [line["nimg"] for line in read_log(config.out)] == [16, 32]
+
+
+# Files, folders and logs
+
+
+def test_a_second_process_on_the_same_folder_is_refused(config: Config, tmp_path):
+    first = replace(config, epochs=10000)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *as_flags(first)], cwd=tmp_path,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for_epoch(config, process)
+    with pytest.raises(UserError, match="out = .*: another process is training there"):
+        train(first)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    train(replace(config, epochs=read_log(config.out)[-1]["epoch"] + 1))  # the lock died with it
+    nimg = [line["nimg"] for line in read_log(config.out)]
+    assert nimg == sorted(set(nimg))
+    rows = read_losses(config.out)[:, 0]
+    assert rows.tolist() == list(range(4, nimg[-1] + 1, 4))
+
+
+def test_a_run_that_another_process_moved_on_is_not_overwritten(config: Config):
+    train(config)
+    with pytest.raises(UserError, match="another process trained there; the same command goes on"):
+        utils.start_run(config, ["AD", "NC"], read_run_config(config.out)[2], {"cur_nimg": 16})
+
+
+def test_what_is_shared_can_be_read_by_others(config: Config):
+    before = os.umask(0o022)
+    try:
+        train(replace(config, epochs=1))
+    finally:
+        os.umask(before)
+    for name in ("generator.safetensors", "config.json", "checkpoints/0000000016.pt"):
+        assert (config.out / name).stat().st_mode & 0o777 == 0o644, name
+
+
+def test_an_error_of_reading_says_what_the_system_said(config: Config, monkeypatch):
+    train(replace(config, epochs=1))
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    newest = checkpoints(config.out)[-1]
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(UserError, match="generator.safetensors cannot be read: Permission denied"):
+        load_generator(config.out)
+    with pytest.raises(UserError, match=f"{newest.name} cannot be read: Permission denied"):
+        load_checkpoint(newest)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match="config.json cannot be read: .*Permission denied"):
+        read_run_config(config.out)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classes": None}, "config.json cannot be read: "),
+        ({"classes": []}, "config.json cannot be read: classes and data must be names"),
+        ({"classes": [1, 2]}, "config.json cannot be read: classes and data must be names"),
+        ({"settings": {"z_dim": True}}, "config.json cannot be read: z_dim = True: must be int"),
+        ({"settings": {"batch_size": "4"}}, "batch_size = 4: must be int"),
+        ({"settings": None}, "config.json cannot be read: "),
+    ],
+)
+def test_a_damaged_config_is_named(config: Config, change, words):
+    utils.write_run_config(config.out, config, ["AD", "NC"], "data")
+    path = config.out / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=words):
+        read_run_config(config.out)
+
+
+def test_a_run_measures_with_its_own_encoder_wherever_it_goes_on(config: Config, monkeypatch):
+    config = replace(config, fid_kimg=0.001, fid_images=100)
+    train(replace(config, epochs=1))
+    own = (config.out / "encoder.safetensors").read_bytes()
+    floor = read_log(config.out)[0]["fid_floor"]
+    fit = metrics.fit_encoder
+    monkeypatch.setattr(metrics, "fit_encoder", lambda *args: fit(*args[:3], seed=99))
+    train(replace(config, cache=config.cache.with_name("elsewhere")))
+    assert (config.out / "encoder.safetensors").read_bytes() == own
+    assert [line["fid_floor"] for line in read_log(config.out)] == [floor, floor]
+
+
+def test_a_lost_log_does_not_cost_the_best_checkpoint(config: Config, monkeypatch):
+    figures = iter([{"fid": fid, "vary_z": 0.4, "vary_noise": 0.1} for fid in (1, 3, 4, 0.5)])
+    monkeypatch.setattr(monitor.TrainingFigures, "measure", lambda *_: next(figures))
+    config = replace(config, fid_kimg=0.001, fid_images=100)
+    train(replace(config, epochs=1))
+    (config.out / "log.jsonl").unlink()
+    train(replace(config, epochs=2))  # its first line is made again, and measured, as 3
+    assert load_checkpoint(config.out / "best.pt")["cur_nimg"] == 16
+    train(replace(config, epochs=3))
+    assert load_checkpoint(config.out / "best.pt")["cur_nimg"] == 48
+
+
 # Command line
 
 
-def test_the_command_line_prints_its_settings_and_one_line_for_an_error(config: Config, tmp_path):
+def test_the_command_line_prints_its_settings_and_one_line_for_an_error(
+    config: Config, tmp_path, monkeypatch, capsys, command
+):
     done = run_train(*as_flags(replace(config, epochs=1)), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "epochs=1" in done.stdout and "learning_rate=0.002" in done.stdout
-    failed = run_train("--epochs", "0", cwd=tmp_path)
-    assert failed.returncode == 2
-    assert "epochs = 0: must be 1 or more" in failed.stderr
-    assert "Traceback" not in failed.stderr
-    failed = run_train("--data-root", "nowhere", cwd=tmp_path)
-    assert failed.returncode == 2
-    assert failed.stderr.strip() == "error: data_root = nowhere: no such folder"
+    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert command("--epochs", "0") == 2
+    assert "epochs = 0: must be 1 or more" in capsys.readouterr().err
+    assert command("--data-root", "nowhere") == 2
+    assert capsys.readouterr().err.strip() == "error: data_root = nowhere: no such folder"
     assert not (tmp_path / "runs" / "default").exists()
 
 
