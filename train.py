@@ -22,6 +22,7 @@ References:
 
 import argparse
 import math
+import multiprocessing
 import sys
 import time
 from collections import deque
@@ -618,6 +619,9 @@ def lost_workers_named(config: Config) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
+        for worker in multiprocessing.active_children():
+            worker.kill()  # SIGTERM, which is sent to whole groups, they ignore
+            worker.join(5)
         advice = f"num_workers = {config.num_workers}: 0 loads without other processes"
         raise UserError(f"the loader lost a worker: {first_line(error)}. {advice}") from error
 

@@ -150,7 +150,7 @@ SMALL = {  # ids and slices of each in train and test, grey level or None for no
     "a test split of two": ({"train": (4, 2), "test": (1, 1)}, None, {}),
     "a batch of four epochs": (
         {"train": (2, 2), "test": (1, 2)}, None,
-        {"batch_size": 32, "snapshot_epochs": 2, "epochs": 7},
+        {"batch_size": 32, "snapshot_epochs": 3, "epochs": 7},
     ),
 }  # fmt: skip
 

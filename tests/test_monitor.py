@@ -172,7 +172,10 @@ def test_what_is_whole_of_a_log_stays(tmp_path, capsys):
     lines = (write_run(tmp_path) / "log.jsonl").read_text().splitlines()
     odd = ["", "[]", "3", "null", lines[2], '{"epoch": 4}']  # one of them twice
     (tmp_path / "log.jsonl").write_text("\n".join(lines[:3] + odd + lines[3:]) + "\n")
+    losses = (tmp_path / "losses.csv").read_text()
+    (tmp_path / "losses.csv").write_text(losses + "\n".join(losses.splitlines()[-9:]) + "\n")
     cut_logs(tmp_path, 10**6)
+    assert (tmp_path / "losses.csv").read_text() == losses
     assert (tmp_path / "log.jsonl").read_text().splitlines() == lines
     assert "log.jsonl: 6 lines that cannot be read are left out" in capsys.readouterr().out
 
