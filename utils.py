@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -311,17 +312,20 @@ def sweep(folder: Path) -> None:
     Of this machine that is known of the process; of another, what is older than a day is left over.
     """
     for path in folder.rglob("*.partial"):
-        writer, _, node = path.name.split(".")[-2].partition("@")
+        if not (writer := re.search(r"\.(\d+)@(.*)\.partial$", path.name)):
+            continue  # not of this project
         try:
-            dead = node == platform.node() and not is_running(int(writer))
+            dead = writer[2] == platform.node() and not is_running(int(writer[1]))
             if dead or path.stat().st_mtime < time.time() - 86400:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        except (OSError, ValueError):
-            continue  # gone meanwhile, not ours to delete, or not of this project
+        except OSError:
+            continue  # gone meanwhile, or not ours to delete
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
+    """Whether there is such a process on this machine; on Windows asking would end it."""
+    if os.name == "nt":
+        return True
     try:
         os.kill(pid, 0)
     except OSError as error:

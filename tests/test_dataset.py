@@ -410,9 +410,11 @@ def test_a_folder_that_may_not_be_read_is_one_line(data_root: Path, monkeypatch)
     expect_error(data_root, "train cannot be read: Permission denied")
 
 
-def test_what_a_killed_process_left_half_written_is_deleted(config: Config):
+@pytest.mark.parametrize("node", ["laptop", "n7.cluster.example"])
+def test_what_a_killed_process_left_half_written_is_deleted(config: Config, monkeypatch, node):
+    monkeypatch.setattr(platform, "node", lambda: node)
     config.cache.mkdir()
-    node, ended = platform.node(), subprocess.Popen(["true"])
+    ended = subprocess.Popen(["true"])
     ended.wait()
     names = [f"a.npy.{ended.pid}@{node}.partial", f"b.npy.{os.getpid()}@{node}.partial",
              "c.npy.12@elsewhere.partial", "d.npy.12@elsewhere.partial"]  # fmt: skip
