@@ -112,7 +112,7 @@ def read_losses(run: Path, up_to: float = math.inf) -> np.ndarray:
             row = dict(zip(names, values, strict=True))
         except ValueError:
             continue
-        if not rows or row["nimg"] > rows[-1][0]:
+        if (rows[-1][0] if rows else -1) < row["nimg"] < math.inf:
             rows.append([row.get(name, math.nan) for name in ("nimg", *STATS)])
     found = np.array(rows).reshape(-1, 1 + len(STATS))
     return found[found[:, 0] <= up_to]
@@ -138,11 +138,11 @@ def read_log(run: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
     for text in whole_lines(run / "log.jsonl"):
         try:
             line = json.loads(text)
-            nimg, _ = number(line["nimg"]), number(line["epoch"]) + 0
+            nimg, epoch = number(line["nimg"]), number(line["epoch"])
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
         last = found[-1]["nimg"] if found else -1
-        if last < nimg <= up_to and math.isfinite(number(line["epoch"])):
+        if last < nimg <= up_to and not math.isnan(epoch):
             found.append({k: v for k, v in line.items() if v is None or not math.isnan(number(v))})
     return found
 

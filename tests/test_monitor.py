@@ -173,7 +173,10 @@ def test_what_is_whole_of_a_log_stays(tmp_path, capsys):
     odd = ["", "[]", "3", "null", lines[2], '{"epoch": 4}']  # one of them twice
     (tmp_path / "log.jsonl").write_text("\n".join(lines[:3] + odd + lines[3:]) + "\n")
     losses = (tmp_path / "losses.csv").read_text()
-    (tmp_path / "losses.csv").write_text(losses + "\n".join(losses.splitlines()[-9:]) + "\n")
+    head, *rest = losses.splitlines()
+    odd = [f"{value}," + ",".join("1" * len(STATS)) for value in ("nan", "inf", "", "-inf")]
+    doubled = [head, *odd, *rest, *rest[-9:]]
+    (tmp_path / "losses.csv").write_text("\n".join(doubled) + "\n")
     cut_logs(tmp_path, 10**6)
     assert (tmp_path / "losses.csv").read_text() == losses
     assert (tmp_path / "log.jsonl").read_text().splitlines() == lines
