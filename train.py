@@ -23,6 +23,7 @@ References:
 import argparse
 import math
 import multiprocessing
+import signal
 import sys
 import time
 from collections import deque
@@ -608,6 +609,17 @@ def work(
     say(f"done: {images}" if done else stopped_line(images))
 
 
+def kill_workers() -> None:
+    """End the loader's processes, which ignore SIGTERM: else this one would wait for them."""
+    told = getattr(signal, "SIGCHLD", None)  # by which PyTorch would raise again
+    before = told and signal.signal(told, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join(5)
+    if told:
+        signal.signal(told, before)
+
+
 @contextmanager
 def lost_workers_named(config: Config) -> Iterator[None]:
     """Raises UserError where a worker of the loader died, or sent nothing for long.
@@ -619,9 +631,7 @@ def lost_workers_named(config: Config) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
-        for worker in multiprocessing.active_children():
-            worker.kill()  # SIGTERM, which is sent to whole groups, they ignore
-            worker.join(5)
+        kill_workers()
         advice = f"num_workers = {config.num_workers}: 0 loads without other processes"
         raise UserError(f"the loader lost a worker: {first_line(error)}. {advice}") from error
 
