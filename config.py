@@ -141,9 +141,9 @@ class Config:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Config).items():
             allowed = list(get_args(hint) or [hint])  # types, or the very values
-            names = [getattr(kind, "__name__", kind) for kind in allowed if kind is not type(None)]
-            names += ["None"] * (len(names) < len(allowed))
-            self._require(name, fits(getattr(self, name), allowed), " or ".join(names))
+            names = " or ".join(getattr(kind, "__name__", kind) for kind in allowed)
+            names = names.replace("NoneType", "None")
+            self._require(name, fits(getattr(self, name), allowed), names)
         sizes = (16, 32, 64, 128, 256, 512)
         at_least = {
             "epochs": 1, "batch_size": 2, "num_workers": 0, "z_dim": 1, "w_dim": 1,

@@ -182,7 +182,9 @@ def ignored_files(root: Path, used: set[Path]) -> list[str]:
 
 
 def describe(root: Path, classes: list[str], splits: dict[str, list[SliceFile]]) -> None:
-    """Say what was found, and what of it is left out or looks odd."""
+    """Say, on rank 0, what was found, and what of it is left out or looks odd."""
+    if rank() > 0:
+        return
     for split, files in splits.items():
         rows = [[f for f in files if f.label == label] for label in range(len(classes))]
         parts = [

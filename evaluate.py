@@ -485,9 +485,10 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
     Raises UserError for bad input, before anything that takes long.
     """
     source = options.run or newest_run()
+    run = run_folder(source)
     G, config, classes = load_generator(source)
     G.to(resolve_device(options.device))
-    ensure_writable(options.out or run_folder(source) / "evaluation")
+    ensure_writable(options.out or run / "evaluation")
     cache, extractors = options.cache or config.cache, []
     if "inception" in options.extractors:
         device = next(G.parameters()).device
@@ -497,7 +498,6 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
     if splits["train"].classes != classes:
         found = splits["train"].classes
         raise UserError(f"{real.data_root} has classes {found}, the generator {classes}")
-    run = run_folder(source)
     trained_on_it = data == read_run_config(run)[2]
     if not trained_on_it:
         say(f"note: {OTHER_DATA}")

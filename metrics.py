@@ -201,8 +201,6 @@ def trained_encoder(
     """
     key = hashlib.sha256(repr((data, train.classes)).encode()).hexdigest()[:16]
     path = cache / f"encoder-{key}-{train.images.shape[-1]}.safetensors"
-    classes = one_hot(train.labels, len(train.classes))
-    targets = torch.cat([classes, torch.from_numpy(level_of_slices(train.subjects))[:, None]], 1)
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return (
@@ -212,7 +210,9 @@ def trained_encoder(
 
     def write(path: Path) -> None:
         say("training the encoder on the training slices")
-        encoder = fit_encoder(averaged(train.images), targets.float(), loss, seed=0)
+        level = torch.from_numpy(level_of_slices(train.subjects))[:, None]
+        targets = torch.cat([one_hot(train.labels, len(train.classes)), level], 1).float()
+        encoder = fit_encoder(averaged(train.images), targets, loss, seed=0)
         path.write_bytes(save(encoder.state_dict()))
 
     if own is None or not own.exists():
@@ -220,7 +220,7 @@ def trained_encoder(
         if own is not None:
             make_once(own, lambda copy: copy.write_bytes(path.read_bytes()))
     path = own or path
-    encoder = Encoder(targets.shape[1]).eval()
+    encoder = Encoder(len(train.classes) + 1).eval()
     encoder.load_state_dict(read_safetensors(path))
     return encoder, sha256_of(path)
 

@@ -65,12 +65,8 @@ STATS = (
     "g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1", "real_sign", "fake_sign",
     "g_main_grad", "d_main_grad", "ada_p",
 )  # fmt: skip
-
-
 FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
 GRID_COLUMNS = 8
-
-
 MAX_DEVIATION = 1000  # slices of a class for the deviation of a pixel
 
 
@@ -99,8 +95,8 @@ def number(value: Any) -> float:
     return value if plain and abs(value) < 1e300 else math.nan
 
 
-def read_losses(run: Path, up_to: float = math.inf) -> np.ndarray:
-    """Rows (nimg, *STATS) of losses.csv up to an image count; NaN where one was not due.
+def read_losses(run: Path) -> np.ndarray:
+    """Rows (nimg, *STATS) of losses.csv; NaN where one was not due.
 
     Only lines that are whole count: as many numbers as there are names, at a later image each.
     """
@@ -114,8 +110,7 @@ def read_losses(run: Path, up_to: float = math.inf) -> np.ndarray:
             continue
         if (rows[-1][0] if rows else -1) < row["nimg"] < math.inf:
             rows.append([row.get(name, math.nan) for name in ("nimg", *STATS)])
-    found = np.array(rows).reshape(-1, 1 + len(STATS))
-    return found[found[:, 0] <= up_to]
+    return np.array(rows).reshape(-1, 1 + len(STATS))
 
 
 def losses_text(rows: np.ndarray) -> str:
@@ -129,11 +124,8 @@ def append_losses(run: Path, rows: np.ndarray) -> None:
         file.write(losses_text(rows))
 
 
-def read_log(run: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
-    """Lines of log.jsonl up to an image count.
-
-    Only lines that are whole count: numbers by name, an epoch at a later image each.
-    """
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Lines of log.jsonl that are whole: numbers by name, an epoch at a later image each."""
     found: list[dict[str, Any]] = []
     for text in whole_lines(run / "log.jsonl"):
         try:
@@ -142,22 +134,29 @@ def read_log(run: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
         last = found[-1]["nimg"] if found else -1
-        if last < nimg <= up_to and not math.isnan(epoch):
+        if last < nimg and not math.isnan(epoch):
             found.append({k: v for k, v in line.items() if v is None or not math.isnan(number(v))})
     return found
 
 
-def cut_logs(run: Path, up_to: int) -> None:
-    """Start both logs, or cut them back to what the last checkpoint has seen and what is whole."""
-    losses = ",".join(("nimg", *STATS)) + "\n" + losses_text(read_losses(run, up_to))
-    log = "".join(json.dumps(line) + "\n" for line in read_log(run, up_to))
-    for path, text, kept in (
-        (run / "losses.csv", losses, 1 + len(read_losses(run))),
-        (run / "log.jsonl", log, len(read_log(run))),
-    ):
-        if lost := max(0, len(whole_lines(path)) - kept):
-            say(f"note: {path}: {lost} lines that cannot be read are left out")
-        write_atomically(path, lambda partial, text=text: partial.write_text(text))
+def cut_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Start both logs, or cut them back to what the last checkpoint has seen and what is whole.
+
+    Returns:
+        What is left: lines of log.jsonl, rows (nimg, *STATS) of losses.csv.
+    """
+    log, rows = read_log(run), read_losses(run)
+    whole = {"log.jsonl": len(log), "losses.csv": 1 + len(rows)}  # lines, with the header
+    log, rows = [line for line in log if line["nimg"] <= up_to], rows[rows[:, 0] <= up_to]
+    text = {
+        "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
+        "losses.csv": ",".join(("nimg", *STATS)) + "\n" + losses_text(rows),
+    }
+    for name, count in whole.items():
+        if lost := max(0, len(whole_lines(run / name)) - count):
+            say(f"note: {run / name}: {lost} lines that cannot be read are left out")
+        write_atomically(run / name, lambda path, name=name: path.write_text(text[name]))
+    return log, rows
 
 
 # Diagnosis
@@ -204,9 +203,8 @@ def counted_fid(line: dict[str, Any]) -> float:
     Before, samples are no slices yet, and an encoder that has seen nothing but slices was found to
     hold them for good ones.
     """
-    fid, z, noise = (line.get(name) for name in ("fid", "vary_z", "vary_noise"))
-    counts = None not in (fid, z, noise) and z > noise
-    return fid if counts else math.inf
+    fids = history_of([line], np.zeros((0, 1 + len(STATS)))).fids()
+    return float(fids[0]) if len(fids) else math.inf
 
 
 class Rule(NamedTuple):
@@ -469,11 +467,9 @@ class Recorder:
         self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(device)
         self.c = one_hot(np.arange(num_rows).repeat(GRID_COLUMNS), slices.c_dim).to(device)
         if rank() == 0:
-            cut_logs(self.run, cur_nimg)
+            self.lines, rows = cut_logs(self.run, cur_nimg)
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=cur_nimg + 1)
-            self.lines = read_log(self.run)
             self.logged = self.lines[-1]["nimg"] if self.lines else 0
-            rows = read_losses(self.run)
             rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
             self.epoch_rows = list(rows[rows[:, 0] > self.logged])  # of the epoch under way
             self.warned: set[str] = set()

@@ -346,15 +346,20 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def existing_part(folder: Path) -> Path:
+    """The folder, or that above it in which it would have to be created."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+
 def is_writable(folder: Path) -> bool:
     """Whether a folder can be written, or created."""
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    existing = existing_part(folder)
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def ensure_writable(folder: Path) -> None:
     """Raises UserError where the folder could not be written or created; writes nothing itself."""
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    existing = existing_part(folder)
     if not existing.is_dir():
         raise UserError(f"cannot write to {folder}: {existing} is not a folder")
     if not is_writable(folder):
