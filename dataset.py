@@ -181,8 +181,8 @@ def ignored_files(root: Path, used: set[Path]) -> list[str]:
     return [f"{n} in {folder}" for folder, n in sorted(counts.items()) if n]
 
 
-def describe(root: Path, classes: list[str], splits: dict[str, list[SliceFile]]) -> None:
-    """Say, on rank 0, what was found, and what of it is left out or looks odd."""
+def describe(root: Path | None, classes: list[str], splits: dict[str, list[SliceFile]]) -> None:
+    """Say, on rank 0, what was found, and what of a user's folder is left out or looks odd."""
     if rank() > 0:
         return
     for split, files in splits.items():
@@ -192,6 +192,8 @@ def describe(root: Path, classes: list[str], splits: dict[str, list[SliceFile]])
             for name, row in zip(classes, rows, strict=True)
         ]
         say(f"{split}: {'; '.join(parts)}")
+    if root is None:
+        return
     files = splits["train"] + splits["test"]
     if ignored := ignored_files(root, {f.path for f in files}):
         more = f", and {len(ignored) - 5} more folders" if len(ignored) > 5 else ""
@@ -369,8 +371,7 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     """Both splits, decoded, and the data's identity. Raises UserError as `find_slices` does."""
     root = config.data_root or demo_root(config.cache)
     classes, splits = find_slices(root, config.any_classes or not config.conditional)
-    if config.data_root is not None:
-        describe(root, classes, splits)
+    describe(config.data_root, classes, splits)
     if not config.conditional:
         classes, splits = ["all"], {k: [f._replace(label=0) for f in v] for k, v in splits.items()}
     files = splits["train"] + splits["test"]

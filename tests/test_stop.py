@@ -127,6 +127,17 @@ def test_a_request_that_was_lost_is_made_again(monkeypatch):
                 time.sleep(5)
 
 
+def test_a_process_that_waits_where_python_cannot_answer_is_ended_by_a_request():
+    """As a rank that waits for rank 0: torchrun would wait half a minute for it."""
+    with StopRequest() as stop, stop.deaf():
+        waiting = [signal.getsignal(number) for number in SIGNALS]
+        assert waiting == [signal.SIG_DFL] * len(SIGNALS)
+    with StopRequest() as stop:
+        with stop.deaf():
+            pass
+        assert signal.getsignal(signal.SIGTERM) == stop.ask
+
+
 def test_a_second_request_ends_it_at_once(run_config, monkeypatch):
     def ask_twice(state):
         for _ in range(2):

@@ -559,6 +559,24 @@ def test_output_that_cannot_be_written_is_one_line(config: Config, tmp_path):
         train(replace(config, out=tmp_path / "file" / "run"))
 
 
+def test_a_cache_that_cannot_be_written_is_said_before_the_work(config: Config, tmp_path, capsys):
+    train(replace(config, epochs=1))  # what is decoded can be read
+    capsys.readouterr()
+    decoded = next(config.cache.glob("*.npy"))
+    config.cache.rename(tmp_path / "full")
+    config.cache.touch()
+    with pytest.raises(UserError, match="cannot write to .*cache is not a folder"):
+        train(config)
+    config.cache.unlink()
+    (tmp_path / "full").rename(config.cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda path, _mode: Path(path) != config.cache)
+        train(config)  # needs nothing new of it
+        with pytest.raises(UserError, match="cannot write to .*: no permission in .*cache"):
+            train(replace(config, out=config.out.with_name("b"), fid_kimg=0.01, fid_images=100))
+    assert "training the encoder" not in capsys.readouterr().out and decoded.exists()
+
+
 def test_an_error_leaves_nothing_behind(config: Config, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         train(replace(config, data_root=tmp_path / "nowhere"))
