@@ -51,10 +51,14 @@ class Config:
     """Width of the latent z, 1 or more."""
     w_dim: int = 512
     """Width of the intermediate latent w, 1 or more."""
+    mapping_layers: int = 8
+    """Layers from z to w, 1 or more."""
     channel_base: int = 16384
     """Feature maps times resolution, 16 or more: at most channel_base / res maps."""
     channel_max: int = 512
     """Most feature maps at any resolution, 1 or more."""
+    noise: bool = True
+    """Random numbers added before each activation of the synthesis network."""
 
     # Labels
     conditional: bool = True
@@ -147,8 +151,8 @@ class Config:
         sizes = (16, 32, 64, 128, 256, 512)
         at_least = {
             "epochs": 1, "batch_size": 2, "num_workers": 0, "z_dim": 1, "w_dim": 1,
-            "channel_base": 16, "channel_max": 1, "r1_interval": 1, "pl_weight": 0,
-            "pl_interval": 1, "ema_rampup": 0, "snapshot_epochs": 1,
+            "mapping_layers": 1, "channel_base": 16, "channel_max": 1, "r1_interval": 1,
+            "pl_weight": 0, "pl_interval": 1, "ema_rampup": 0, "snapshot_epochs": 1,
             "label_ramp_kimg": 0, "ada_interval": 1, "fid_kimg": 0, "fid_images": 100,
         }  # fmt: skip
         self._require("img_resolution", self.img_resolution in sizes, f"one of {sizes}")

@@ -187,22 +187,29 @@ class SynthesisLayer(nn.Module):
     """Modulated 3x3 convolution, noise, bias, leaky ReLU ([1], figure 2d)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, w_dim: int, resolution: int, up: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        noise: bool = True,
+        up: bool = False,
     ) -> None:
         super().__init__()
         weight_gain = 1 / math.sqrt(in_channels * 9)  # of the convolution: it scales its styles
         self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1, gain=weight_gain)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
-        self.up = up
-        self.register_buffer("noise_const", torch.randn(1, 1, resolution, resolution))
-        self.noise_strength = nn.Parameter(torch.zeros([]))
+        self.up, self.noise = up, noise
+        if noise:
+            self.register_buffer("noise_const", torch.randn(1, 1, resolution, resolution))
+            self.noise_strength = nn.Parameter(torch.zeros([]))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode = "random") -> Tensor:
         """x [N, I, H, W], w [N, w_dim] -> [N, O, H, W], or twice the size with `up`."""
         gain = ACTIVATION_GAIN
         x = modulated_conv2d(x, self.weight, self.affine(w), True, self.up, gain)
-        if noise_mode != "none":
+        if self.noise and noise_mode != "none":
             noise = self.noise_const
             if noise_mode == "random":
                 noise = torch.randn_like(x[:, :1], dtype=torch.float32)
@@ -249,7 +256,7 @@ class MinibatchStd(nn.Module):
 
 
 class MappingNetwork(nn.Module):
-    """Latents and labels to intermediate latents ([2], section 2): eight slow linear layers.
+    """Latents and labels to intermediate latents ([2], section 2): slow linear layers, eight there.
 
     The label enters as an embedding beside z, both normalized to unit second moment; one whose
     entries sum to less than 1 counts that much less, one of zeros not at all. With `c_dim` 0 the
@@ -314,17 +321,17 @@ class SynthesisBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        w_dim: int,
         resolution: int,
+        config: Config,
         img_channels: int,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.dtype = dtype if resolution >= HIGH_RESOLUTION else torch.float32
-        layer = (out_channels, w_dim, resolution)
+        layer = (out_channels, config.w_dim, resolution, config.noise)
         self.conv0 = SynthesisLayer(in_channels, *layer, up=True) if resolution > 4 else None
         self.conv1 = SynthesisLayer(out_channels, *layer)
-        self.torgb = ToRGB(out_channels, img_channels, w_dim)
+        self.torgb = ToRGB(out_channels, img_channels, config.w_dim)
 
     def forward(
         self, x: Tensor, img: Tensor | None, ws: Tensor, noise_mode: NoiseMode
@@ -344,22 +351,14 @@ class SynthesisNetwork(nn.Module):
     A layer shares its w with the ToRGB before it: num_ws = 2 log2(img_resolution) - 2.
     """
 
-    def __init__(
-        self,
-        w_dim: int,
-        img_resolution: int,
-        img_channels: int,
-        channel_base: int,
-        channel_max: int,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, config: Config, img_channels: int, dtype: torch.dtype) -> None:
         super().__init__()
-        resolutions = [2**i for i in range(2, img_resolution.bit_length())]
-        widths = [channels(r, channel_base, channel_max) for r in resolutions]
+        resolutions = [2**i for i in range(2, config.img_resolution.bit_length())]
+        widths = [channels(r, config.channel_base, config.channel_max) for r in resolutions]
         self.num_ws = 2 * len(resolutions)
         self.const = nn.Parameter(torch.randn(1, widths[0], 4, 4))
         self.blocks = nn.ModuleList(
-            SynthesisBlock(i, o, w_dim, resolution, img_channels, dtype)
+            SynthesisBlock(i, o, resolution, config, img_channels, dtype)
             for i, o, resolution in zip(widths[:1] + widths, widths, resolutions, strict=False)
         )
 
@@ -379,16 +378,9 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.z_dim, self.c_dim = config.z_dim, c_dim
-        self.synthesis = SynthesisNetwork(
-            config.w_dim,
-            config.img_resolution,
-            img_channels,
-            config.channel_base,
-            config.channel_max,
-            dtype,
-        )
-        num_ws = self.synthesis.num_ws
-        self.mapping = MappingNetwork(config.z_dim, c_dim, config.w_dim, num_ws)
+        self.synthesis = SynthesisNetwork(config, img_channels, dtype)
+        sizes = (config.z_dim, c_dim, config.w_dim, self.synthesis.num_ws)
+        self.mapping = MappingNetwork(*sizes, config.mapping_layers)
 
     def forward(
         self,

@@ -35,6 +35,7 @@ from metrics import (
     frechet_distance,
     gaussian,
     gaussian_distance,
+    grain,
     halves_by_id,
     kernel_distance,
     leaks,
@@ -220,6 +221,8 @@ class Rule(NamedTuple):
         return "; ".join(text for fits, text in parts if fits(config))
 
 
+NOISE_LIMIT = 0.2  # of the variety of real slices that noise alone may make
+SPECTRUM_LIMITS = 0.3, 3.0  # power of the finest grain, over that of real slices
 LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
 LEAST_SIGNAL = 0.05  # agreement above chance below which classes are taken for noise
 SETTLED = 5  # epochs or measurements before which nothing is expected of D or of the samples
@@ -242,6 +245,18 @@ def label_effect(h: History) -> float:
     chance = h.last("agreement_chance")
     real = h.last("agreement_real") - chance
     return (h.last("agreement", SETTLED) - chance) / real if real > LEAST_SIGNAL else math.nan
+
+
+def odd_spectrum(h: History) -> bool:
+    """The finest grain has had too much or too little power in each of the last three measurements.
+
+    And what is off does not come nearer.
+    """
+    low, high = SPECTRUM_LIMITS
+    values = h.measured("spectrum")[-3:]
+    off = np.abs(np.log(np.maximum(values, 1e-6)))
+    settled = len(h.measured("spectrum")) >= SETTLED
+    return settled and bool(((values < low) | (values > high)).all()) and off[-1] > 0.8 * off[0]
 
 
 def with_ada(config: Config) -> bool:
@@ -317,6 +332,23 @@ RULES = {
             (lambda c: c.style_mixing_prob > 0.5, "style_mixing_prob = 0.5"),
         ),
     ),
+    "texture comes from noise": Rule(
+        lambda h: h.last("vary_noise", SETTLED) > NOISE_LIMIT,
+        f"the noise inputs alone make more than {NOISE_LIMIT:.0%} of the variety of real slices",
+        (
+            "train longer: it often goes back by itself",
+            (lambda c: c.noise, "or noise = False"),
+        ),
+    ),
+    "odd spectrum": Rule(
+        odd_spectrum,
+        "samples have too much grain (a lattice) or too little (a blur), {} to {} of the real power"
+        " is right".format(*SPECTRUM_LIMITS),
+        (
+            (lambda c: c.noise, "for a lattice noise = False"),
+            "for a blur train longer or lower r1_gamma",
+        ),
+    ),
     "labels without signal": Rule(
         lambda h: h.last("agreement_real") - h.last("agreement_chance") < LEAST_SIGNAL,
         "a classifier trained on the training slices cannot tell the classes of test slices",
@@ -357,6 +389,7 @@ class TrainingFigures:
 
     - `fid`, `kid` to the training slices, and `fid_floor`, that of their two id-disjoint halves.
     - `leak_rotation`, `leak_flip`, `leak_border`: see `leaks`.
+    - `spectrum`: power of the samples at the highest frequencies, over that of real slices.
     - `vary_z`, `vary_noise`, `vary_class`: how far a pixel moves when only z (in the class it moves
       least), only the noise or only the class changes, as a share of that among real slices.
     - `agreement`: share of samples in which an encoder, trained on real slices, sees the class
@@ -394,6 +427,7 @@ class TrainingFigures:
         rows = [r[spread(len(r), MAX_DEVIATION)] for r in rows]
         self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows])) or math.nan
         self.pose = pose(self.samples["train"].images)
+        self.grain = grain(self.samples["train"].images) or math.nan
         self.seen_real = self.agreement(Fakes(test.images, test.labels))
 
     @torch.no_grad()
@@ -426,6 +460,7 @@ class TrainingFigures:
             "fid_floor": self.floor,
             "kid": kernel_distance(features, self.real[1], subsets=10)[0],
             **leaks(self.pose, pose(fakes.images)),
+            "spectrum": grain(fakes.images) / self.grain,
             **{f"vary_{name}": value / self.deviation for name, value in moved.items()},
             "overfitting": (real - test) / (real - fake) if real - fake > 0.1 else None,
         }
@@ -645,6 +680,8 @@ PANELS = (
      None, "samples near or above real slices"),
     ("Leaks", {"leak_rotation": "spread of tilt, ratio", "leak_flip": "sides, deviations",
                "leak_border": "border, grey levels"}, (-1, 2), "1, 0 and 0 without a leak"),
+    ("Spectrum", {"spectrum": "finest grain, ratio"}, SPECTRUM_LIMITS,
+     "above: a lattice, below: a blur"),
     ("Speed", {"img_per_s": "images per second"}, None, "level"),
 )  # fmt: skip
 

@@ -29,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ from utils import (
     rank,
     rank_0_first,
     read_run_config,
+    read_safetensors,
     resolve_device,
     run_command,
     save_generator,
@@ -85,6 +86,9 @@ from utils import (
 )
 
 KEPT_CHECKPOINTS = 2
+NETWORK = (  # settings that decide which weights there are
+    "img_resolution", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "noise",
+)  # fmt: skip
 
 
 # Losses
@@ -348,18 +352,26 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
 
 
 def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]]:
-    """Weights of the networks in the newest checkpoint of `init_from`. Raises UserError.
+    """Weights of G, D and G_ema in the newest checkpoint of `init_from`. Raises UserError.
 
-    They may be of other classes, or of none where this run has some.
+    Where there is none, those of its generator.safetensors and discriminator.safetensors. They may
+    be of other classes, or of none where this run has some.
     """
-    if not (found := checkpoints(config.init_from)):
-        raise UserError(f"init_from = {config.init_from}: holds no checkpoint")
-    state = load_checkpoint(found[-1])
-    for name in ("img_resolution", "z_dim", "w_dim", "channel_base", "channel_max"):
-        if (theirs := state["settings"][name]) != (ours := getattr(config, name)):
-            raise UserError(f"init_from = {config.init_from}: has {name} = {theirs}, now {ours}")
+    source, D = config.init_from, config.init_from / "discriminator.safetensors"
+    if found := checkpoints(source):
+        state = load_checkpoint(found[-1])
+        settings = state["settings"]
+    elif D.exists():
+        settings, G = vars(read_run_config(source)[0]), read_safetensors(D.with_stem("generator"))
+        state = {"G": G, "D": read_safetensors(D), "G_ema": G}
+    else:
+        raise UserError(f"init_from = {source}: holds no checkpoint, and no {D.name}")
+    for name in NETWORK:
+        theirs = settings.get(name, getattr(Config, name))  # earlier versions had fewer settings
+        if theirs != (ours := getattr(config, name)):
+            raise UserError(f"init_from = {source}: has {name} = {theirs}, now {ours}")
     if not c_dim and "mapping.embed.weight" in state["G"]:
-        raise UserError(f"init_from = {config.init_from}: has classes, this run has none")
+        raise UserError(f"init_from = {source}: has classes, this run has none")
     return {name: state[name] for name in ("G", "D", "G_ema")}
 
 
@@ -659,14 +671,22 @@ def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -
 
 
 def parse_settings(args: list[str] | None = None) -> Config:
-    """Settings from the command line over the named ones for the device: GPU for CUDA, else CPU."""
-    device = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    device.add_argument("--device", default="auto")
-    name = device.parse_known_args(args)[0].device
-    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    """Settings from the command line over the named ones for the device: GPU for CUDA, else CPU.
+
+    With `--init-from` the sizes of the networks are those of that run.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--device", default="auto")
+    early.add_argument("--init-from", "--init_from", default="None")
+    given = early.parse_known_args(args)[0]
+    cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
+    default = Config(**(GPU if cuda else CPU))
+    if given.init_from != "None":
+        source = read_run_config(Path(given.init_from))[0]
+        default = replace(default, **{name: getattr(source, name) for name in NETWORK})
     return tyro.cli(
         Config,
-        default=Config(**(GPU if cuda else CPU)),
+        default=default,
         args=args,
         description=__doc__,
         console_outputs=rank() == 0,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fixed_generator, ids, make_slices
+from scipy import ndimage
 from scipy.stats import spearmanr
 
 import metrics
@@ -340,6 +341,18 @@ def test_leaks_are_seen_and_real_against_real_has_none():
     assert metrics.leaks(real, mirrored)["leak_flip"] < -3
     lit = metrics.pose(tilted_heads(400, border=9))
     assert metrics.leaks(real, lit)["leak_border"] == pytest.approx(9)
+
+
+def test_the_grain_of_a_lattice_is_high_and_that_of_a_blur_is_low():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(100, 156, [120, 32, 32]).astype(np.uint8)
+    power = np.abs(np.fft.fft2(noise)) ** 2
+    fine = np.abs(np.fft.fftfreq(32)) >= 0.375
+    assert metrics.grain(noise) == pytest.approx(power[:, fine][:, :, fine].mean(), rel=1e-6)
+    lattice = noise + 20 * (np.indices([32, 32]).sum(0) % 2).astype(np.uint8)
+    blurred = ndimage.gaussian_filter(noise, (0, 1, 1))
+    assert metrics.grain(lattice) > 5 * metrics.grain(noise) > 20 * metrics.grain(blurred)
+    assert metrics.grain(np.full([2, 32, 32], 7, np.uint8)) == pytest.approx(0, abs=1e-6)
 
 
 def test_what_moves_an_image_is_told_apart(config: Config):

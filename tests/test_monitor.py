@@ -49,7 +49,7 @@ HEALTHY = {
     "g_main_grad": 0.5, "d_main_grad": 0.4, "ada_p": 0.2, "fid": 0.4, "fid_floor": 0.1,
     "overfitting": 0.1, "vary_z": 0.9, "vary_noise": 0.1, "vary_class": 0.3, "agreement": 0.7,
     "agreement_real": 0.7, "agreement_chance": 0.5, "leak_rotation": 1.1, "leak_flip": 0.1,
-    "leak_border": 0.2, "data_wait": 0.01, "img_per_s": 100.0,
+    "leak_border": 0.2, "spectrum": 0.8, "data_wait": 0.01, "img_per_s": 100.0,
 }  # fmt: skip
 
 
@@ -76,7 +76,9 @@ ILL = {
     "past its best": {"fid": [3.0, 1.0, 1.2, 1.5, 1.8, 2.1]},
     "p at its cap": {"ada_p": [0.2, 0.5, 0.7, 0.8, 0.8, 0.8]},
     "augmentation leaks": {"leak_rotation": 2.0},
-    "z ignored": {"vary_z": 0.02, "vary_noise": 0.3},
+    "z ignored": {"vary_z": 0.02},
+    "texture comes from noise": {"vary_noise": 0.4},
+    "odd spectrum": {"spectrum": 11.0},
     "labels without signal": {"agreement": 0.52, "agreement_real": 0.52},
     "class ignored": {"agreement": 0.51},
     "caricature": {"agreement": 0.99, "agreement_real": 0.65},
@@ -206,6 +208,14 @@ def test_a_lit_background_is_a_leak_unless_it_is_still_going_down(tmp_path):
     assert diagnose(write_run(tmp_path, leak_border=[90.0, 50.0, 30.0, 15.0, 9.0, 6.0])) == {}
 
 
+def test_a_lattice_and_a_blur_are_odd_unless_they_are_on_their_way_out(tmp_path):
+    for value in (0.1, 11.0, 0.0):
+        assert list(diagnose(write_run(tmp_path, spectrum=value))) == ["odd spectrum"]
+    assert diagnose(write_run(tmp_path, spectrum=[90.0, 50.0, 30.0, 16.0, 9.0, 5.0])) == {}
+    assert diagnose(write_run(tmp_path, spectrum=[0.0, 0.0, 0.1, 0.1, 0.2, 0.25])) == {}
+    assert diagnose(write_run(tmp_path, epochs=4, spectrum=11.0)) == {}
+
+
 def test_a_low_fid_of_noise_is_not_the_best(tmp_path):
     early = {"fid": [0.3, 0.2, 3.0, 2.5, 2.0, 1.5], "vary_noise": [2.0, 2.0, 0.1, 0.1, 0.1, 0.1]}
     assert diagnose(write_run(tmp_path, **early)) == {}
@@ -313,8 +323,9 @@ def test_figures_are_measured_at_their_interval_and_drawn(config: Config):
     train(replace(config, fid_kimg=0.032, fid_images=100, augment="ada"))
     first, second = read_log(config.out)
     assert "fid" not in first
-    names = {"fid", "kid", "fid_floor", "leak_rotation", "leak_flip", "leak_border", "vary_z",
-             "vary_noise", "vary_class", "overfitting", "agreement", "agreement_real"}  # fmt: skip
+    names = {"fid", "kid", "fid_floor", "leak_rotation", "leak_flip", "leak_border", "spectrum",
+             "vary_z", "vary_noise", "vary_class", "overfitting", "agreement",
+             "agreement_real"}  # fmt: skip
     assert all(math.isfinite(second[name]) for name in names)
     assert Image.open(config.out / "curves.png").size[0] > 1000
 

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from conftest import (
     write_folder,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import dataset
@@ -334,6 +336,52 @@ def test_weights_that_do_not_fit_are_named_before_anything_is_written(config: Co
     with pytest.raises(UserError, match="init_from = .*: has classes, this run has none"):
         train(replace(other, conditional=False))
     assert not other.out.exists()
+
+
+def shared_run(config: Config, folder: Path) -> Path:
+    """What is shared of a run that others may start from: no checkpoint, half precision."""
+    train(config)
+    state = TrainingState(config, 2, torch.device("cpu"))
+    state.load_state_dict(load_checkpoint(checkpoints(config.out)[-1]))
+    folder.mkdir()
+    shutil.copy(config.out / "config.json", folder)
+    for name, net in (("generator", state.G_ema), ("discriminator", state.D)):
+        half = {k: v.half().contiguous() for k, v in net.state_dict().items()}
+        save_file(half, folder / f"{name}.safetensors")
+    return folder
+
+
+def test_a_run_starts_from_a_generator_and_a_discriminator_that_are_shared(config, tmp_path):
+    source = shared_run(replace(config, epochs=1), tmp_path / "shared")
+    other = replace(config, init_from=source, out=config.out.with_name("other"))
+    old = load_generator(source)[0]
+    weights = training.source_of_weights(other, 2)
+    new = TrainingState(other, 2, torch.device("cpu"))
+    for name in ("G", "D", "G_ema"):
+        training.adopt(getattr(new, name), weights[name])
+    z, c = torch.randn(4, 8), torch.eye(2)[[0, 1, 1, 0]]
+    for name in ("G", "G_ema"):
+        images = getattr(new, name)(z, c, noise_mode="const")
+        expected = old(z, c, noise_mode="const")
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
+    before = TrainingState(other, 2, torch.device("cpu"))
+    before.load_state_dict(load_checkpoint(checkpoints(config.out)[-1]))
+    torch.testing.assert_close(new.D(images, c), before.D(images, c), rtol=0.01, atol=0.01)
+    train(replace(other, epochs=1))
+    (source / "discriminator.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="discriminator.safetensors is truncated"):
+        train(replace(other, out=config.out.with_name("third")))
+
+
+def test_the_sizes_of_the_networks_come_from_the_run_to_start_from(config, tmp_path, command):
+    wide = replace(config, epochs=1, z_dim=12, w_dim=10, mapping_layers=3, channel_max=5)
+    train(wide)
+    for flag in ("--init-from", "--init_from"):
+        found = training.parse_settings(["--device", "cpu", flag, str(wide.out)])
+        assert [getattr(found, name) for name in training.NETWORK] == [16, 12, 10, 3, 64, 5, True]
+        assert (found.init_from, found.epochs) == (wide.out, CPU["epochs"])
+    assert training.parse_settings(["--init-from", "None"]).init_from is None
+    assert command("--init-from", tmp_path / "nothing") == 2
 
 
 def test_p_does_not_come_with_the_weights(config: Config):
