@@ -58,7 +58,7 @@ class Config:
     channel_max: int = 512
     """Most feature maps at any resolution, 1 or more."""
     noise: bool = True
-    """Random numbers added before each activation of the synthesis network."""
+    """Noise inputs: random numbers before each activation of G, of a strength it learns."""
 
     # Labels
     conditional: bool = True

@@ -256,7 +256,7 @@ class MinibatchStd(nn.Module):
 
 
 class MappingNetwork(nn.Module):
-    """Latents and labels to intermediate latents ([2], section 2): slow linear layers, eight there.
+    """Latents and labels to intermediate latents by slow linear layers ([2], section 2: eight).
 
     The label enters as an embedding beside z, both normalized to unit second moment; one whose
     entries sum to less than 1 counts that much less, one of zeros not at all. With `c_dim` 0 the

@@ -248,15 +248,13 @@ def label_effect(h: History) -> float:
 
 
 def odd_spectrum(h: History) -> bool:
-    """The finest grain has had too much or too little power in each of the last three measurements.
-
-    And what is off does not come nearer.
-    """
-    low, high = SPECTRUM_LIMITS
-    values = h.measured("spectrum")[-3:]
+    """The last three powers of the finest grain are outside the limits, and come no nearer to 1."""
+    values = h.measured("spectrum")
+    if len(values) < SETTLED:
+        return False
+    (low, high), values = SPECTRUM_LIMITS, values[-3:]
     off = np.abs(np.log(np.maximum(values, 1e-6)))
-    settled = len(h.measured("spectrum")) >= SETTLED
-    return settled and bool(((values < low) | (values > high)).all()) and off[-1] > 0.8 * off[0]
+    return bool(((values < low) | (values > high)).all() and off[-1] > 0.8 * off[0])
 
 
 def with_ada(config: Config) -> bool:
@@ -336,8 +334,8 @@ RULES = {
         lambda h: h.last("vary_noise", SETTLED) > NOISE_LIMIT,
         f"the noise inputs alone make more than {NOISE_LIMIT:.0%} of the variety of real slices",
         (
-            "train longer: it often goes back by itself",
-            (lambda c: c.noise, "or noise = False"),
+            "train longer",
+            (lambda c: c.noise, "noise = False"),
         ),
     ),
     "odd spectrum": Rule(
@@ -346,7 +344,7 @@ RULES = {
         " is right".format(*SPECTRUM_LIMITS),
         (
             (lambda c: c.noise, "for a lattice noise = False"),
-            "for a blur train longer or lower r1_gamma",
+            "for a blur train longer",
         ),
     ),
     "labels without signal": Rule(

@@ -242,6 +242,16 @@ def test_noise_is_the_same_in_both_precisions():
     torch.testing.assert_close(*found, rtol=0.02, atol=0.02)
 
 
+def test_without_noise_inputs_an_image_is_that_of_its_latent_alone(config: Config):
+    G = Generator(replace(config, noise=False, mapping_layers=3), 2)
+    names = [*G.state_dict()]
+    assert not [name for name in names if "noise" in name]
+    assert len(G.mapping.layers) == 3 and "mapping.layers.3.weight" not in names
+    z, c = torch.randn(2, config.z_dim), torch.eye(2)
+    images = [G(z, c, noise_mode=mode) for mode in ("random", "random", "const", "none")]
+    assert all(torch.equal(images[0], other) for other in images[1:])
+
+
 def test_torgb_is_linear_and_not_demodulated():
     torgb = ToRGB(4, 2, 8)
     x, w = torch.randn(3, 4, 5, 5), torch.randn(3, 8)
