@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,9 +29,12 @@ from dataset import Slices
 from modules import Discriminator, Generator
 from monitor import read_log
 from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path, main
-from utils import run_command
+from utils import StopRequest, run_command
 
 ROOT = Path(__file__).parents[1]
+for number in StopRequest.SIGNALS:  # under nohup or & some are ignored, in what tests start too
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def draw_slice(rng: np.random.Generator, size: tuple[int, int], dark: bool) -> np.ndarray:
