@@ -222,7 +222,7 @@ class Rule(NamedTuple):
 
 
 NOISE_LIMIT = 0.2  # of the variety of real slices that noise alone may make
-SPECTRUM_LIMITS = 0.3, 3.0  # power of the finest grain, over that of real slices
+SPECTRUM_LIMIT = 3  # power of the finest grain over that of real slices, or the other way round
 LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
 LEAST_SIGNAL = 0.05  # agreement above chance below which classes are taken for noise
 SETTLED = 5  # epochs or measurements before which nothing is expected of D or of the samples
@@ -234,10 +234,10 @@ def past_its_best(h: History) -> bool:
     return len(fid) > 3 and fid[:-3].min() * 1.2 < fid[-3:].min()
 
 
-def stays_above(h: History, name: str, limit: float) -> bool:
+def stays_above(values: np.ndarray, limit: float) -> bool:
     """The last six values are further from 0 than a limit, and no longer on their way to it."""
-    values = np.abs(h.measured(name)[-6:])
-    return len(values) == 6 and values.min() > limit and values[3:].mean() > 0.9 * values[:3].mean()
+    off = np.abs(values[-6:])
+    return len(off) == 6 and off.min() > limit and off[3:].mean() > 0.9 * off[:3].mean()
 
 
 def label_effect(h: History) -> float:
@@ -245,16 +245,6 @@ def label_effect(h: History) -> float:
     chance = h.last("agreement_chance")
     real = h.last("agreement_real") - chance
     return (h.last("agreement", SETTLED) - chance) / real if real > LEAST_SIGNAL else math.nan
-
-
-def odd_spectrum(h: History) -> bool:
-    """The last three powers of the finest grain are outside the limits, and come no nearer to 1."""
-    values = h.measured("spectrum")
-    if len(values) < SETTLED:
-        return False
-    (low, high), values = SPECTRUM_LIMITS, values[-3:]
-    off = np.abs(np.log(np.maximum(values, 1e-6)))
-    return bool(((values < low) | (values > high)).all() and off[-1] > 0.8 * off[0])
 
 
 def with_ada(config: Config) -> bool:
@@ -287,7 +277,9 @@ RULES = {
     ),
     "D too weak": Rule(
         lambda h: (
-            abs(h.last("d_loss", SETTLED) - 2 * math.log(2)) < 0.05 and h.last("real_sign") < 0.15
+            abs(h.last("d_loss", SETTLED) - 2 * math.log(2)) < 0.05
+            and h.last("real_sign") < 0.15
+            and not h.last("fid") < 2 * h.last("fid_floor")  # G may be as good
         ),
         "D cannot tell real from generated slices: its loss stays at 2 ln 2",
         ("lower r1_gamma", (lambda c: with_ada(c) and c.ada_p is None, "lower ada_target")),
@@ -312,7 +304,7 @@ RULES = {
         ),
     ),
     "augmentation leaks": Rule(
-        lambda h: any(stays_above(h, name, limit) for name, limit in LEAK_LIMITS.items()),
+        lambda h: any(stays_above(h.measured(name), limit) for name, limit in LEAK_LIMITS.items()),
         "samples are turned, mirrored, or lit in their background as the real slices are not",
         (
             (lambda c: c.augment == "dataset", "augment = ada in the place of dataset, or"),
@@ -339,9 +331,11 @@ RULES = {
         ),
     ),
     "odd spectrum": Rule(
-        odd_spectrum,
-        "samples have too much grain (a lattice) or too little (a blur), {} to {} of the real power"
-        " is right".format(*SPECTRUM_LIMITS),
+        lambda h: stays_above(
+            np.log(np.maximum(h.measured("spectrum"), 1e-6)), math.log(SPECTRUM_LIMIT)
+        ),
+        f"samples have more than {SPECTRUM_LIMIT} times the fine grain of real slices (a lattice),"
+        f" or less than 1/{SPECTRUM_LIMIT} of it (a blur)",
         (
             (lambda c: c.noise, "for a lattice noise = False"),
             "for a blur train longer",
@@ -678,7 +672,7 @@ PANELS = (
      None, "samples near or above real slices"),
     ("Leaks", {"leak_rotation": "spread of tilt, ratio", "leak_flip": "sides, deviations",
                "leak_border": "border, grey levels"}, (-1, 2), "1, 0 and 0 without a leak"),
-    ("Spectrum", {"spectrum": "finest grain, ratio"}, SPECTRUM_LIMITS,
+    ("Spectrum", {"spectrum": "finest grain, ratio"}, (1 / SPECTRUM_LIMIT, SPECTRUM_LIMIT),
      "above: a lattice, below: a blur"),
     ("Speed", {"img_per_s": "images per second"}, None, "level"),
 )  # fmt: skip

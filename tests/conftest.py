@@ -89,6 +89,7 @@ def tiny(folder: Path) -> Config:
         w_dim=8,
         channel_base=64,
         channel_max=8,
+        noise=True,
         batch_size=4,
         epochs=2,
         learning_rate=0.002,

@@ -208,6 +208,11 @@ def test_a_lit_background_is_a_leak_unless_it_is_still_going_down(tmp_path):
     assert diagnose(write_run(tmp_path, leak_border=[90.0, 50.0, 30.0, 15.0, 9.0, 6.0])) == {}
 
 
+def test_no_d_can_tell_a_perfect_generator(tmp_path):
+    found = diagnose(write_run(tmp_path, **ILL["D too weak"], fid=0.05, fid_floor=0.04))
+    assert found == {}
+
+
 def test_a_lattice_and_a_blur_are_odd_unless_they_are_on_their_way_out(tmp_path):
     for value in (0.1, 11.0, 0.0):
         assert list(diagnose(write_run(tmp_path, spectrum=value))) == ["odd spectrum"]

@@ -169,6 +169,20 @@ def first_call_of_r1(config: Config) -> tuple[list[torch.Tensor], dict[str, int]
     return gradients, {k: counters[k][name] for k, name in names.items()}
 
 
+def test_a_core_is_left_to_others_unless_the_user_says_how_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    for cores, own, expected in (({0}, 1, 1), ({4, 5}, 2, 1), (range(8), 8, 7), (range(8), 4, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, c=cores: c, raising=False)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        torch.set_num_threads(own)
+        tune(torch.device("cpu"), tmp_path)
+        assert torch.get_num_threads() == expected
+        monkeypatch.setenv("OMP_NUM_THREADS", str(own))
+        torch.set_num_threads(own)
+        tune(torch.device("cpu"), tmp_path)
+        assert torch.get_num_threads() == own
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_phase_has_its_gradients_and_a_second_start_compiles_nothing(
     config, monkeypatch
@@ -208,11 +222,12 @@ def test_what_cannot_be_compiled_is_said_once_and_trains_as_it_is(config, monkey
     assert (config.out / "losses.csv").read_text() == (other.out / "losses.csv").read_text()
 
 
-def test_precision_is_chosen_by_device_and_width():
-    native = torch.cpu._is_avx512_bf16_supported()
+@pytest.mark.parametrize("native", [False, True])
+def test_precision_is_chosen_by_device_and_width(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     cpu, wide = torch.device("cpu"), Config(**CPU | {"channel_base": 1024})
     assert feature_dtype(wide, cpu) == (torch.bfloat16 if native else torch.float32)
-    assert feature_dtype(Config(**CPU), cpu) == torch.float32  # 8 maps
+    assert feature_dtype(Config(**CPU), cpu) == torch.float32  # 16 maps
     assert feature_dtype(replace(wide, precision="float32"), cpu) == torch.float32
     assert feature_dtype(Config(**CPU, precision="bfloat16"), cpu) == torch.bfloat16
 
