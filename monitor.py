@@ -317,7 +317,7 @@ RULES = {
         lambda h: h.last("vary_z", SETTLED) < max(0.3, h.last("vary_noise") / 2),
         "samples hardly change with z: one picture per class, varied by noise alone at most",
         (
-            "look at the grid; lower learning_rate",
+            "look at the grid; raise r1_gamma or lower learning_rate",
             (lambda c: c.conditional and not ramps(c), "label_ramp_kimg"),
             (lambda c: c.style_mixing_prob > 0.5, "style_mixing_prob = 0.5"),
         ),

@@ -90,6 +90,7 @@ def tiny(folder: Path) -> Config:
         channel_base=64,
         channel_max=8,
         noise=True,
+        r1_gamma=None,
         batch_size=4,
         epochs=2,
         learning_rate=0.002,
