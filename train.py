@@ -366,7 +366,7 @@ def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]
         state = {"G": G, "D": read_safetensors(D), "G_ema": G}
     else:
         raise UserError(f"init_from = {source}: holds no checkpoint, and no {D.name}")
-    for name in NETWORK:
+    for name in [name for name in NETWORK if name != "noise"]:  # may be left out, or begin
         theirs = settings.get(name, getattr(Config, name))  # earlier versions had fewer settings
         if theirs != (ours := getattr(config, name)):
             raise UserError(f"init_from = {source}: has {name} = {theirs}, now {ours}")
