@@ -74,6 +74,7 @@ from utils import (
     load_generator,
     newest_run,
     one_hot,
+    output_folder,
     read_run_config,
     resolve_device,
     run_command,
@@ -488,7 +489,7 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
     run = run_folder(source)
     G, config, classes = load_generator(source)
     G.to(resolve_device(options.device))
-    ensure_writable(options.out or run / "evaluation")
+    ensure_writable(options.out or output_folder(source, "evaluation"))
     cache, extractors = options.cache or config.cache, []
     if "inception" in options.extractors:
         device = next(G.parameters()).device
@@ -568,7 +569,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     report |= measure(fakes, bench, options.metrics)
     if "diversity" in options.metrics and options.images is None:
         report["grey_levels_moved_by"] = [conditional_variation(G, options.seed)]
-    out = options.out or run_folder(Path(what["weights"])) / "evaluation"
+    out = options.out or output_folder(Path(what["weights"]), "evaluation")
     write_text(json.dumps(plain(report), indent=2) + "\n", out / "evaluation.json")
     write_text(as_markdown(report), out / "evaluation.md")
     draw_report(report, out / "evaluation.png")

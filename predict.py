@@ -48,11 +48,11 @@ from utils import (
     load_generator,
     newest_run,
     one_hot,
+    output_folder,
     plain_settings,
     read_run_config,
     resolve_device,
     run_command,
-    run_folder,
     save_figure,
     save_grey,
     say,
@@ -74,7 +74,7 @@ class Options:
     """What to draw. Raises UserError naming the option, its value and what is allowed."""
 
     checkpoint: Path | None = None
-    """Run folder, generator.safetensors or checkpoints/*.pt; None: the newest run."""
+    """Run folder, generator.safetensors or checkpoints/*.pt; None: the newest run, or the demo."""
     classes: tuple[str, ...] | None = None
     """Classes to draw, by folder name; None: all."""
     count: int = 32
@@ -358,7 +358,7 @@ def predict(options: Options) -> Path:
     G, config, known = load_generator(source)
     G.to(resolve_device(options.device))
     classes = chosen_classes(options.classes, known)
-    out = options.out or run_folder(source) / "predict"
+    out = options.out or output_folder(source, "predict")
     ensure_writable(out)
     cache = options.cache or config.cache
     os.environ.setdefault("NUMBA_CACHE_DIR", compiled_folder(cache))  # of UMAP

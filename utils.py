@@ -41,6 +41,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
+DEMO_GENERATOR = Path(__file__).parent / "assets" / "demo_generator"
 PATHS = ("data_root", "out", "cache", "init_from")  # settings that are paths
 # Settings that say where, how long and how often, not what a run learns
 FREE_TO_CHANGE = (
@@ -295,17 +296,27 @@ def say(text: str) -> None:
 
 
 def newest_run() -> Path:
-    """The run under runs/ whose generator was written last. Raises UserError if there is none."""
+    """The run under runs/ whose generator was written last; if there is none, the demo one."""
     generators = sorted(RUNS.glob("*/generator.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not generators:
-        raise UserError(f"no trained run under {RUNS}/: start one with python train.py")
-    return generators[-1].parent
+    if generators:
+        return generators[-1].parent
+    say(
+        f"No run under {RUNS}/ yet: this is the generator in assets/{DEMO_GENERATOR.name}, trained "
+        "on the built-in demo brains (synthetic, template-derived)"
+    )
+    return DEMO_GENERATOR
 
 
 def run_folder(path: Path) -> Path:
     """The run that a folder, a generator.safetensors or a checkpoints/*.pt belongs to."""
     folder = path if path.is_dir() else path.parent
     return folder.parent if folder.name == "checkpoints" else folder
+
+
+def output_folder(path: Path, name: str) -> Path:
+    """Where what is made of a run lies: in the run, but of the demo generator under runs/."""
+    run = run_folder(path)
+    return (RUNS / run.name if run.resolve() == DEMO_GENERATOR.resolve() else run) / name
 
 
 def partial_path(path: Path) -> Path:

@@ -104,6 +104,21 @@ def test_a_shared_generator_needs_its_config_only(run: Path, tmp_path, config: C
     assert not (out / "embedding_images.png").exists()
 
 
+def test_without_a_run_the_demo_generator_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(prediction, "real_slices", lambda *_: None)
+    before = sorted(utils.DEMO_GENERATOR.rglob("*"))
+    out = predict(Options(count=8, device="cpu"))
+    assert out == tmp_path / "runs" / "demo_generator" / "predict"
+    assert capsys.readouterr().out.startswith("No run under ")
+    assert sorted(utils.DEMO_GENERATOR.rglob("*")) == before
+    images = np.stack([np.asarray(Image.open(p)) for p in (out / "images" / "AD").iterdir()])
+    assert images.shape == (8, 64, 64)
+    centre, edge = images[:, 16:48, 16:48], images[:, :4]
+    assert centre.mean() > 60 and edge.mean() < 8  # heads on black
+    assert images.std(0).mean() > 5  # of different shapes
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -136,9 +151,6 @@ def test_invalid_options_are_named(options, words):
 def test_damaged_or_foreign_weights_are_named(run: Path, config: Config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not exist"):
         load_generator(tmp_path / "nothing.safetensors")
-    monkeypatch.setattr(utils, "RUNS", tmp_path / "none")
-    with pytest.raises(UserError, match="no trained run"):
-        newest_run()
     weights = run / "generator.safetensors"
     other = replace(config, img_resolution=32, epochs=1, out=run.with_name("other"))
     train(other)

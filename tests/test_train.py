@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from conftest import (
     write_folder,
 )
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 import dataset
@@ -34,6 +32,7 @@ import metrics
 import monitor
 import train as training
 import utils
+from assets.make_demo_generator import share
 from config import CPU, GPU, Config, UserError
 from dataset import TrainingSlices
 from metrics import pose
@@ -54,6 +53,7 @@ from train import (
     train_step,
 )
 from utils import (
+    DEMO_GENERATOR,
     checkpoints,
     load_checkpoint,
     load_generator,
@@ -338,21 +338,12 @@ def test_weights_that_do_not_fit_are_named_before_anything_is_written(config: Co
     assert not other.out.exists()
 
 
-def shared_run(config: Config, folder: Path) -> Path:
-    """What is shared of a run that others may start from: no checkpoint, half precision."""
-    train(config)
-    state = TrainingState(config, 2, torch.device("cpu"))
-    state.load_state_dict(load_checkpoint(checkpoints(config.out)[-1]))
-    folder.mkdir()
-    shutil.copy(config.out / "config.json", folder)
-    for name, net in (("generator", state.G_ema), ("discriminator", state.D)):
-        half = {k: v.half().contiguous() for k, v in net.state_dict().items()}
-        save_file(half, folder / f"{name}.safetensors")
-    return folder
-
-
 def test_a_run_starts_from_a_generator_and_a_discriminator_that_are_shared(config, tmp_path):
-    source = shared_run(replace(config, epochs=1), tmp_path / "shared")
+    config, source = replace(config, epochs=1), tmp_path / "shared"
+    train(config)
+    share(config.out, source)
+    settings = read_run_config(source)[0]
+    assert (settings.out, settings.init_from) == (Config.out, None)  # whose machine it was
     other = replace(config, init_from=source, out=config.out.with_name("other"))
     old = load_generator(source)[0]
     weights = training.source_of_weights(other, 2)
@@ -371,6 +362,28 @@ def test_a_run_starts_from_a_generator_and_a_discriminator_that_are_shared(confi
     (source / "discriminator.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="discriminator.safetensors is truncated"):
         train(replace(other, out=config.out.with_name("third")))
+
+
+def test_noise_inputs_may_be_left_out_or_begin_in_a_run_that_starts_from_another(config):
+    config = replace(config, epochs=1)
+    z, c = torch.randn(4, 8), torch.eye(2)[[0, 1, 1, 0]]
+    for noise in (True, False):
+        source = replace(config, noise=noise, out=config.out.with_name(f"noise {noise}"))
+        train(source)
+        other = replace(config, noise=not noise, init_from=source.out)
+        G = Generator(other, 2)
+        training.adopt(G, training.source_of_weights(other, 2)["G_ema"])
+        expected = load_generator(source.out)[0](z, c, noise_mode="none")
+        torch.testing.assert_close(G(z, c), expected)  # what begins has no strength yet
+
+
+def test_a_run_can_start_from_the_demo_generator():
+    files = sum(path.stat().st_size for path in DEMO_GENERATOR.iterdir())
+    assert files < 4e6
+    config = training.parse_settings(["--device", "cpu", "--init-from", str(DEMO_GENERATOR)])
+    state = TrainingState(config, 2, torch.device("cpu"))
+    for name, weights in training.source_of_weights(config, 2).items():
+        getattr(state, name).load_state_dict(weights)  # all of them, of these shapes
 
 
 def test_the_sizes_of_the_networks_come_from_the_run_to_start_from(config, tmp_path, command):

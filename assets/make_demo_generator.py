@@ -1,0 +1,56 @@
+"""Make assets/demo_generator of a run on the demo brains: what is shared of it, in half precision.
+
+    python -m assets.make_demo_generator RUN      # from the project's folder
+
+Takes the newest checkpoint.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import save
+
+from config import Config, UserError
+from utils import (
+    DEMO_GENERATOR,
+    checkpoints,
+    load_checkpoint,
+    read_run_config,
+    run_command,
+    say,
+    write_atomically,
+    write_run_config,
+)
+
+
+def share(run: Path, out: Path) -> None:
+    """Write config.json, generator.safetensors and discriminator.safetensors into `out`.
+
+    Raises UserError for a run without a checkpoint.
+    """
+    config, classes, data = read_run_config(run)
+    if not (found := checkpoints(run)):
+        raise UserError(f"{run} holds no checkpoint")
+    state = load_checkpoint(found[-1])
+    for name, part in (("generator", "G_ema"), ("discriminator", "D")):
+        tensors = {k: v.half().contiguous() for k, v in state[part].items()}
+        content = save(tensors, {"cur_nimg": str(state["cur_nimg"])})
+        write_atomically(out / f"{name}.safetensors", lambda path, c=content: path.write_bytes(c))
+    config = replace(config, out=Config.out, cache=Config.cache, init_from=None)
+    write_run_config(out, config, classes, data)
+    say(f"{out}: {state['cur_nimg']:,} images")
+
+
+def main() -> None:
+    """Command line of this module."""
+    if len(sys.argv) != 2:
+        raise UserError("one run folder is needed")
+    run = Path(sys.argv[1])
+    if (root := read_run_config(run)[0].data_root) is not None:
+        raise UserError(f"{run} was trained on {root}, not on demo brains")
+    share(run, DEMO_GENERATOR)
+
+
+if __name__ == "__main__":
+    run_command(main)
