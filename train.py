@@ -7,9 +7,9 @@
     torchrun --nproc-per-node=4 train.py --data-root AD_NC --out runs/adni    # four GPUs
 
 The same command resumes a run that was stopped. Settings and their defaults: config.py or --help.
-On two cores of a shared AMD EPYC server the default run shows 22,400 demo slices to D in
-6 min 47 s, demo brains and figures included, and ends at a FID of 3.9 in the encoder's features,
-where two halves of the real slices have 0.03. On a GPU it is not yet measured.
+On two cores of an AMD EPYC server, one of them busy with other work, the default run shows 25,600
+demo slices to D in 9 min 48 s, demo brains and figures included, and ends at a FID of 0.42 in the
+encoder's features, where two halves of the real slices have 0.02. On a GPU it is not yet measured.
 
 References:
     [1] Karras et al. 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958

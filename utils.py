@@ -58,6 +58,7 @@ def shown(text: object) -> str:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; bad input ends it with one line on stderr and exit code 2."""
+    leave_a_core()
     try:
         main()
         if dist.is_initialized():
@@ -202,19 +203,23 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def tune(device: torch.device, cache: Path) -> None:
-    """PyTorch's own settings: convolutions tried out, TF32, compiled code kept under `cache`.
-
-    On a CPU, one core is left to others: threads wait for the slowest among them. On two cores two
-    took 0.75 to 0.9 times as long as one, but beside a busy process two to four times as long.
-    """
+    """PyTorch's own settings: convolutions tried out, TF32, compiled code kept under `cache`."""
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # not the user's
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_folder(cache)
+
+
+def leave_a_core() -> None:
+    """One thread less than there are cores, unless OMP_NUM_THREADS says how many.
+
+    Threads wait for the slowest among them. On two cores two took 0.75 to 0.9 times as long as one
+    to train, but beside a busy process two to four times as long.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
 
 
 def compiled_folder(cache: Path) -> str:

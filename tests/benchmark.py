@@ -547,7 +547,6 @@ def main() -> None:
     config = Config(**(GPU if on_cuda else CPU))
     given |= {"noise": True}  # the peer has it
     config = replace(config, **{k: v for k, v in given.items() if v is not None})
-    tune(device, Path("cache"))
     print(f"torch {torch.__version__}, {device_name(device)}, {date.today()}", flush=True)
     found = {
         "torch": torch.__version__,
