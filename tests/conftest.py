@@ -203,8 +203,10 @@ def as_flags(config: Config) -> list[str]:
     names = ["data_root", "out", "cache", "device", "img_resolution", "z_dim", "w_dim", "epochs"]
     names += ["channel_base", "channel_max", "batch_size", "learning_rate", "fid_kimg", "seed"]
     names += ["augment", "ada_kimg", "ada_target", "ada_interval", "checkpoint_kimg", "num_workers"]
+    names += ["r1_gamma"]
     pairs = [(f"--{n.replace('_', '-')}", str(getattr(config, n))) for n in names]
-    return [part for pair in pairs for part in pair]
+    noise = "--noise" if config.noise else "--no-noise"
+    return [noise, *(part for pair in pairs for part in pair)]
 
 
 def wait_for_epoch(config: Config, process: subprocess.Popen) -> None:

@@ -434,7 +434,7 @@ def test_the_average_has_the_half_life_asked_for(config: Config):
 
 
 def test_the_average_follows_at_once_in_the_beginning(config: Config):
-    state, _, _ = step_inputs(config)
+    state, _, _ = step_inputs(replace(config, ema_rampup=0.05))
     for p in state.G.parameters():
         p.data.fill_(1)
     state.cur_nimg = 4
