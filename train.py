@@ -366,9 +366,9 @@ def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]
         state = {"G": G, "D": read_safetensors(D), "G_ema": G}
     else:
         raise UserError(f"init_from = {source}: holds no checkpoint, and no {D.name}")
-    for name in [name for name in NETWORK if name != "noise"]:  # may be left out, or begin
+    for name in NETWORK:
         theirs = settings.get(name, getattr(Config, name))  # earlier versions had fewer settings
-        if theirs != (ours := getattr(config, name)):
+        if theirs != (ours := getattr(config, name)) and name != "noise":  # left out, or begins
             raise UserError(f"init_from = {source}: has {name} = {theirs}, now {ours}")
     if not c_dim and "mapping.embed.weight" in state["G"]:
         raise UserError(f"init_from = {source}: has classes, this run has none")

@@ -513,12 +513,16 @@ def start_run(
     return file
 
 
+def write_safetensors(path: Path, state: dict[str, Tensor], cur_nimg: int) -> None:
+    """Write tensors, with the number of images seen."""
+    content = save({k: v.contiguous() for k, v in state.items()}, {"cur_nimg": str(cur_nimg)})
+    # the library's own way to a file would leave it readable to its owner only
+    write_atomically(path, lambda partial: partial.write_bytes(content))
+
+
 def save_generator(run: Path, G_ema: Generator, cur_nimg: int) -> None:
     """Write generator.safetensors, which together with config.json is what is shared."""
-    state = {name: value.contiguous() for name, value in G_ema.state_dict().items()}
-    content = save(state, {"cur_nimg": str(cur_nimg)})
-    # the library's own way to a file would leave it readable to its owner only
-    write_atomically(run / "generator.safetensors", lambda path: path.write_bytes(content))
+    write_safetensors(run / "generator.safetensors", G_ema.state_dict(), cur_nimg)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -9,8 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import save
-
 from config import Config, UserError
 from utils import (
     DEMO_GENERATOR,
@@ -19,8 +17,8 @@ from utils import (
     read_run_config,
     run_command,
     say,
-    write_atomically,
     write_run_config,
+    write_safetensors,
 )
 
 
@@ -34,9 +32,8 @@ def share(run: Path, out: Path) -> None:
         raise UserError(f"{run} holds no checkpoint")
     state = load_checkpoint(found[-1])
     for name, part in (("generator", "G_ema"), ("discriminator", "D")):
-        tensors = {k: v.half().contiguous() for k, v in state[part].items()}
-        content = save(tensors, {"cur_nimg": str(state["cur_nimg"])})
-        write_atomically(out / f"{name}.safetensors", lambda path, c=content: path.write_bytes(c))
+        half = {k: v.half() for k, v in state[part].items()}
+        write_safetensors(out / f"{name}.safetensors", half, state["cur_nimg"])
     config = replace(config, out=Config.out, cache=Config.cache, init_from=None)
     write_run_config(out, config, classes, data)
     say(f"{out}: {state['cur_nimg']:,} images")
