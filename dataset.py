@@ -38,6 +38,7 @@ from utils import (
     ensure_writable,
     first_line,
     make_once,
+    num_cores,
     num_ranks,
     partial_path,
     rank,
@@ -344,7 +345,7 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
         if result is not None:
             images[rows] = result.numpy()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_cores()) as pool:
         try:
             list(tqdm(pool.map(work, groups.values()), "decoding", len(groups), unit="id"))
         except BaseException:

@@ -211,6 +211,11 @@ def tune(device: torch.device, cache: Path) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_folder(cache)
 
 
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def leave_a_core() -> None:
     """One thread less than there are cores, unless OMP_NUM_THREADS says how many.
 
@@ -218,8 +223,7 @@ def leave_a_core() -> None:
     to train, but beside a busy process two to four times as long.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() - 1)))
 
 
 def compiled_folder(cache: Path) -> str:

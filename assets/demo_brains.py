@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from utils import num_cores
+
 TEMPLATE = Path(__file__).with_name("icbm152_slices.npz")
 SLICES, HEIGHT, WIDTH = 20, 224, 184  # the part of each image that is computed; the rest is black
 IMAGE_SIZE = 240, 256
@@ -185,8 +187,9 @@ def write_demo(root: Path, num_train: int = 160, num_test: int = 40, seed: int =
     def work(number: int) -> dict[str, str | float]:
         return write_subject(root, "train" if number < num_train else "test", number, seed)
 
-    # One thread a subject: faster than one subject on all, and the same for any number
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    # A thread a subject: faster than one subject on all, and the same for any number. None waits
+    # for another, so that they take every core
+    with ThreadPoolExecutor(num_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             rows = list(tqdm(pool.map(work, range(count)), "demo brains", count, unit="subject"))
         except BaseException:
