@@ -14,8 +14,7 @@ import os
 import shutil
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -31,14 +30,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from assets.demo_brains import write_demo
+from assets.demo_brains import write_demo, write_fresh
 from config import Config, UserError
 from utils import (
     StopRequest,
     ensure_writable,
     first_line,
     make_once,
-    num_cores,
+    map_on_cores,
     num_ranks,
     partial_path,
     rank,
@@ -345,12 +344,7 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
         if result is not None:
             images[rows] = result.numpy()
 
-    with ThreadPoolExecutor(num_cores()) as pool:
-        try:
-            list(tqdm(pool.map(work, groups.values()), "decoding", len(groups), unit="id"))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    map_on_cores(work, list(groups.values()), "decoding", "id")
     if problems:
         table = "\n  ".join(sorted(problems))
         raise UserError(f"{len(problems)} of {len(files)} files cannot be used:\n  {table}")
@@ -386,12 +380,29 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
 
 def demo_root(cache: Path) -> Path:
     """Folder of the demo brains, written at the first call. Raises UserError if it cannot be."""
-    root = cache / f"demo-{CACHE_VERSION}"
+    return folder_once(cache / f"demo-{CACHE_VERSION}", write_demo)
+
+
+def fresh_slices(like: Slices, cache: Path, count: int, seed: int = 0) -> Slices:
+    """A slice each of `count` subjects that no demo set has: what a perfect generator draws.
+
+    Of the size and the classes of `like`, slices of a demo set.
+    """
+    name = f"fresh-{CACHE_VERSION}-{count}-{seed}"
+    root = folder_once(cache / name, lambda folder: write_fresh(folder, count, seed))
+    classes, files = find_class_folders(root)
+    images = decoded(files, root, like.images.shape[-1], cache)
+    labels, subjects = (np.array([getattr(f, k) for f in files]) for k in ("label", "subject"))
+    return Slices(images, labels * (like.classes == classes), subjects, like.classes)
+
+
+def folder_once(root: Path, write: Callable[[Path], None]) -> Path:
+    """A folder of the cache, which is written if it is not there. Raises UserError."""
     if not root.exists():
-        ensure_writable(cache)
+        ensure_writable(root.parent)
         partial = partial_path(root)
         try:
-            write_demo(partial)
+            write(partial)
             partial.rename(root)
         except OSError:
             if not root.exists():  # else another run was faster

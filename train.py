@@ -7,9 +7,8 @@
     torchrun --nproc-per-node=4 train.py --data-root AD_NC --out runs/adni    # four GPUs
 
 The same command resumes a run that was stopped. Settings and their defaults: config.py or --help.
-On two cores of an AMD EPYC server, one of them busy with other work, the default run shows 25,600
-demo slices to D in 9 min 48 s, demo brains and figures included, and ends at a FID of 0.42 in the
-encoder's features, where two halves of the real slices have 0.02. On a GPU it is not yet measured.
+On two cores of an AMD EPYC server the default run shows 25,600 demo slices to D in 8 min 32 s, or 9
+min 48 s with one of them busy, demo brains and figures included. On a GPU it is not yet measured.
 
 References:
     [1] Karras et al. 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958
@@ -43,7 +42,7 @@ from tqdm import tqdm
 
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader, normalize
-from metrics import find_inception
+from features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from monitor import (
     FLUSH_STEPS,
@@ -530,7 +529,7 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
         )
     saved = open_run(config)
     if config.fid_kimg and config.fid_extractor == "inception":
-        find_inception(None)
+        find_weights(None, INCEPTION)
     splits, data = load_slices(config)
     if saved is None and config.init_from is not None:
         source_of_weights(config, splits["train"].c_dim)

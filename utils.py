@@ -15,7 +15,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -224,6 +225,24 @@ def leave_a_core() -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() - 1)))
+
+
+def map_on_cores(function: Callable, items: Sequence, bar: str | None, unit: str) -> list[Any]:
+    """`function` of each item, in their order, under a progress bar of that name.
+
+    A thread for each core, and each computes alone: none waits for another, and what comes out does
+    not depend on how many there are.
+    """
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            found = pool.map(function, items)
+            return list(tqdm(found, bar, len(items), unit=unit, disable=bar is None))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(threads)
 
 
 def compiled_folder(cache: Path) -> str:

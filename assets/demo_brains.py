@@ -2,7 +2,6 @@
 
 import csv
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from utils import num_cores
+from utils import map_on_cores
 
 TEMPLATE = Path(__file__).with_name("icbm152_slices.npz")
 SLICES, HEIGHT, WIDTH = 20, 224, 184  # the part of each image that is computed; the rest is black
@@ -22,6 +20,7 @@ IMAGE_SIZE = 240, 256
 CENTRE = 10.0, -17.0, 0.0  # MNI (z, y, x) in mm of the middle of that part
 STEP = 2.0, -0.945, 0.945  # mm from one slice, row and column to the next: a brain fills 80 %
 WARPS = (2.2, 35), (1.6, 10), (1.0, 5)  # mm of displacement, and over how many mm it varies
+FRESH = 1_000_000  # the number of the first subject that is in no demo set
 RADII = 60.0, 75.0, 52.0  # mm (z, y, x), of the ellipsoid whose surface is cortex
 
 
@@ -96,7 +95,7 @@ def axes() -> list[Tensor]:
     ]
 
 
-def smooth_field(channels: int, scale: float, rng: torch.Generator) -> Tensor:
+def smooth_field(channels: int, scale: float, levels: slice, rng: torch.Generator) -> Tensor:
     """Return a unit-variance Gaussian field [C, Z, Y, X] whose features are scale mm wide."""
     bases = []
     for x in axes():
@@ -104,7 +103,7 @@ def smooth_field(channels: int, scale: float, rng: torch.Generator) -> Tensor:
         basis = torch.exp(-(((x[:, None] - nodes) / scale) ** 2))
         bases.append(basis / basis.norm(dim=1, keepdim=True))  # unit variance between nodes too
     field = torch.randn(channels, *(b.shape[1] for b in bases), generator=rng)
-    return bases[1] @ torch.einsum("zk,cklm->czlm", bases[0], field) @ bases[2].T
+    return bases[1] @ torch.einsum("zk,cklm->czlm", bases[0][levels], field) @ bases[2].T
 
 
 def sample(volume: Tensor, points: Tensor, template: Template) -> Tensor:
@@ -115,7 +114,7 @@ def sample(volume: Tensor, points: Tensor, template: Template) -> Tensor:
     return F.grid_sample(volume[None], grid[None], padding_mode="border", align_corners=True)[0]
 
 
-def place_head(subject: dict[str, float], rng: torch.Generator) -> Tensor:
+def place_head(subject: dict[str, float], levels: slice, rng: torch.Generator) -> Tensor:
     """Return the template's MNI point [3, Z, Y, X] for each pixel: pose and two deformations."""
     z, y, x = torch.meshgrid(*axes(), indexing="ij")
     y, size, aspect = y - CENTRE[1], subject["size"], subject["aspect"] ** 0.5
@@ -124,9 +123,10 @@ def place_head(subject: dict[str, float], rng: torch.Generator) -> Tensor:
     z = z + y * math.tan(pitch) + subject["shift_z_mm"]
     y = y / size / aspect + CENTRE[1] + subject["shift_y_mm"]
     points = torch.stack([z, y, x / size * aspect + subject["shift_x_mm"]])
-    coarse, *fine = (mm * smooth_field(3, scale, rng) for mm, scale in WARPS)
+    centre, points = points.mean((1, 2, 3), keepdim=True), points[:, levels]
+    coarse, *fine = (mm * smooth_field(3, scale, levels, rng) for mm, scale in WARPS)
     # The cortex differs more between people than the core does: 0 at the centre, 1 in the cortex
-    radius = (points - points.mean((1, 2, 3), keepdim=True)) / torch.tensor(RADII).view(3, 1, 1, 1)
+    radius = (points - centre) / torch.tensor(RADII).view(3, 1, 1, 1)
     return points + coarse + sum(fine) * radius.square().sum(0).clamp(max=1)
 
 
@@ -146,56 +146,67 @@ def temporal_weight(points: Tensor) -> Tensor:
     return torch.exp(-(((x.abs() - 42) / 16) ** 2 + ((y + 8) / 32) ** 2 + ((z + 2) / 16) ** 2) / 2)
 
 
-def render(subject: dict[str, float], template: Template, rng: torch.Generator) -> Tensor:
-    """Return the subject's slices [20, 240, 256] in 0 to 255, front up."""
-    points = place_head(subject, rng)
+def render(
+    subject: dict[str, float],
+    template: Template,
+    rng: torch.Generator,
+    levels: slice = slice(SLICES),
+) -> Tensor:
+    """Return the subject's slices [20, 240, 256] in 0 to 255, front up; or some levels of them."""
+    points = place_head(subject, levels, rng)
     points = enlarge_ventricles(points, subject["ventricle_ml"], template)
     residue, wm, sulci, head, distance = sample(template.maps, points, template)
-    folds = smooth_field(2, 5, rng)
+    folds = smooth_field(2, 5, levels, rng)
     # Averages over people are blurred; a threshold on them that varies in space makes one person
     loss = 0.5 * subject["cortical_z"] + subject["temporal_z"] * temporal_weight(points)
     csf = 4 * (sulci + 1.2 - 2 * torch.tanh(loss / 2) + 0.25 * folds[0])
     csf = torch.maximum(csf, -3 * distance).sigmoid()
     white = torch.sigmoid(8 * (wm - 0.55) + 1.2 * folds[1])
     tissue = subject["gm"] + (subject["wm"] - subject["gm"]) * white + residue
-    tissue = tissue + 0.008 * smooth_field(1, 2, rng)[0]
+    tissue = tissue + 0.008 * smooth_field(1, 2, levels, rng)[0]
     image = tissue + (subject["csf"] - tissue) * csf
-    image = image * (1 + subject["bias"] * smooth_field(1, 60, rng)[0])
+    image = image * (1 + subject["bias"] * smooth_field(1, 60, levels, rng)[0])
     noise = subject["noise"] * torch.randn(2, *image.shape, generator=rng)
     image = torch.hypot(image + noise[0], noise[1]) * (head > 0.6)  # Rician; stripped skull
     pad = [(n - m) // 2 for n, m in zip(IMAGE_SIZE, (HEIGHT, WIDTH), strict=True)]
     return F.pad(255 * image.clamp(0, 1), (pad[1], pad[1], pad[0], pad[0]))
 
 
-def write_subject(root: Path, split: str, number: int, seed: int) -> dict[str, str | float]:
-    """Write the slices of one subject and return its line of the manifest."""
+def write_subject(
+    root: Path, number: int, seed: int, split: str = "", one_level: bool = False
+) -> dict[str, str | float]:
+    """Write the slices of one subject, or a random one, and return its line of the manifest."""
     rng = subject_rng(seed, number)
     label = ("NC", "AD")[number % 2]
     subject = draw_subject(label == "AD", rng)
+    first = int(torch.randint(SLICES, (), generator=rng)) if one_level else 0
+    levels = slice(first, first + 1 if one_level else SLICES)
     folder = root / split / label
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(render(subject, load_template(), rng).byte().numpy()):
+    for i, image in enumerate(render(subject, load_template(), rng, levels).byte().numpy(), first):
         Image.fromarray(image).save(folder / f"{1000 + number}_{78 + i}.jpeg", quality=95)
     values = {k: round(v, 4) for k, v in subject.items()}
     return {"subject": 1000 + number, "class": label, "split": split, **values}
 
 
+def write_fresh(root: Path, count: int, seed: int = 0) -> None:
+    """Write one slice each of `count` subjects that no demo set has, into root/AD and root/NC.
+
+    They are what a perfect generator of the demo brains would draw.
+    """
+    numbers = range(FRESH, FRESH + count)
+    map_on_cores(
+        lambda n: write_subject(root, n, seed, one_level=True), numbers, "fresh brains", "subject"
+    )
+
+
 def write_demo(root: Path, num_train: int = 160, num_test: int = 40, seed: int = 0) -> None:
     """Write slices of num_train + num_test subjects, half AD, and last root/subjects.csv."""
-    threads, count = torch.get_num_threads(), num_train + num_test
 
-    def work(number: int) -> dict[str, str | float]:
-        return write_subject(root, "train" if number < num_train else "test", number, seed)
+    def write(number: int) -> dict[str, str | float]:
+        return write_subject(root, number, seed, "train" if number < num_train else "test")
 
-    # A thread a subject: faster than one subject on all, and the same for any number. None waits
-    # for another, so that they take every core
-    with ThreadPoolExecutor(num_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            rows = list(tqdm(pool.map(work, range(count)), "demo brains", count, unit="subject"))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    torch.set_num_threads(threads)
+    rows = map_on_cores(write, range(num_train + num_test), "demo brains", "subject")
     with open(root / "subjects.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

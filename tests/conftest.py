@@ -23,7 +23,7 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 from matplotlib.figure import Figure
 from PIL import Image
 
-import metrics
+import features
 from config import CPU, Config
 from dataset import Slices
 from modules import Discriminator, Generator
@@ -145,8 +145,8 @@ def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def short_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder of FID, where a run measures it, is trained for a moment only."""
-    fit = metrics.fit_encoder
-    monkeypatch.setattr(metrics, "fit_encoder", lambda *args, **kw: fit(*args, **kw, steps=5))
+    fit = features.fit_encoder
+    monkeypatch.setattr(features, "fit_encoder", lambda *args, **kw: fit(*args, **kw, steps=5))
 
 
 @pytest.fixture

@@ -4,17 +4,17 @@
     python tests/impostors.py RUN --extractors encoder --metrics distribution memorisation
     python tests/impostors.py RUN --data-root AD_NC --out FOLDER
 
-All options are those of evaluate.py. Four sets, equally many and with the classes mixed as in the
-training slices, stand in the place of samples:
+All options are those of evaluate.py. Sets equally many, with the classes mixed as in the training
+slices, stand in the place of samples:
 
-- real: slices of half of the test ids. It should win.
-- copied: training slices with noise of 2 grey levels. FID likes it; the audit must catch it.
-- blurred: the very slices of "real", blurred by 1/64 of their width and by a pixel at least. It
-  should lose on FID.
+- perfect: fresh subjects of the demo brains, others than those that evaluate.py compares with. Of
+  other data, slices of half of the test ids; the other half is then the test split of all sets, so
+  that figures differ from evaluate.py's.
+- copied: training slices, mirrored, with noise of 2 grey levels. FD to the training slices likes
+  them, FD to unseen ids less; the audit must catch them.
+- dropped: the same of half of the training ids.
+- degraded: the perfect ones, blurred by 0.6 pixels.
 - samples: those of the run.
-
-The other half of the test ids is the test split of all four, so that no set is compared with
-itself; figures therefore differ from evaluate.py's, which has all test ids.
 """
 
 import json
@@ -25,12 +25,11 @@ from typing import Any
 
 import numpy as np
 import tyro
-from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError
-from dataset import Slices
+from dataset import Slices, fresh_slices
 from evaluate import (
     Bench,
     Options,
@@ -43,10 +42,12 @@ from evaluate import (
     prepare,
     write_text,
 )
-from metrics import halves_by_id, spread_labels
+from features import blurred, spread_labels
+from metrics import halves_by_id
 from utils import run_command, run_folder
 
-SHOWN = ("fid_train", "fid_test", "kid_train", "kid_test", "precision", "recall", "coverage")
+SHOWN = ("fid_train", "kid_train", "precision", "recall", "coverage")
+HEAD = ("fd_test", "fd_infinite", "over_memory", "over_perfect", "over_perfect_interval")
 
 
 def take(slices: Slices, rows: np.ndarray) -> Slices:
@@ -74,22 +75,31 @@ def choose(slices: Slices, wanted: np.ndarray, rng: np.random.Generator) -> Slic
     return take(slices, np.sort(np.concatenate(rows)))
 
 
-def impostors(samples: Slices, bench: Bench) -> tuple[dict[str, Slices], Bench]:
-    """The four sets, and what to measure them against: the test ids that none of them has."""
-    train, test = bench.splits["train"], bench.splits["test"]
-    rng = np.random.default_rng(bench.seed)
-    half, other = (take(test, r) for r in halves_by_id(test.subjects, test.labels, rng))
-    labels = [s.labels for s in (half, train, samples)]
+def impostors(
+    samples: Slices, bench: Bench, other: Slices | None = None
+) -> tuple[dict[str, Slices], Bench]:
+    """The sets, and what to measure them against; `other` is what a perfect generator drew."""
+    train, rng = bench.splits["train"], np.random.default_rng(bench.seed)
+    if other is None:
+        test = bench.splits["test"]
+        half, rest = (take(test, r) for r in halves_by_id(test.subjects, test.labels, rng))
+        other, bench = half, bench._replace(splits={"train": train, "test": rest})
+    few = take(train, halves_by_id(train.subjects, train.labels, rng)[0])
+    labels = [s.labels for s in (other, few, samples)]
     wanted = largest_mix(train.labels, labels, len(samples.labels))
-    real, copied = choose(half, wanted, rng), choose(train, wanted, rng)
-    sigma = max(1, real.images.shape[-1] / 64)
+    perfect, *copied = (choose(s, wanted, rng) for s in (other, train, few))
+    copied, dropped = (
+        replace(s, images=planted_copies(s.images[:, :, ::-1].copy(), bench.seed)["noisy"])
+        for s in copied
+    )
     sets = {
+        "perfect": perfect,
+        "copied": copied,
+        "dropped": dropped,
+        "degraded": replace(perfect, images=blurred(perfect.images, 0.6)),
         "samples": choose(samples, wanted, rng),
-        "real": real,
-        "copied": replace(copied, images=planted_copies(copied.images, bench.seed)["noisy"]),
-        "blurred": replace(real, images=gaussian_filter(real.images, (0, sigma, sigma))),
     }
-    return sets, bench._replace(splits={"train": train, "test": other})
+    return sets, bench
 
 
 def row_of(name: str, tables: dict[str, Rows]) -> dict[str, Any]:
@@ -98,10 +108,9 @@ def row_of(name: str, tables: dict[str, Rows]) -> dict[str, Any]:
     for found in tables.get("distribution", ()):
         if found["set"] == "all":
             row |= {f"{k}, {found['extractor']}": found[k] for k in SHOWN}
-    for found in tables.get("relative_fd", ()):
-        if found["set"] == "all":
-            shown = ("relative_fd", "relative_fd_interval")
-            row |= {f"{k}, {found['extractor']}": found[k] for k in shown}
+    for found in tables.get("headline", ()):
+        if found["set"] == "samples":
+            row |= {f"{k}, {found['extractor']}": found[k] for k in HEAD if k in found}
     for found in tables.get("diversity", ()):
         row |= {"ms_ssim": found["ms_ssim"]} if found["pairs"] == "fake" else {}
     for found in tables.get("memorisation", ()):
@@ -114,16 +123,20 @@ def row_of(name: str, tables: dict[str, Rows]) -> dict[str, Any]:
 
 
 def compare(options: Options) -> Rows:
-    """Measure and write all four. Raises UserError as `evaluate.evaluate` does."""
+    """Measure and write all. Raises UserError as `evaluate.evaluate` does."""
     G, bench, what = prepare(options)
     samples, origin = fakes_of(options, G, bench)
-    sets, bench = impostors(samples, bench)
+    other = None
+    if bench.fresh is not None:
+        count = len(bench.fresh.labels)
+        other = fresh_slices(bench.splits["train"], bench.cache, count, seed=1)
+    sets, bench = impostors(samples, bench, other)
     tables = {}
     for name, fakes in sets.items():
         print(name, flush=True)
         tables[name] = measure(fakes, bench, options.metrics)
     rows = [row_of(name, found) for name, found in tables.items()]
-    what = what | origin | counts({**bench.splits, "fake": sets["samples"]})
+    what = what | origin | counts({**bench.splits, "fake": sets["perfect"]})
     out = options.out or run_folder(Path(what["weights"])) / "evaluation"
     report = {"what": what, "table": rows, "sets": tables}
     write_text(json.dumps(report, indent=2) + "\n", out / "impostors.json")

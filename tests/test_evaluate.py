@@ -11,10 +11,12 @@ import pytest
 from conftest import ids, make_slices, write_folder
 from impostors import compare, impostors, largest_mix
 from PIL import Image
+from scipy import ndimage
 
 import evaluate as evaluation
 import metrics
 import predict as prediction
+from assets.demo_brains import write_demo
 from config import Config, UserError
 from dataset import Slices, load_slices
 from evaluate import (
@@ -29,7 +31,7 @@ from evaluate import (
     measure_memorisation,
     planted_copies,
 )
-from metrics import audit, fit_encoder
+from metrics import audit, pose
 from monitor import read_log
 from predict import predict
 from train import train
@@ -40,8 +42,7 @@ from train import train
 @pytest.fixture
 def short_classifiers(monkeypatch):
     monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
-    fit = evaluation.fit_encoder
-    monkeypatch.setattr(evaluation, "fit_encoder", lambda *args: fit(*args, steps=60))
+    monkeypatch.setattr(evaluation, "STEPS", 60)
 
 
 def label_figures(train: Slices, fakes: Slices, path: Path) -> dict[str, dict]:
@@ -63,7 +64,7 @@ def test_swapped_labels_turn_the_figures_round(short_classifiers, tmp_path):
 def test_synthetic_data_that_helps_is_seen_to_help(short_classifiers, tmp_path):
     """Real labels without meaning, synthetic ones with: the gain's interval excludes 0."""
     train = make_slices()
-    useless = replace(train, labels=np.random.default_rng(0).permutation(train.labels))
+    useless = replace(train, labels=np.random.default_rng(1).permutation(train.labels))
     gain = label_figures(useless, make_slices(n=400, seed=2), tmp_path)["TR+STR - TRTR ids"]
     assert gain["interval_over_ids"][0] > 0 and gain["auc"] > 0.2
 
@@ -104,32 +105,84 @@ def test_the_audit_finds_the_planted_share(share, kind):
     train, test, fresh = (make_slices(n=400, per_id=2, seed=s) for s in range(3))
     rows = np.arange(round(share * 400))
     images = fresh.images.copy()
-    images[rows] = planted_copies(train.images[rows], 0)[kind]
+    images[rows] = planted_copies(train.images, 0)[kind][rows]
     flat = [v.reshape(400, -1).astype(float) for v in (train.images, test.images, images)]
-    found = audit(*flat)
+    found = audit(*flat, test.subjects, 0)
     assert found["share_too_near"] == pytest.approx(share, abs=0.03)
+    low, high = found["interval_over_ids"]
+    assert low <= found["share_too_near"] <= high and high - low < 0.2
     assert (found["gaps"][rows] < found["threshold"]).all()
     assert (found["partners"][rows] == rows).all()
 
 
+def heads(n: int, seed: int, per_id: int = 1) -> Slices:
+    """Ellipses with ten blobs of their own, tilted and off the middle by chance; two classes."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:32, :32] - 15.5
+    images = []
+    for _ in range(n // per_id):
+        blobs = [
+            (np.hypot(y - b, x - a) < r) * level
+            for a, b, r, level in zip(
+                *rng.uniform(-8, 8, (2, 10)), rng.uniform(1, 3, 10), rng.uniform(-90, 60, 10),
+                strict=True,
+            )
+        ]  # fmt: skip
+        head = np.where(np.hypot(y / 12, x / 10) < 1, 150 + sum(blobs), 0)
+        for _ in range(per_id):
+            moved = ndimage.rotate(head, rng.normal(0, 3), reshape=False, order=1)
+            moved = ndimage.shift(moved, rng.normal(0, 1, 2), order=1)
+            images.append(moved + rng.normal(0, 2, head.shape) * (moved > 20))
+    labels = np.arange(n) // per_id % 2
+    subjects = np.array([f"{seed}-{name}" for name in ids(n, per_id)])
+    return Slices(np.array(images).clip(0, 255).astype(np.uint8), labels, subjects, ["AD", "NC"])
+
+
+def memorisation(train: Slices, test: Slices, fakes: Slices, path: Path) -> dict[str, list[dict]]:
+    return measure_memorisation(fakes, Bench({"train": train, "test": test}, [], path, 0))
+
+
 def test_planted_copies_are_as_said():
-    images = make_slices().images
+    images = heads(40, 0).images
     copies = planted_copies(images, 0)
     assert (copies["exact"] == images).all()
     assert (copies["shifted"][:, :, 1:] == images[:, :, :-1]).all()
+    assert (copies["mirrored"][:, :, ::-1] == images).all()
     assert 1.5 < np.std(copies["noisy"][images > 20].astype(float) - images[images > 20]) < 2.5
+    tilt = [pose(v)[:, 0] for v in (images, copies["turned"])]
+    assert abs(np.mean(tilt[1] - tilt[0])) == pytest.approx(5, abs=0.7)
+    assert copies["darkened"].mean() == pytest.approx(0.9 * images.mean(), rel=0.02)
+    assert copies["blurred"].std() < images.std()
 
 
-def test_each_kind_of_copy_is_reported_and_pairs_are_named(tmp_path):
-    train, test, fresh = (make_slices(n=80, seed=s, size=32) for s in range(3))
+def test_copies_are_found_in_any_pose_and_pairs_are_named(tmp_path):
+    train, test, fresh = (heads(120, seed) for seed in range(3))
     fakes = replace(fresh, images=fresh.images.copy())
-    fakes.images[7] = train.images[40]
-    (row,) = measure_memorisation(fakes, Bench({"train": train, "test": test}, [], tmp_path, 0))[
-        "memorisation"
-    ]
-    assert row["found_exact"] == row["found_noisy"] == 1 > row["found_shifted"]
+    fakes.images[7] = np.roll(train.images[40][:, ::-1], 2, 0)
+    (row,) = memorisation(train, test, fakes, tmp_path)["memorisation"]
+    for kind in ("exact", "noisy", "shifted", "mirrored", "turned", "darkened", "augmented"):
+        assert row[f"found_{kind}"] > 0.9, kind
     assert row["pairs"]["sample"][0] == 7 and row["pairs"]["train"][0] == 40
+    assert row["share_too_near"] < 0.1 and row["interval_over_ids"][0] <= row["share_too_near"]
+
+
+def test_membership_tells_memory_from_a_difference_of_cohorts(tmp_path):
+    train, test, fresh = (heads(160, seed, per_id=4) for seed in range(3))
     assert NUM_COPIES > 80
+    found = memorisation(train, test, fresh, tmp_path)["membership"]
+    honest, planted = found
+    assert honest["auc_interval"][0] < 0.5 < honest["auc_interval"][1]
+    assert planted["auc_interval"][0] > 0.5 < planted["auc_calibrated_interval"][0]
+    assert planted["auc_cohorts"] == honest["auc_cohorts"]
+
+    def fewer_blobs(slices: Slices) -> Slices:
+        smooth = ndimage.gaussian_filter(slices.images, (0, 2, 2))
+        return replace(slices, images=smooth)
+
+    train, fresh = fewer_blobs(train), fewer_blobs(fresh)  # another cohort, which G has learned
+    honest, _ = memorisation(train, test, fresh, tmp_path)["membership"]
+    assert honest["auc_interval"][0] > 0.5 < honest["auc_cohorts_interval"][0]
+    assert honest["auc"] == honest["auc_cohorts"] > honest["auc_calibrated"] + 0.1
 
 
 # Small and odd sets
@@ -176,7 +229,7 @@ def test_small_and_constant_sets_train_draw_and_are_evaluated(
     config = replace(config, **settings)
     train(config)
     predict(prediction.Options(config.out, count=2))
-    report = evaluate(Options(config.out, num_fake=100, extractors=("encoder",)))
+    report = evaluate(Options((config.out,), num_fake=100, extractors=("encoder",)))
     assert (config.out / "grids" / f"epoch{config.epochs:04}.png").exists()
     assert (config.out / "predict" / "truncation.png").exists()
     json.loads(
@@ -188,7 +241,7 @@ def test_small_and_constant_sets_train_draw_and_are_evaluated(
         assert "no embedding_images.png" not in out  # samples differ
         assert math.isnan(report["anatomy"][0]["distance_in_sd"])
     if name == "a slice of each class":
-        assert "to measure fid_floor, vary_class" in out
+        assert "to measure vary_class" in out
         assert all(math.isnan(row["recall"]) for row in report["distribution"] if "recall" in row)
     if name == "a batch of four epochs":
         log = read_log(config.out)
@@ -203,7 +256,7 @@ def test_other_data_than_the_run_was_trained_on_is_said(
     trained: Config, tmp_path, short_evaluation, capsys
 ):
     other = write_folder(tmp_path / "other", {"train": 5, "test": 2})
-    options = Options(trained.out, num_fake=100, extractors=("encoder",), data_root=other)
+    options = Options((trained.out,), num_fake=100, extractors=("encoder",), data_root=other)
     report = evaluate(replace(options, metrics=("memorisation",)))
     assert "not the slices of this run" in report["what"]["data"]
     assert "note: not the slices of this run" in capsys.readouterr().out
@@ -224,7 +277,7 @@ def trained(config: Config, short_encoder) -> Config:
 def short_evaluation(short_encoder, monkeypatch) -> None:
     """Classifiers, halves, pairs and points so few that an evaluation takes a moment."""
     for place, name, value in (
-        (evaluation, "NUM_SEEDS", 1), (evaluation, "fit_encoder", partial(fit_encoder, steps=3)),
+        (evaluation, "NUM_SEEDS", 1), (evaluation, "STEPS", 3),
         (metrics, "NUM_HALVES", 2), (metrics, "NUM_PAIRS", 8), (prediction, "MAX_POINTS", 40),
     ):  # fmt: skip
         monkeypatch.setattr(place, name, value)
@@ -232,10 +285,11 @@ def short_evaluation(short_encoder, monkeypatch) -> None:
 
 @pytest.mark.drawn
 def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, short_evaluation):
-    evaluate(Options(trained.out, num_fake=100, extractors=("encoder",), device="cpu"))
+    evaluate(Options((trained.out,), num_fake=100, extractors=("encoder",), device="cpu"))
     out = trained.out / "evaluation"
     report = json.loads((out / "evaluation.json").read_text())
-    assert set(report) == {"what", "relative_fd", "grey_levels_moved_by", *evaluation.MEASURES}
+    extra = {"what", "headline", "membership", "grey_levels_moved_by"}
+    assert set(report) == extra | set(evaluation.MEASURES)
     what = report["what"]
     assert what["kimg"] == 0.016 and what["n_fake_AD"] == 50 and what["n_train"] == 16
     assert what["psi"] == 1 and what["seed"] == 0 and len(what["data"]) == len(what["sha256"]) == 64
@@ -243,39 +297,44 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, shor
     assert "bicubic" in what["resize"]
     rows = report["distribution"]
     assert [row["set"] for row in rows[:3]] == ["all", "AD", "NC"]
-    assert all("below the 128 features" in row["note"] for row in rows)
-    assert [row["set"] for row in report["relative_fd"]] == ["all", "AD", "NC"]
+    assert all("below the 80 features" in row["note"] for row in rows)
+    assert [row["set"] for row in report["headline"]] == ["samples", "training slices"]
     assert {"evaluation.png", "nearest_pixels.png"} < {path.name for path in out.iterdir()}
     text = (out / "evaluation.md").read_text()
-    assert "not a guarantee of privacy" in text and "| relative fd |" in text
+    assert "no guarantee of privacy" in text and "| over memory |" in text
     assert "edges" not in text
 
 
 def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "NUM_HALVES", 4)
-    root = write_folder(tmp_path / "more", {"train": 30, "test": 30}, slices=3)
-    config = replace(config, data_root=root, img_resolution=32, epochs=1)
+    """On demo brains: fresh subjects, copies of all training ids, of half of them, a blur."""
+    monkeypatch.setattr(metrics, "NUM_HALVES", 40)
+    write = partial(write_demo, num_train=24, num_test=40)
+    monkeypatch.setattr("dataset.write_demo", write)
+    config = replace(config, data_root=None, img_resolution=32, epochs=1)
     train(config)
-    options = Options(
-        config.out, num_fake=200, extractors=("encoder",), metrics=("distribution", "memorisation")
-    )
+    options = Options((config.out,), num_fake=240, extractors=("encoder",))
+    options = replace(options, metrics=("distribution", "memorisation"))
     rows = {row["set"]: row for row in compare(options)}
-    distance = {name: row["fid_test, encoder"] for name, row in rows.items()}
-    assert distance["real"] < distance["blurred"] < distance["samples"]
-    assert rows["copied"]["fid_train, encoder"] < rows["blurred"]["fid_train, encoder"]
+    distance = {name: row["fd_test, encoder"] for name, row in rows.items()}
+    order = ["perfect", "copied", "dropped", "degraded", "samples"]
+    assert sorted(distance, key=distance.get) == order
+    low, high = rows["perfect"]["over_perfect_interval, encoder"]
+    assert low < 1 < high and rows["perfect"]["over_memory, encoder"] < 1
+    assert rows["dropped"]["over_perfect_interval, encoder"][0] > 1
     caught = {name: row["too_near, pixels"] for name, row in rows.items()}
-    assert caught["copied"] > 0.9 and caught["real"] < 0.1 and caught["samples"] < 0.1
+    assert min(caught["copied"], caught["dropped"]) > 0.9 > 0.1 > caught["perfect"]
     table = (config.out / "evaluation" / "impostors.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in rows]
-    assert len(json.loads((config.out / "evaluation" / "impostors.json").read_text())["sets"]) == 4
+    assert len(json.loads((config.out / "evaluation" / "impostors.json").read_text())["sets"]) == 5
 
 
 def test_impostors_share_no_test_id_and_keep_the_class_mix(tmp_path):
     train_split, test, fakes = (make_slices(n=400, seed=s) for s in range(3))
     sets, bench = impostors(fakes, Bench({"train": train_split, "test": test}, [], tmp_path, 0))
-    assert not set(sets["real"].subjects) & set(bench.splits["test"].subjects)
+    assert not set(sets["perfect"].subjects) & set(bench.splits["test"].subjects)
     assert set(sets["copied"].subjects) <= set(train_split.subjects)
-    assert (sets["blurred"].subjects == sets["real"].subjects).all()
+    assert len(set(sets["dropped"].subjects)) <= 50
+    assert (sets["degraded"].subjects == sets["perfect"].subjects).all()
     assert all(np.bincount(s.labels).tolist() == [100, 100] for s in sets.values())
     wanted = largest_mix(np.repeat([0, 1], [300, 100]), [np.array([0] * 30 + [1] * 5)], 100)
     assert wanted.sum() == 5 and wanted.mean() == pytest.approx(0.25, abs=0.02)
@@ -300,7 +359,7 @@ def test_a_checkpoint_is_reported_with_its_own_kimg(trained: Config):
 
 
 def test_a_missing_network_is_said_before_anything_is_computed(trained: Config, tmp_path):
-    options = Options(trained.out, num_fake=100, inception_weights=tmp_path / "none.pt")
+    options = Options((trained.out,), num_fake=100, inception_weights=tmp_path / "none.pt")
     with pytest.raises(UserError, match="no such file"):
         evaluate(options)
     assert not (trained.out / "evaluation").exists()

