@@ -27,20 +27,18 @@ import numpy as np
 import torch
 import tyro
 from safetensors import safe_open
-from scipy.ndimage import rotate
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import Config, UserError
-from dataset import Slices, augment, decoded, find_class_folders, fresh_slices, load_slices
+from config import UserError
+from dataset import Slices, decoded, find_class_folders, fresh_slices, load_slices
 from features import (
     DEGRADATIONS,
     PIXELS,
     Extractor,
     averaged,
-    blurred,
     class_scores,
     conditional_variation,
     encoder_extractor,
@@ -49,11 +47,10 @@ from features import (
     fit_encoder,
     load_dinov2,
     load_inception,
+    planted_copies,
     sample_fakes,
     sha256_of,
-    shifted,
     spread_labels,
-    to_grey,
     trained_encoder,
 )
 from metrics import (
@@ -361,23 +358,6 @@ def measure_anatomy(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 
 
 # 6: memorisation
-
-
-def planted_copies(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """What an audit must find: images as they are, and in eight ways that a copy may differ."""
-    draws, config = torch.from_numpy(np.random.default_rng(seed).random((len(images), 4))), Config()
-    grey = torch.from_numpy(images)[:, None].float() / 255
-    noise = np.random.default_rng(seed).normal(0, 2, images.shape)
-    return {
-        "exact": images,
-        "noisy": to_grey(images + noise),
-        "shifted": shifted(images, 1),
-        "mirrored": images[:, :, ::-1].copy(),
-        "turned": rotate(images, 5, (1, 2), reshape=False, order=1),
-        "blurred": blurred(images, 0.8),
-        "darkened": to_grey(images * 0.9),
-        "augmented": to_grey(255 * augment(grey, draws.float(), config)[:, 0].numpy()),
-    }
 
 
 def measure_memorisation(fakes: Slices, bench: Bench) -> dict[str, Rows]:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import UserError
-from dataset import Slices
+from config import Config, UserError
+from dataset import Slices, augment
 from metrics import Features, segment, spread
 from modules import MEMORY_FORMAT, Generator
 from utils import make_once, map_on_cores, one_hot, read_safetensors, say, stream_seed, to_uint8
@@ -408,7 +408,7 @@ def class_scores(encoder: Encoder, x: Tensor) -> np.ndarray:
     return torch.cat([encoder(p / 127.5 - 1).softmax(1) for p in x.split(500)]).numpy()
 
 
-# Degradations that an extractor must see
+# Degradations that an extractor must see, and copies that an audit must find
 
 
 def lattice(images: np.ndarray, levels: float) -> np.ndarray:
@@ -463,3 +463,20 @@ DEGRADATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], tuple[f
     "ventricles filled": (fill_ventricles, (0.25, 0.5, 1)),
     "shift, pixels": (shifted, (1, 2, 4)),
 }
+
+
+def planted_copies(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """What an audit must find: images as they are, and in eight ways that a copy may differ."""
+    draws, config = torch.from_numpy(np.random.default_rng(seed).random((len(images), 4))), Config()
+    grey = torch.from_numpy(images)[:, None].float() / 255
+    noise = np.random.default_rng(seed).normal(0, 2, images.shape)
+    return {
+        "exact": images,
+        "noisy": to_grey(images + noise),
+        "shifted": shifted(images, 1),
+        "mirrored": images[:, :, ::-1].copy(),
+        "turned": ndimage.rotate(images, 5, (1, 2), reshape=False, order=1),
+        "blurred": blurred(images, 0.8),
+        "darkened": to_grey(images * 0.9),
+        "augmented": to_grey(255 * augment(grey, draws.float(), config)[:, 0].numpy()),
+    }

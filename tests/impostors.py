@@ -38,11 +38,10 @@ from evaluate import (
     counts,
     fakes_of,
     measure,
-    planted_copies,
     prepare,
     write_text,
 )
-from features import blurred, spread_labels
+from features import blurred, planted_copies, spread_labels
 from metrics import halves_by_id
 from utils import run_command, run_folder
 

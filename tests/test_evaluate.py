@@ -29,8 +29,8 @@ from evaluate import (
     measure_anatomy,
     measure_labels,
     measure_memorisation,
-    planted_copies,
 )
+from features import planted_copies
 from metrics import audit, pose
 from monitor import read_log
 from predict import predict

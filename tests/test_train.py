@@ -815,12 +815,12 @@ def test_a_run_measures_with_its_own_encoder_wherever_it_goes_on(config: Config,
     config = replace(config, fid_kimg=0.001, fid_images=100)
     train(replace(config, epochs=1))
     own = (config.out / "encoder.safetensors").read_bytes()
-    floor = read_log(config.out)[0]["fid_real"]
+    real = read_log(config.out)[0]["fid_real"]
     fit = features.fit_encoder
     monkeypatch.setattr(features, "fit_encoder", lambda *args: fit(*args[:3], seed=99))
     train(replace(config, cache=config.cache.with_name("elsewhere")))
     assert (config.out / "encoder.safetensors").read_bytes() == own
-    assert [line["fid_real"] for line in read_log(config.out)] == [floor, floor]
+    assert [line["fid_real"] for line in read_log(config.out)] == [real, real]
 
 
 def test_a_lost_log_does_not_cost_the_best_checkpoint(config: Config, monkeypatch):
