@@ -85,7 +85,7 @@ def draw_ratios(ax: Axes, rows: Rows) -> None:
     ax.set(xscale="log", yticks=range(len(points)), yticklabels=[name for name, *_ in points])
     ax.set(ylim=(len(points) - 0.5, -0.5), title="Samples over a perfect memory or generator")
     ax.set_xlabel("ratio of FDs to unseen ids")
-    ends = [end for *_, limits in points for end in limits]
+    ends = [1.0, *(end for *_, limits in points for end in limits)]
     ticks = [t for t in TICKS if min(ends) / 2 < t < max(ends) * 2]
     ax.set_xticks(ticks, map(str, ticks))
     ax.minorticks_off()

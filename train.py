@@ -496,22 +496,22 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
     except Stopped:
         return
     recorder.write_line(line | {"upkeep": recorder.upkeep_share(started)})
-    if (fid := counted_fid(line)) < state.best_fid:
+    if improved := (fid := counted_fid(line)) < state.best_fid:
         state.best_fid = fid
         write_checkpoint(state, config.out / "best.pt")
     if last or recorder.grid_due(epoch):
         recorder.save_grid(state.G_ema, epoch, weight)
-    if last or recorder.comes_due(config.checkpoint_kimg):
-        save(state, recorder)
+    if last or improved or recorder.comes_due(config.checkpoint_kimg):
+        save(state, recorder, anew=improved)
     recorder.end_upkeep(started)
 
 
-def save(state: TrainingState, recorder: Recorder) -> None:
-    """Write a checkpoint of this moment, unless there is one."""
+def save(state: TrainingState, recorder: Recorder, anew: bool = False) -> None:
+    """Write a checkpoint of this moment, unless there is one; `anew` where it says less."""
     if recorder.pending:
         flush(state, recorder)
     newest = checkpoints(state.config.out)[-1:]
-    if not newest or newest[0].stem != f"{state.cur_nimg:010d}":
+    if anew or not newest or newest[0].stem != f"{state.cur_nimg:010d}":
         save_run(state)
 
 

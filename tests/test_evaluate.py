@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -303,6 +304,28 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, shor
     text = (out / "evaluation.md").read_text()
     assert "no guarantee of privacy" in text and "| over memory |" in text
     assert "edges" not in text
+
+
+def test_several_runs_have_an_interval_of_all_their_draws(
+    trained: Config, tmp_path, short_evaluation, monkeypatch, capsys
+):
+    shutil.copytree(trained.out, tmp_path / "other")
+    options = ["--num-fake", 100, "--extractors", "encoder", "--metrics", "distribution"]
+    argv = ["evaluate.py", trained.out, tmp_path / "other", *options]
+    monkeypatch.setattr("sys.argv", [str(part) for part in argv])
+    evaluation.main()
+    assert "## Over 2 runs" in capsys.readouterr().out
+    assert (tmp_path / "other" / "evaluation" / "evaluation.md").exists()
+    heads = [
+        {"set": "samples", "extractor": "encoder", "fd_test": fd, "fd_infinite": fd - 1.0,
+         "over_memory": ratio, "over_memory_draws": {"values": [ratio, ratio + 1]}}
+        for fd, ratio in ((3.0, 1.0), (5.0, 2.0))
+    ]  # fmt: skip
+    (row,) = evaluation.over_runs([{"headline": [head]} for head in heads])
+    assert row["fd_test"] == 4 and row["fd_test_range"] == [3, 5] and row["runs"] == 2
+    assert row["over_memory_interval"] == pytest.approx([1.075, 2.925])
+    with pytest.raises(UserError, match="out = x: each of 2 runs has its own folder"):
+        Options((tmp_path, tmp_path), out=Path("x"))
 
 
 def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, monkeypatch):

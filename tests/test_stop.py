@@ -47,7 +47,7 @@ def interrupted(function: Callable, number: int, at_call: int = 1) -> Callable:
 MOMENTS = {
     "writing demo brains": (demo_brains, "write_subject", 3),
     "decoding": (dataset, "decode_subject", 3),
-    "training the encoder": (features.Encoder, "forward", 3),
+    "training the encoder": (features.Encoder, "embedding", 3),
     "features of the training slices": (monitor, "features_of", 1),
     "compiling": (training.Phases, "backward", 2),
     "waiting for the loader": (dataset.TrainingSlices, "__getitem__", 3),
