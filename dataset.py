@@ -52,6 +52,9 @@ SPLITS = ("train", "test")
 MOST_CLASSES = 20  # above which class folders are taken for patients
 WAIT_SECONDS = 300  # for one batch of a worker, after which it is held for lost
 SAMPLE_FORMAT, PHOTOMETRIC = 339, 262  # tags of TIFF
+# Formats that Pillow reads by itself, without starting another program
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+MAX_SIDE = 8192  # pixels of a file
 TEST_SHARE = 0.2  # of the ids of each class, where the folder itself has no split
 CACHE_VERSION = 2  # part of every cache key: raise it when decoding changes
 
@@ -96,7 +99,7 @@ def entries(folder: Path) -> list[Path]:
 
 def list_slices(folder: Path, label: int) -> list[SliceFile]:
     """The image files of one class folder, by id and slice number. Raises UserError if none."""
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     paths = [p for p in entries(folder) if p.suffix.lower() in suffixes]
     if not paths:
         raise UserError(f"class folder {folder} holds no image files")
@@ -228,7 +231,9 @@ def decode(path: Path) -> Tensor:
     if path.exists() and not path.is_file():
         raise ValueError("not a regular file")  # a pipe would be waited for without end
     # from memory: a file that it maps itself, Pillow turns wrongly (uncompressed TIFF, 13.0)
-    with Image.open(BytesIO(path.read_bytes())) as image:
+    with Image.open(BytesIO(path.read_bytes()), formats=FORMATS) as image:
+        if max(image.size) > MAX_SIDE:  # before memory is taken: it becomes a square
+            raise ValueError("{} x {} pixels: a side is {} at most".format(*image.size, MAX_SIDE))
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError("holds more than one image")
         image.load()

@@ -420,7 +420,7 @@ def measure_calibration(_: Slices, bench: Bench) -> dict[str, Rows]:
         real, unseen = (
             extract(k, s, extractor, bench.cache) for k, s in (("train", train), ("test", test))
         )
-        target = gaussian(real.values)
+        target, ratio = gaussian(real.values), participation_ratio(real.values)
 
         def distance(
             images: np.ndarray, extractor: Extractor = extractor, target: Gaussian = target
@@ -439,7 +439,7 @@ def measure_calibration(_: Slices, bench: Bench) -> dict[str, Rows]:
             values = list(steps.values())
             rows.append({
                 "extractor": extractor.name,
-                "participation_ratio": participation_ratio(real.values),
+                "participation_ratio": ratio,
                 "degradation": name,
                 "strengths": ", ".join(map(str, steps)),
                 **dict(zip(("weak", "middle", "strong"), values, strict=True)),

@@ -210,6 +210,29 @@ def test_mixed_sizes_are_fine(data_root: Path, config: Config):
     assert slices["train"].images.shape == (17, 16, 16)
 
 
+def test_a_file_takes_no_memory_that_it_does_not_hold(data_root: Path, config: Config):
+    """A hundred bytes of 20,000 x 1 pixels would become a square of 1.6 GB in float."""
+    Image.new("L", (20_000, 1)).save(data_root / "train" / "AD" / "long_1.png")
+    with pytest.raises(UserError, match="long_1.png: 20000 x 1 pixels: a side is 8192 at most"):
+        load_slices(config)
+
+
+def test_no_file_starts_another_program(data_root: Path, config: Config, tmp_path, monkeypatch):
+    """Pillow reads EPS by Ghostscript, whatever the file's name is."""
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ghostscript.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    Image.new("L", (8, 8)).save(data_root / "train" / "AD" / "page_1.eps")
+    assert len(load_slices(config)[0]["train"].labels) == 16  # by its name, it is no slice
+    (data_root / "train" / "AD" / "page_1.eps").rename(data_root / "train" / "AD" / "page_1.png")
+    with pytest.raises(UserError, match="page_1.png: not an image"):
+        load_slices(config)
+    assert not (tmp_path / "started").exists()
+
+
 def test_all_bad_files_are_reported_in_one_table(data_root: Path, config: Config):
     folder = data_root / "train" / "AD"
     (folder / "text_1.jpeg").write_text("not an image")
