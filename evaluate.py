@@ -411,8 +411,8 @@ def measure_memorisation(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 def measure_calibration(_: Slices, bench: Bench) -> dict[str, Rows]:
     """FD to the training slices of degraded test slices, over that of the same as they are.
 
-    In pixels too, at three strengths of each kind, and of ever fewer of the test ids. A participation ratio says
-    how many directions the features of training slices fill.
+    In pixels too, at three strengths of each kind, and of ever fewer of the test ids. A
+    participation ratio says how many directions the features of training slices fill.
     """
     train, test = bench.splits["train"], bench.splits["test"]
     some, rows = test.images[spread(len(test.images), NUM_DEGRADED)], []
