@@ -480,11 +480,10 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
     G.to(resolve_device(options.device))
     ensure_writable(options.out or output_folder(source, "evaluation"))
     cache, extractors = options.cache or config.cache, []
+    device = next(G.parameters()).device
     if "inception" in options.extractors:
-        device = next(G.parameters()).device
         extractors.append(load_inception(options.inception_weights, device))
     if "dinov2" in options.extractors:
-        device = next(G.parameters()).device
         extractors.append(load_dinov2(options.dinov2_weights, device))
     real = replace(config, data_root=options.data_root or config.data_root, cache=cache)
     splits, data = load_slices(real)

@@ -466,7 +466,7 @@ DEGRADATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], tuple[f
 
 
 def planted_copies(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """What an audit must find: images as they are, and in eight ways that a copy may differ."""
+    """What an audit must find: images as they are, and in seven ways that a copy may differ."""
     draws, config = torch.from_numpy(np.random.default_rng(seed).random((len(images), 4))), Config()
     grey = torch.from_numpy(images)[:, None].float() / 255
     noise = np.random.default_rng(seed).normal(0, 2, images.shape)

@@ -39,10 +39,7 @@ from tqdm import tqdm
 from config import Config, UserError
 from dataset import Slices, load_slices
 from features import averaged
-from metrics import (
-    mean_by_id,
-    spread,
-)
+from metrics import mean_by_id, spread
 from modules import Generator
 from monitor import draw_loss, read_log, read_square
 from utils import (
