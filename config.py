@@ -63,6 +63,8 @@ class Config:
     # Labels
     conditional: bool = True
     """Condition on the class; False takes all slices for one class."""
+    condition_level: bool = False
+    """Condition on the place of a slice in its id too, from lowest to highest."""
     any_classes: bool = False
     """Train on more than 20 classes too, or on classes of a single id: they may be patients."""
     label_ramp_kimg: float = 0.0

@@ -34,6 +34,7 @@ from assets.demo_brains import write_demo, write_fresh
 from config import Config, UserError
 from utils import (
     StopRequest,
+    conditions,
     ensure_writable,
     first_line,
     make_once,
@@ -46,6 +47,7 @@ from utils import (
     shown,
     stream_seed,
     sweep,
+    width_of_c,
 )
 
 SPLITS = ("train", "test")
@@ -66,20 +68,33 @@ class SliceFile(NamedTuple):
     subject: str
     label: int
 
+    @property
+    def scan(self) -> str:
+        """The id in its name: slices of one scan have one scale of grey."""
+        return self.path.stem.rpartition("_")[0] or self.path.stem
+
 
 @dataclass(frozen=True)
 class Slices:
-    """Decoded slices of one split: images uint8 [n, R, R], labels int64 [n], subjects [n]."""
+    """Decoded slices of one split: images uint8 [n, R, R], labels int64 [n], subjects [n].
+
+    Where a run conditions on it, levels [n]: the place of each slice, 0 lowest to 1 highest.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     subjects: np.ndarray
     classes: list[str]
+    levels: np.ndarray | None = None
 
     @property
     def c_dim(self) -> int:
-        """Width of a one-hot label; 0 with a single class, which needs no condition."""
-        return len(self.classes) if len(self.classes) > 1 else 0
+        """Width of c."""
+        return width_of_c(len(self.classes), self.levels is not None)
+
+    def conditions(self) -> Tensor:
+        """c of each slice. -> [n, c_dim]."""
+        return conditions(self.labels, self.levels, self.c_dim)
 
 
 # Finding
@@ -340,7 +355,7 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
     images = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), *[resolution] * 2))
     groups = defaultdict(list)
     for row, file in enumerate(files):
-        groups[file.path.parent, file.subject].append(row)
+        groups[file.path.parent, file.scan].append(row)
     problems: list[str] = []
 
     def work(rows: list[int]) -> None:
@@ -367,6 +382,18 @@ def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) ->
     return np.load(path, mmap_mode="r")
 
 
+def find_levels(files: list[SliceFile]) -> np.ndarray:
+    """Where each slice lies among those of its scan, 0 lowest number to 1 highest. -> [n]."""
+    rows_of = defaultdict(list)
+    for row, file in enumerate(files):  # in the order of their numbers
+        rows_of[file.path.parent, file.scan].append(row)
+    levels = np.full(len(files), 0.5)
+    for rows in rows_of.values():
+        if len(rows) > 1:
+            levels[rows] = np.linspace(0, 1, len(rows))
+    return levels
+
+
 def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     """Both splits, decoded, and the data's identity. Raises UserError as `find_slices` does."""
     root = config.data_root or demo_root(config.cache)
@@ -378,8 +405,12 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     images = decoded(files, root, config.img_resolution, config.cache)
     labels = np.array([f.label for f in files])
     subjects = np.array([f.subject for f in files])
+    levels = find_levels(files) if config.condition_level else None
     parts = {"train": slice(len(splits["train"])), "test": slice(len(splits["train"]), None)}
-    slices = {k: Slices(images[s], labels[s], subjects[s], classes) for k, s in parts.items()}
+    slices = {
+        k: Slices(images[s], labels[s], subjects[s], classes, None if levels is None else levels[s])
+        for k, s in parts.items()
+    }
     return slices, data_identity(files, root)
 
 
@@ -448,16 +479,16 @@ class TrainingSlices(Dataset):
     """The endless stream of training slices: what lies at a position depends only on (seed, it).
 
     Each epoch is a new permutation of all slices. An item is a batch, asked for by its positions:
-    images uint8 [N, R, R] and labels int64 [N], arrays rather than tensors, which workers would
-    send through the shared memory that containers have little of.
+    images uint8 [N, R, R] and which slices they are [N], arrays rather than tensors, which workers
+    would send through the shared memory that containers have little of.
     """
 
     def __init__(self, slices: Slices, config: Config) -> None:
-        self.images, self.labels, self.config = slices.images, slices.labels, config
+        self.images, self.config = slices.images, config
         self.epoch, self.order = -1, np.zeros(0, int)
 
     def __getitem__(self, positions: range) -> tuple[np.ndarray, np.ndarray]:
-        indices = [self.index(position) for position in positions]
+        indices = np.array([self.index(position) for position in positions])
         images = np.array(self.images[indices])
         if self.config.augment == "dataset":
             seeds = (stream_seed("augment", self.config.seed, p) for p in positions)
@@ -465,7 +496,7 @@ class TrainingSlices(Dataset):
             grey = torch.from_numpy(images)[:, None].float() / 255
             grey = augment(grey, torch.from_numpy(draws).float(), self.config)
             images = (grey[:, 0] * 255).round().byte().numpy()
-        return images, self.labels[indices]
+        return images, indices
 
     def __getstate__(self) -> dict[str, Any]:
         """Of pixels that lie in a file, its name: a worker that is spawned maps it again."""

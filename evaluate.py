@@ -529,7 +529,7 @@ def fakes_of(options: Options, G: Generator, bench: Bench) -> tuple[Slices, dict
     train = bench.splits["train"]
     if options.images is None:
         labels = spread_labels(train.labels, options.num_fake)
-        images, labels = sample_fakes(G, labels, options.seed)
+        images, labels, _ = sample_fakes(G, labels, options.seed)
         origin: dict[str, Any] = {"psi": 1.0}
     else:
         found, files = find_class_folders(options.images)

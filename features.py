@@ -28,7 +28,17 @@ from config import Config, UserError
 from dataset import Slices, augment
 from metrics import Features, segment, spread
 from modules import MEMORY_FORMAT, Generator
-from utils import make_once, map_on_cores, one_hot, read_safetensors, say, stream_seed, to_uint8
+from utils import (
+    LEVELS,
+    conditions,
+    make_once,
+    map_on_cores,
+    one_hot,
+    read_safetensors,
+    say,
+    stream_seed,
+    to_uint8,
+)
 
 BATCH = 50  # images through a network at a time
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
@@ -43,21 +53,30 @@ ENCODER_VERSION = 2  # of what it learns: part of its cache key
 
 
 class Fakes(NamedTuple):
-    """What is evaluated: images uint8 [n, R, R] and the class index each was asked for [n]."""
+    """What is evaluated: images uint8 [n, R, R], the class index and level each was asked for."""
 
     images: np.ndarray
     labels: np.ndarray
+    levels: np.ndarray | None = None
+
+
+def part_of(slices: Slices | Fakes, rows: np.ndarray) -> Fakes:
+    """Some of the slices, in memory."""
+    levels = None if slices.levels is None else slices.levels[rows]
+    return Fakes(np.array(slices.images[rows]), slices.labels[rows], levels)
 
 
 @torch.no_grad()
 def sample_fakes(G: Generator, labels: np.ndarray, seed: int, silent: bool = False) -> Fakes:
-    """Untruncated samples with fresh noise, one for each label."""
+    """Untruncated samples with fresh noise, one for each label, at any level."""
     device, images = next(G.parameters()).device, []
+    levels = np.random.default_rng(seed).random(len(labels)) if G.by_level else None
+    conditioned = conditions(labels, levels, G.c_dim)
     for start in tqdm(range(0, len(labels), BATCH), "sampling", unit="batch", disable=silent):
         torch.manual_seed(stream_seed("evaluate", seed, start))
-        c = one_hot(labels[start : start + BATCH], G.c_dim).to(device)
+        c = conditioned[start : start + BATCH].to(device)
         images.append(to_uint8(G(torch.randn(len(c), G.z_dim, device=device), c)))
-    return Fakes(np.concatenate(images), labels)
+    return Fakes(np.concatenate(images), labels, levels)
 
 
 def spread_labels(labels: np.ndarray, count: int) -> np.ndarray:
@@ -72,10 +91,12 @@ def conditional_variation(G: Generator, seed: int, count: int = 64) -> dict[str,
     Of z that of the class it moves least, of noise the mean over the classes, of the class that
     over 8 latents.
     """
-    device, num = next(G.parameters()).device, max(1, G.c_dim)
+    device = next(G.parameters()).device
+    num = G.c_dim // LEVELS if G.by_level else max(1, G.c_dim)
+    levels = np.full(num, 0.5) if G.by_level else None  # one for all
     torch.manual_seed(stream_seed("variation", seed))
     z = torch.randn(count, G.z_dim, device=device)
-    labels = one_hot(np.arange(num), G.c_dim).to(device)
+    labels = conditions(np.arange(num), levels, G.c_dim).to(device)
 
     def deviation(z: Tensor, c: Tensor, noise_mode: str) -> float:
         """Over one batch: z and c have one row, or as many as there are images."""
@@ -86,7 +107,7 @@ def conditional_variation(G: Generator, seed: int, count: int = 64) -> dict[str,
     found = {"z": np.min([deviation(z, c, "const") for c in labels.split(1)])}
     one = [z[:1].expand(count, -1), labels]
     found["noise"] = np.mean([deviation(one[0], c, "random") for c in labels.split(1)])
-    if G.c_dim:
+    if num > 1:
         found["class"] = np.mean([deviation(row, labels, "const") for row in z[:8].split(1)])
     return {name: float(value) for name, value in found.items()}
 

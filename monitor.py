@@ -33,6 +33,7 @@ from features import (
     encoder_extractor,
     features_of,
     load_inception,
+    part_of,
     sample_fakes,
     spread_labels,
     to_tensor,
@@ -50,8 +51,8 @@ from metrics import (
 )
 from modules import AdaptiveAugment, Discriminator, Generator
 from utils import (
+    conditions,
     most_of_ranks,
-    one_hot,
     rank,
     save_figure,
     save_grey,
@@ -416,7 +417,7 @@ class TrainingFigures:
         for name, part in splits.items():
             rows = rng.permutation(len(part.labels))  # mixed, as batches are in training
             rows = rows[: config.fid_images]
-            self.samples[name] = Fakes(np.array(part.images[rows]), part.labels[rows])
+            self.samples[name] = part_of(part, rows)
         rows = [np.flatnonzero(train.labels == i) for i in range(len(train.classes))]
         rows = [r[spread(len(r), MAX_DEVIATION)] for r in rows]
         self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows])) or math.nan
@@ -435,7 +436,8 @@ class TrainingFigures:
     def logits(self, D: Discriminator, slices: Fakes) -> float:
         """Mean logit of D."""
         device, c_dim = next(D.parameters()).device, 0 if D.embed is None else len(D.embed)
-        c, logits, size = one_hot(slices.labels, c_dim), [], self.config.batch_size
+        c, logits = conditions(slices.labels, slices.levels, c_dim), []
+        size = self.config.batch_size
         for i in range(0, max(1, len(c) - size + 1), size):
             x = to_tensor(slices.images[i : i + size]).to(device).float() / 127.5 - 1
             logits.append(D(x, c[i : i + size].to(device)))
@@ -447,7 +449,7 @@ class TrainingFigures:
         features = compute_features(fakes.images, self.extractor, None)
         real, test = (self.logits(D, self.samples[name]) for name in ("train", "test"))
         order = np.random.default_rng(0).permutation(len(fakes.labels))
-        fake = self.logits(D, Fakes(fakes.images[order], fakes.labels[order]))
+        fake = self.logits(D, part_of(fakes, order))
         moved = conditional_variation(G, self.config.seed)
         figures = {
             "fid": gaussian_distance(gaussian(features), self.real[0]),
@@ -458,9 +460,9 @@ class TrainingFigures:
             **{f"vary_{name}": value / self.deviation for name, value in moved.items()},
             "overfitting": (real - test) / (real - fake) if real - fake > 0.1 else None,
         }
-        if G.c_dim:
+        if self.num_classes > 1:
             figures |= {"agreement": self.agreement(fakes), "agreement_real": self.seen_real}
-            figures["agreement_chance"] = 1 / G.c_dim
+            figures["agreement_chance"] = 1 / self.num_classes
         found = {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
         missing = {k for k, v in found.items() if v is None and figures[k] is not None}
         if new := sorted(missing - self.missing):
@@ -492,9 +494,12 @@ class Recorder:
         self.not_finite: tuple[str, int] | None = None
         rng = torch.Generator().manual_seed(stream_seed("grid", config.seed))
         z = torch.randn(1, GRID_COLUMNS, config.z_dim, generator=rng)
-        num_rows = len(slices.classes)  # every class shows the same latents
+        num_rows = len(slices.classes)  # every class shows the same latents, from low to high
         self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(device)
-        self.c = one_hot(np.arange(num_rows).repeat(GRID_COLUMNS), slices.c_dim).to(device)
+        levels = np.tile(np.linspace(0, 1, GRID_COLUMNS), num_rows)
+        labels = np.arange(num_rows).repeat(GRID_COLUMNS)
+        levels = None if slices.levels is None else levels
+        self.c = conditions(labels, levels, slices.c_dim).to(device)
         if rank() == 0:
             self.lines, rows = cut_logs(self.run, cur_nimg)
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=cur_nimg + 1)

@@ -45,10 +45,10 @@ from monitor import draw_loss, read_log, read_square
 from utils import (
     FREE_TO_CHANGE,
     compiled_folder,
+    conditions,
     ensure_writable,
     load_generator,
     newest_run,
-    one_hot,
     output_folder,
     plain_settings,
     read_run_config,
@@ -63,6 +63,7 @@ from utils import (
 )
 
 PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)
+LEVEL_SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SWEEP_SEEDS = 4
 NUM_COMPONENTS = 50  # principal components that stand for a slice
 MAX_FITTED = 4000  # slices that fit the components
@@ -82,6 +83,8 @@ class Options:
     """Images per class, from seeds 0, 1, ...; 1 or more."""
     seeds: tuple[int, ...] | None = None
     """The very seeds to draw instead, each 0 or more."""
+    level: float | None = None
+    """Of a run with condition_level: the place of the slice, 0 lowest to 1; None: each seed's."""
     truncation_psi: float = 1.0
     """1: the full variety; towards 0: closer to the class's mean image. 0 to 1."""
     truncation_cutoff: int | None = None
@@ -104,6 +107,8 @@ class Options:
             not self.seeds or not 0 <= min(self.seeds) <= max(self.seeds) < 2**63
         ):
             raise UserError(f"seeds = {self.seeds}: must be 0 to 2^63 - 1, at least one")
+        if self.level is not None and not 0 <= self.level <= 1:
+            raise UserError(f"level = {self.level}: must be 0 to 1")
         if not 0 <= self.truncation_psi <= 1:
             raise UserError(f"truncation_psi = {self.truncation_psi}: must be 0 to 1")
         if self.truncation_cutoff is not None and self.truncation_cutoff < 0:
@@ -133,9 +138,18 @@ def sample(
     return np.concatenate([to_uint8(G(z, c, psi, cutoff, noise_mode="const")) for z, c in pairs])
 
 
+def labels_of(
+    G: Generator, labels: np.ndarray, seeds: list[int], level: float | None = None
+) -> Tensor:
+    """c of class indices [N], at a level or, where G takes one and it is None, at each seed's."""
+    own = [np.random.default_rng(seed).random() for seed in seeds]
+    levels = np.array(own if level is None else [level] * len(seeds))
+    return conditions(labels, levels if G.by_level else None, G.c_dim)
+
+
 def sample_class(G: Generator, label: int, seeds: list[int], options: Options) -> np.ndarray:
     """Images of one class. -> uint8 [N, H, W]."""
-    c = one_hot(np.full(len(seeds), label), G.c_dim)
+    c = labels_of(G, np.full(len(seeds), label), seeds, options.level)
     z = latents(seeds, G.z_dim)
     return sample(G, z, c, options.truncation_psi, options.truncation_cutoff)
 
@@ -151,20 +165,38 @@ def write_images(images: np.ndarray, name: str, seeds: list[int], out: Path) -> 
 
 def draw_truncation(G: Generator, classes: dict[int, str], seeds: list[int], out: Path) -> None:
     """The same seeds under growing psi ([1], appendix B): a block per class, a row per seed."""
-    figure = Figure(figsize=(1.5 * len(PSI_SWEEP) * len(classes), 1.5 * len(seeds) + 0.6))
-    axes = figure.subplots(1, len(classes), squeeze=False)[0]
     z = latents(seeds, G.z_dim)
-    for ax, (label, name) in zip(axes, classes.items(), strict=True):
-        c = one_hot(np.full(len(seeds), label), G.c_dim)
-        images = np.stack([sample(G, z, c, psi) for psi in PSI_SWEEP], 1)  # [seeds, psi, H, W]
-        H = images.shape[-1]
-        ax.imshow(tile(images.reshape(-1, H, H), len(PSI_SWEEP)), cmap="gray", vmin=0, vmax=255)
-        ax.set_xticks(
-            [H * (i + 0.5) for i in range(len(PSI_SWEEP))], [f"psi {psi}" for psi in PSI_SWEEP]
-        )
+    blocks = {}
+    for label, name in classes.items():
+        c = labels_of(G, np.full(len(seeds), label), seeds)
+        blocks[name] = [sample(G, z, c, psi) for psi in PSI_SWEEP]
+    draw_sweep(blocks, [f"psi {psi}" for psi in PSI_SWEEP], seeds, out / "truncation.png")
+
+
+def draw_levels(G: Generator, classes: dict[int, str], seeds: list[int], out: Path) -> None:
+    """The same heads from their lowest to their highest slice: a block per class, a row a seed."""
+    z = latents(seeds, G.z_dim)
+    blocks = {}
+    for label, name in classes.items():
+        labels = np.full(len(seeds), label)
+        blocks[name] = [sample(G, z, labels_of(G, labels, seeds, level)) for level in LEVEL_SWEEP]
+    draw_sweep(blocks, [f"{level:.2f}" for level in LEVEL_SWEEP], seeds, out / "levels.png")
+
+
+def draw_sweep(
+    blocks: dict[str, list[np.ndarray]], columns: list[str], seeds: list[int], path: Path
+) -> None:
+    """Side by side a block of pictures for each name: a row per seed, by column [seeds, H, W]."""
+    figure = Figure(figsize=(1.5 * len(columns) * len(blocks), 1.5 * len(seeds) + 0.6))
+    axes = figure.subplots(1, len(blocks), squeeze=False)[0]
+    for ax, (name, by_column) in zip(axes, blocks.items(), strict=True):
+        H = by_column[0].shape[-1]
+        images = np.stack(by_column, 1).reshape(-1, H, H)
+        ax.imshow(tile(images, len(columns)), cmap="gray", vmin=0, vmax=255)
+        ax.set_xticks([H * (i + 0.5) for i in range(len(columns))], columns)
         ax.set_yticks([H * (i + 0.5) for i in range(len(seeds))], [f"seed {s}" for s in seeds])
         ax.set_title(shown(name))
-    save_figure(figure, out / "truncation.png")
+    save_figure(figure, path)
 
 
 # Embedding
@@ -248,7 +280,8 @@ def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> 
     chosen = spread(len(test.labels), MAX_POINTS)
     labels = test.labels[chosen]
     z = latents(list(range(len(labels))), G.z_dim)
-    fake = pca.transform(pixels(sample(G, z, one_hot(labels, G.c_dim))))
+    levels = None if test.levels is None else test.levels[chosen]
+    fake = pca.transform(pixels(sample(G, z, conditions(labels, levels, G.c_dim))))
     caption = (
         f"{len(labels)} real test slices and as many generated ones (psi = 1), first {components} "
         f"principal components of the training slices.\nReal: {probe}."
@@ -263,9 +296,9 @@ def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> 
 def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
     """The intermediate latents w by the class asked for."""
     labels = np.arange(len(names)).repeat(math.ceil(MAX_POINTS / len(names)))
-    z = latents(list(range(len(labels))), G.z_dim)
-    device = next(G.parameters()).device
-    w = G.mapping.map(z.to(device), one_hot(labels, G.c_dim).to(device)).cpu().numpy()
+    seeds = list(range(len(labels)))
+    z, c, device = latents(seeds, G.z_dim), labels_of(G, labels, seeds), next(G.parameters()).device
+    w = G.mapping.map(z.to(device), c.to(device)).cpu().numpy()
     caption = (
         "w of the mapping network. The label is one of its inputs: it may separate by that alone."
     )
@@ -357,6 +390,8 @@ def predict(options: Options) -> Path:
     """Draw every figure. Returns the folder that holds them. Raises UserError for bad input."""
     source = options.checkpoint or newest_run()
     G, config, known = load_generator(source)
+    if options.level is not None and not G.by_level:
+        raise UserError(f"level = {options.level}: a generator without condition_level has none")
     G.to(resolve_device(options.device))
     classes = chosen_classes(options.classes, known)
     out = options.out or output_folder(source, "predict")
@@ -368,6 +403,8 @@ def predict(options: Options) -> Path:
     for label, name in tqdm(classes.items(), "sampling", unit="class"):
         write_images(sample_class(G, label, seeds, options), name, seeds, out)
     draw_truncation(G, classes, seeds[:SWEEP_SEEDS], out)
+    if G.by_level:
+        draw_levels(G, classes, seeds[:SWEEP_SEEDS], out)
     draw_w_embedding(G, known, out)
     if splits is not None:
         draw_image_embedding(G, splits, out)

@@ -32,7 +32,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -67,7 +66,6 @@ from utils import (
     load_checkpoint,
     most_of_ranks,
     num_ranks,
-    one_hot,
     open_run,
     plain_settings,
     rank,
@@ -424,19 +422,19 @@ def diverged(state: TrainingState, where: str, nimg: float) -> UserError:
 
 
 def batches(
-    loader: DataLoader, recorder: Recorder, one_hots: Tensor
+    loader: DataLoader, recorder: Recorder, label_pool: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a loader on the device, clocking how long this rank waits for them.
 
     A GPU is at most two steps behind, so that what is waited for is what it lacks.
 
     Args:
-        one_hots: [classes, c_dim], on the device.
+        label_pool: those of all training slices [n, c_dim], on the device.
 
     Yields:
         images [N, 1, R, R] in [-1, 1] and labels [N, c_dim].
     """
-    device = one_hots.device
+    device = label_pool.device
     iterator = iter(loader)
     steps: deque[torch.cuda.Event] = deque()
     recorder.start_clock()
@@ -452,11 +450,11 @@ def batches(
         recorder.waited += time.perf_counter() - asked
         if batch is None:
             return
-        images, labels = (torch.from_numpy(part) for part in batch)
+        images, rows = (torch.from_numpy(part) for part in batch)
         if device.type == "cuda":
-            images, labels = images.pin_memory(), labels.pin_memory()
-        images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
-        yield normalize(images), one_hots[labels]
+            images, rows = images.pin_memory(), rows.pin_memory()
+        images, rows = (part.to(device, non_blocking=True) for part in (images, rows))
+        yield normalize(images), label_pool[rows]
         if device.type == "cuda":
             steps.append(torch.cuda.Event())
             steps[-1].record()
@@ -650,15 +648,14 @@ def lost_workers_named(config: Config) -> Iterator[None]:
 def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -> None:
     """Steps up to `total` images, or until any rank is asked to stop."""
     config, n = state.config, len(slices.images)
-    one_hots = one_hot(np.arange(len(slices.classes)), slices.c_dim).to(state.device)
-    label_pool = one_hots[torch.from_numpy(slices.labels).to(state.device)]
+    label_pool = slices.conditions().to(state.device)
     loader = make_loader(slices, config, state.cur_nimg, total)
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file needs no thousands of lines
     with tqdm(
         total=total, initial=state.cur_nimg, unit="img", mininterval=pace, smoothing=0.05,
         disable=rank() > 0,
     ) as bar:  # fmt: skip
-        for real, c in batches(loader, recorder, one_hots):
+        for real, c in batches(loader, recorder, label_pool):
             epoch = state.cur_nimg // n + 1
             bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
             stats = train_step(state, real, c, label_pool)

@@ -42,6 +42,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RUNS = Path("runs")
+LEVELS = 5  # of which a slice's place is a mixture
 DEMO_GENERATOR = Path(__file__).parent / "assets" / "demo_generator"
 PATHS = ("data_root", "out", "cache", "init_from")  # settings that are paths
 # Settings that say where, how long and how often, not what a run learns
@@ -260,6 +261,26 @@ def stream_seed(purpose: str, *parts: int) -> int:
 def one_hot(labels: np.ndarray, c_dim: int) -> Tensor:
     """Class indices [N] -> one-hot float32 [N, c_dim]; c_dim 0 (unconditional) gives [N, 0]."""
     return torch.eye(max(1, c_dim))[torch.as_tensor(labels)][:, :c_dim]
+
+
+def width_of_c(num_classes: int, by_level: bool) -> int:
+    """Entries of c; 0 with a single class and no level: nothing to condition on."""
+    if by_level:
+        return num_classes * LEVELS
+    return num_classes if num_classes > 1 else 0
+
+
+def conditions(labels: np.ndarray, levels: np.ndarray | None, c_dim: int) -> Tensor:
+    """Class indices [N] and levels [N] in [0, 1], or None, -> c float32 [N, c_dim], of sum 1.
+
+    Each class has an entry for each of LEVELS levels, and a slice between two of them a share of
+    both: networks that were made for one-hot labels interpolate, in every weight of a label.
+    """
+    if levels is None:
+        return one_hot(labels, c_dim)
+    place = torch.as_tensor(levels).float()[:, None] * (LEVELS - 1)
+    shares = (1 - (place - torch.arange(LEVELS)).abs()).clamp(min=0)  # [N, LEVELS]
+    return (one_hot(labels, c_dim // LEVELS)[:, :, None] * shares[:, None]).flatten(1)
 
 
 # Ranks: the processes that torchrun starts, one for each GPU
@@ -576,7 +597,7 @@ def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
         state = load_checkpoint(weights)["G_ema"]
     else:
         state = read_safetensors(weights)
-    G = Generator(config, len(classes) if len(classes) > 1 else 0)
+    G = Generator(config, width_of_c(len(classes), config.condition_level))
     try:
         G.load_state_dict(state)
     except RuntimeError as error:

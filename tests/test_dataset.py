@@ -33,7 +33,7 @@ from dataset import (
     normalize,
     pad_to_square,
 )
-from utils import run_command
+from utils import LEVELS, conditions, run_command
 
 
 @pytest.fixture
@@ -451,21 +451,41 @@ def test_what_a_killed_process_left_half_written_is_deleted(config: Config, monk
 # Loading
 
 
+def test_a_level_is_the_place_of_a_slice_among_those_of_its_scan(tmp_path: Path, config: Config):
+    root = write_folder(tmp_path / "levels", {"train": 2, "test": 2}, slices=5)
+    for path in root.glob("*/*/*_1.png"):
+        path.rename(path.with_stem(path.stem.replace("_1", "_10")))  # 0, 2, 3, 4, 10
+    for path in sorted(root.glob("test/AD/*"))[:4]:
+        path.unlink()  # a single slice is left
+    splits, _ = load_slices(replace(config, data_root=root, condition_level=True))
+    assert splits["train"].levels.tolist() == [0, 0.25, 0.5, 0.75, 1] * 4
+    assert splits["test"].levels[0] == 0.5
+    assert load_slices(replace(config, data_root=root))[0]["train"].levels is None
+
+
+def test_a_level_is_shared_out_between_its_neighbours():
+    c = conditions(np.array([0, 1, 1]), np.array([0, 0.125, 1]), 2 * LEVELS).unflatten(1, (2, -1))
+    torch.testing.assert_close(c.sum((1, 2)), torch.ones(3))
+    assert c[0, 0].tolist() == [1, 0, 0, 0, 0] and c[1, 1].tolist() == [0.5, 0.5, 0, 0, 0]
+    assert c[2, 1, -1] == 1 and c[0, 1].sum() == c[1, 0].sum() == 0
+    assert conditions(np.zeros(2, int), np.array([0, 1]), LEVELS).shape == (2, LEVELS)  # one class
+
+
 def show(stream: TrainingSlices, position: int) -> tuple[np.ndarray, int]:
-    """Image [R, R] and label at one position."""
-    images, labels = stream[range(position, position + 1)]
-    return images[0], labels[0]
+    """Image [R, R] at one position, and which slice it is."""
+    images, rows = stream[range(position, position + 1)]
+    return images[0], rows[0]
 
 
 def test_a_slice_shown_depends_on_seed_and_position_only(config: Config):
     slices = load_slices(config)[0]["train"]
     stream, fresh = TrainingSlices(slices, config), TrainingSlices(slices, config)
-    images, labels = stream[range(40)]
+    images, rows = stream[range(40)]
     torch.manual_seed(123)
     for position in (33, 5, 17):
-        image, label = show(fresh, position)
+        image, row = show(fresh, position)
         np.testing.assert_allclose(image.astype(int), images[position], atol=1)
-        assert label == labels[position]
+        assert row == rows[position]
     other = TrainingSlices(slices, replace(config, seed=1))[range(16)][0]
     assert np.abs(other.astype(int) - images[:16]).max() > 12
 
@@ -484,11 +504,10 @@ def test_an_epoch_shows_every_slice_once_in_a_new_order(config: Config):
     stream = TrainingSlices(slices, replace(config, augment="none"))
     orders = []
     for epoch in range(2):
-        shown, labels = stream[range(epoch * 16, epoch * 16 + 16)]
-        rows = [int((slices.images == image).all((1, 2)).argmax()) for image in shown]
+        shown, rows = stream[range(epoch * 16, epoch * 16 + 16)]
+        assert (shown == slices.images[rows]).all()
         assert sorted(rows) == list(range(16))
-        assert labels.tolist() == slices.labels[rows].tolist()
-        orders.append(rows)
+        orders.append(rows.tolist())
     assert orders[0] != orders[1]
 
 

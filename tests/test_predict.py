@@ -50,6 +50,18 @@ def test_a_seed_is_the_same_image_alone_or_among_others(run: Path):
     assert not (many[0] == many[1]).all()
 
 
+def test_a_generator_of_levels_draws_any_of_them(config: Config, tmp_path):
+    levels = replace(config, condition_level=True, epochs=1, fid_kimg=0.01, fid_images=100)
+    train(levels)
+    predict(Options(checkpoint=config.out, count=4, out=tmp_path / "seeds"))
+    assert {p.name for p in (tmp_path / "seeds").glob("*.png")} > {"levels.png", "truncation.png"}
+    G = load_generator(config.out)[0]
+    low, high, again = (sample_class(G, 1, [0, 1], Options(level=x)) for x in (0.0, 0.7, 0.7))
+    assert (again == high).all() and not (low == high).all()
+    a, b = (sample_class(G, 1, [0, s], Options()) for s in (1, 2))
+    assert (a[0] == b[0]).all()  # the level of a seed is its own
+
+
 def test_the_latent_of_a_seed_does_not_depend_on_the_others():
     assert torch.equal(latents([5, 2], 8)[:1], latents([5], 8))
     assert not torch.equal(latents([5], 8), latents([2], 8))
@@ -125,6 +137,7 @@ def test_without_a_run_the_demo_generator_is_drawn(tmp_path, monkeypatch, capsys
         ({"classes": ("CN",)}, "no class 'CN'; this generator knows AD, NC"),
         ({"data_root": Path("nowhere")}, "data_root = nowhere"),
         ({"device": ABSENT}, f"device = {ABSENT}"),
+        ({"level": 0.3}, "level = 0.3: a generator without condition_level"),
     ],
 )
 def test_bad_requests_are_named_before_anything_is_drawn(run: Path, options, words):
@@ -141,6 +154,7 @@ def test_bad_requests_are_named_before_anything_is_drawn(run: Path, options, wor
         ({"seeds": ()}, "seeds = "),
         ({"truncation_psi": 1.5}, "truncation_psi = 1.5"),
         ({"truncation_cutoff": -1}, "truncation_cutoff = -1"),
+        ({"level": 1.01}, "level = 1.01"),
     ],
 )
 def test_invalid_options_are_named(options, words):
