@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from assets.demo_brains import write_demo, write_fresh
 from config import Config, UserError
+from tables import read_manifest
 from utils import (
     StopRequest,
     conditions,
@@ -151,7 +152,7 @@ def find_class_folders(folder: Path) -> tuple[list[str], list[SliceFile]]:
 def find_slices(
     root: Path, any_classes: bool = False
 ) -> tuple[list[str], dict[str, list[SliceFile]]]:
-    """Class names and the files of each split.
+    """Class names and the files of each split; who a scan is of may stand in ROOT/manifest.csv.
 
     Raises:
         UserError: no folder, no classes, an empty class, classes that differ between the splits,
@@ -168,6 +169,11 @@ def find_slices(
         raise UserError(f"classes differ: {parents[0]} has {names[0]}, {parents[1]} {names[1]}")
     if not any_classes and (doubt := doubtful_classes(names[0], found[0])):
         raise UserError(f"{root}: {doubt}; if they are right, say --any-classes")
+    manifest = read_manifest(root)
+    for files in found:
+        for row, file in enumerate(files):
+            if entry := manifest.get(file.scan):
+                files[row] = file._replace(subject=entry.participant)
     splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0])
     if shared := {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}:
         first = ", ".join(sorted(shared)[:5])
@@ -620,7 +626,10 @@ def demo(root: tyro.conf.Positional[Path], /) -> None:
 
 def main() -> None:
     """Command line of this module."""
-    tyro.extras.subcommand_cli_from_dict({"check": check, "demo": demo})
+    from scans import import_scans  # of which training needs nothing
+
+    commands = {"import": import_scans, "check": check, "demo": demo}
+    tyro.extras.subcommand_cli_from_dict(commands)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,169 @@
+"""Tables of participants: a spreadsheet beside scans, and the manifest of a folder of slices.
+
+A spreadsheet is ADNI's own export, OASIS's, a BIDS participants.tsv, or any other CSV or TSV whose
+columns are named; a manifest is what an import writes into the folder that it fills.
+"""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from config import UserError
+from utils import say
+
+MANIFEST = "manifest.csv"
+# Names of columns, in small letters and without signs; the first that is there is taken
+COLUMNS = {
+    "scan": ("image data id", "image id", "imageuid", "mri id", "scan id", "id"),
+    "participant": ("participant id", "subject id", "subject", "ptid", "participant"),
+    "class": ("group", "research group", "dx group", "diagnosis", "dx", "class", "label", "cdr"),
+    "age": ("age", "age at scan", "age years"),
+    "sex": ("sex", "gender", "m f"),
+}
+RENAMED = {"CN": "NC", "Control": "NC"}  # as the slices that circulate call ADNI's controls
+# How a name says whose scan it is: BIDS, ADNI, OASIS-1 with its number of the visit, OASIS-2 and 3
+PARTICIPANT = re.compile(r"sub-[A-Za-z0-9]+|\d{3}_S_\d{4,5}|OAS1_\d{4}|OAS[23]_?\d{4}")
+MAX_TABLE = 200_000_000  # bytes
+
+
+class Entry(NamedTuple):
+    """What a table says of a scan or, where `scan` is empty, of all scans of a participant."""
+
+    scan: str
+    participant: str
+    label: str  # class, "" if unknown
+    age: float  # years, NaN if unknown
+    sex: str  # F, M or ""
+
+
+def plain_name(name: str) -> bool:
+    """Whether a name from a file may become that of a folder: nothing that leads elsewhere."""
+    return bool(name) and len(name) <= 100 and name.isprintable() and not (
+        name[0] in ". " or set(name) & set('/\\:*?"<>|')
+    )  # fmt: skip
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows of a CSV or TSV, without spaces around. Raises UserError naming the file."""
+    try:
+        if path.stat().st_size > MAX_TABLE:
+            raise UserError(f"{path}: a table of more than {MAX_TABLE / 1e6:.0f} MB")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if content[:2] == b"PK" or content[:4] == b"\xd0\xcf\x11\xe0":
+        raise UserError(f"{path} is a spreadsheet of a program: save it as CSV")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")  # as older programs save
+    first = text.partition("\n")[0]
+    delimiter = max("\t,;", key=first.count)
+    try:
+        lines = list(csv.reader(io.StringIO(text), delimiter=delimiter))
+    except csv.Error as error:
+        raise UserError(f"{path} is no table: {error}") from error
+    lines = [[cell.strip() for cell in line] for line in lines if any(map(str.strip, line))]
+    if len(lines) < 2:
+        raise UserError(f"{path} holds no row")
+    header = lines[0]
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != len(header):
+            raise UserError(f"{path}: row {number} has {len(line)} cells, the header {len(header)}")
+    return header, [dict(zip(header, line, strict=True)) for line in lines[1:]]
+
+
+def choose_columns(path: Path, header: list[str], given: Mapping[str, str]) -> dict[str, str]:
+    """The column for each thing that is known of an entry. Raises UserError naming what lacks."""
+    plain = {re.sub(r"[^a-z0-9]+", " ", name.lower()).strip(): name for name in header}
+    found = {}
+    for what, names in COLUMNS.items():
+        if name := next((plain[n] for n in names if n in plain), None):
+            found[what] = name
+    for what, name in given.items():
+        if what not in COLUMNS:
+            raise UserError(f"columns: no {what!r}; there are {', '.join(COLUMNS)}")
+        if name not in header:
+            raise UserError(f"{path} has no column {name!r}; it has {', '.join(header)}")
+        found[what] = name
+    if not {"scan", "participant"} & found.keys():
+        raise UserError(f"{path}: no column names scans or participants; say --columns scan NAME")
+    return found
+
+
+def class_of(value: str, column: str) -> str:
+    """The class that a cell stands for; a clinical dementia rating is NC at 0 and AD above."""
+    if column.lower() != "cdr":
+        return RENAMED.get(value, value)
+    rating = number(value)
+    return "" if math.isnan(rating) else "NC" if rating == 0 else "AD"
+
+
+def number(value: str) -> float:
+    """A finite number, or NaN."""
+    try:
+        return float(value) if math.isfinite(float(value)) else math.nan
+    except ValueError:
+        return math.nan
+
+
+def participant_in(name: str) -> str:
+    """Whose scan it is by its name, in BIDS, ADNI and OASIS; "" if it does not say."""
+    found = PARTICIPANT.search(name)
+    return found[0] if found else ""
+
+
+def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
+    """The entries of a spreadsheet that name a scan or a participant.
+
+    Args:
+        path: CSV or TSV.
+        given: names of columns that are not found by themselves, by what they hold (`COLUMNS`).
+
+    Raises:
+        UserError: a file that is no table, a column that is not there, a class that is no plain
+            name.
+    """
+    header, rows = read_rows(path)
+    column = choose_columns(path, header, given)
+    entries = []
+    for row in rows:
+        cell = {what: row[name] for what, name in column.items()}
+        scan, label = cell.get("scan", ""), class_of(cell.get("class", ""), column.get("class", ""))
+        participant = cell.get("participant") or participant_in(scan) or scan
+        if label and not plain_name(label):
+            raise UserError(f"{path}: {label[:40]!r} in column {column['class']!r} is no name")
+        if participant:
+            sex = cell.get("sex", "")[:1].upper()
+            entries.append(
+                Entry(
+                    scan,
+                    participant,
+                    label,
+                    number(cell.get("age", "")),
+                    sex if sex in "FM" else "",
+                )
+            )
+    if without := len(rows) - sum(bool(e.label) for e in entries):
+        say(f"note: {path}: {without} of {len(rows)} rows have no class")
+    return entries
+
+
+def read_manifest(root: Path) -> dict[str, Entry]:
+    """The entries of the manifest of a folder of slices by scan; none where there is no manifest.
+
+    Raises:
+        UserError: a manifest that cannot be read, or says two things of a scan.
+    """
+    path = root / MANIFEST
+    if not path.exists():
+        return {}
+    entries = read_table(path, {"scan": "id", "participant": "participant", "class": "class"})
+    found = {entry.scan: entry for entry in entries}
+    if len(found) < len(entries):
+        raise UserError(f"{path}: an id stands in two rows")
+    return found
