@@ -28,11 +28,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from assets.demo_brains import write_demo, write_fresh
 from config import Config, UserError
-from tables import read_manifest
+from tables import MANIFEST, read_manifest
 from utils import (
     StopRequest,
     conditions,
@@ -45,7 +44,6 @@ from utils import (
     rank,
     run_command,
     say,
-    shown,
     stream_seed,
     sweep,
     width_of_c,
@@ -152,11 +150,30 @@ def find_class_folders(folder: Path) -> tuple[list[str], list[SliceFile]]:
 def find_slices(
     root: Path, any_classes: bool = False
 ) -> tuple[list[str], dict[str, list[SliceFile]]]:
-    """Class names and the files of each split; who a scan is of may stand in ROOT/manifest.csv.
+    """Class names and the files of each split, see `read_splits`.
+
+    Raises:
+        UserError: an id, or a participant of the manifest, is on both sides.
+    """
+    classes, splits = read_splits(root, any_classes)
+    for problem in shared_ids(splits):
+        raise UserError(f"{root}: {problem}")
+    return classes, splits
+
+
+def shared_ids(splits: dict[str, list[SliceFile]]) -> list[str]:
+    """What is wrong with a split, in words: ids or participants on both sides."""
+    shared = {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}
+    first = ", ".join(sorted(shared)[:5])
+    return [f"{len(shared)} id(s) on both sides of the split: {first}"] if shared else []
+
+
+def read_splits(root: Path, any_classes: bool) -> tuple[list[str], dict[str, list[SliceFile]]]:
+    """Class names and the files of each split; whose a scan is may stand in ROOT/manifest.csv.
 
     Raises:
         UserError: no folder, no classes, an empty class, classes that differ between the splits,
-            an id that is on both sides, or, unless `any_classes`, classes that look like patients.
+            a damaged manifest, or, unless `any_classes`, classes that look like patients.
     """
     if not root.is_dir():
         raise UserError(f"data_root = {root}: no such folder")
@@ -175,9 +192,6 @@ def find_slices(
             if entry := manifest.get(file.scan):
                 files[row] = file._replace(subject=entry.participant)
     splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0])
-    if shared := {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}:
-        first = ", ".join(sorted(shared)[:5])
-        raise UserError(f"{len(shared)} id(s) on both sides of the split of {root}: {first}")
     return names[0], splits
 
 
@@ -219,7 +233,7 @@ def describe(root: Path | None, classes: list[str], splits: dict[str, list[Slice
     if root is None:
         return
     files = splits["train"] + splits["test"]
-    if ignored := ignored_files(root, {f.path for f in files}):
+    if ignored := ignored_files(root, {f.path for f in files} | {root / MANIFEST}):
         more = f", and {len(ignored) - 5} more folders" if len(ignored) > 5 else ""
         say(f"note: files that are not used: {'; '.join(ignored[:5])}{more}")
     if len({f.subject for f in files}) == len(files):  # a split by id is then a split by file
@@ -563,54 +577,6 @@ def make_loader(slices: Slices, config: Config, start: int, stop: int) -> DataLo
 # Command line
 
 
-def examine(ids: Iterable[list[Path]], problems: list[str]) -> str:
-    """Sizes of the files, in words, and of values that are not 8-bit what becomes of them.
-
-    Appends what is wrong to `problems`.
-    """
-    kinds: Counter[str] = Counter()
-    ranges = []  # of each id: least and largest value, share below 0, black and white
-    for paths in ids:
-        images, limits, bad = decode_id(paths)
-        problems += bad
-        kinds.update(f"{image.shape[2]}x{image.shape[1]}" for image in images)
-        if images and images[0].is_floating_point() and not bad:
-            values = torch.cat([image.flatten() for image in images])
-            below = (values < 0).float().mean()
-            ranges.append([float(v) for v in (values.min(), values.max(), below, *limits)])
-    text = ", ".join(f"{size}: {count}" for size, count in kinds.most_common(4))
-    if not ranges:
-        return text
-    low, high, below, black, white = np.array(ranges).T
-    text += f"; values {low.min():g} to {high.max():g}, {below.mean():.1%} below 0"
-    text += f"; an id's black is {black.min():g} to {black.max():g}"
-    return text + f", its white {white.min():g} to {white.max():g}"
-
-
-def check(root: tyro.conf.Positional[Path], /) -> None:
-    """Print classes, splits, ids and slices of a folder; name every unusable file.
-
-    Args:
-        root: folder that holds train/ and test/, or the class folders.
-    """
-    classes, splits = find_slices(root, any_classes=True)
-    describe(root, classes, splits)
-    if doubt := doubtful_classes(classes, splits["train"]):
-        say(f"note: {doubt}: training asks for --any-classes")
-    problems: list[str] = []
-    for split, files in splits.items():
-        for label, name in enumerate(classes):
-            groups = defaultdict(list)
-            for file in files:
-                if file.label == label:
-                    groups[file.subject].append(file.path)
-            bar = tqdm(groups.values(), shown(f"{split}/{name}"), unit="id", leave=False)
-            say(f"{split}/{name}: {examine(bar, problems)}")
-    if problems:
-        raise UserError(f"{len(problems)} unusable files:\n  " + "\n  ".join(problems))
-    say("no id is on both sides; every file can be read")
-
-
 def demo(root: tyro.conf.Positional[Path], /) -> None:
     """Write the demo brains: synthetic, template-derived slices in the layout of the real set.
 
@@ -626,7 +592,8 @@ def demo(root: tyro.conf.Positional[Path], /) -> None:
 
 def main() -> None:
     """Command line of this module."""
-    from scans import import_scans  # of which training needs nothing
+    from checks import check  # of which training needs nothing
+    from scans import import_scans
 
     commands = {"import": import_scans, "check": check, "demo": demo}
     tyro.extras.subcommand_cli_from_dict(commands)

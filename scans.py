@@ -32,7 +32,15 @@ from scipy import ndimage
 from config import UserError
 from dataset import SPLITS
 from metrics import otsu
-from tables import MANIFEST, Entry, participant_in, plain_name, read_manifest, read_rows, read_table
+from tables import (
+    MANIFEST,
+    Entry,
+    EntryFinder,
+    participant_in,
+    plain_name,
+    read_manifest,
+    read_rows,
+)
 from utils import (
     ensure_writable,
     first_line,
@@ -145,46 +153,21 @@ def stem_of(path: Path) -> str:
     return re.sub(r"(\.nii)?(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
-def keys_in(path: Path) -> list[str]:
-    """All parts of a path that may name a scan or a participant, the longest first."""
-    parts = re.split(r"([^A-Za-z0-9]+)", str(path.parent / stem_of(path)))
-    words = range(0, len(parts), 2)
-    found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
-    return sorted(found - {""}, key=len, reverse=True)
-
-
-def entry_of(path: Path, scans: dict[str, Entry], participants: dict[str, list[Entry]]) -> Entry:
-    """The entry that a volume's path names. Raises ValueError with the reason if none does."""
-    keys = keys_in(path)
-    for key in keys:
-        if key in scans:
-            return scans[key]
-    for key in keys:
-        if rows := participants.get(key):
-            if len({row.label for row in rows}) > 1:
-                raise ValueError(f"{key} has rows of several classes, and none names this scan")
-            return rows[0]
-    raise ValueError("no row of the table names it")
-
-
 def match(options: Import, volumes: list[Path], problems: dict[str, str]) -> list[Scan]:
     """Each volume with its class and participant; why not, for the others, in `problems`.
 
     Raises:
         UserError: a table that cannot be read.
     """
-    scans: dict[str, Entry] = {}
-    participants: dict[str, list[Entry]] = defaultdict(list)
-    for entry in read_table(options.table, options.columns) if options.table else ():
-        if entry.scan and scans.setdefault(entry.scan, entry)[1:3] != entry[1:3]:
-            raise UserError(f"{options.table}: {entry.scan} stands in two rows that differ")
-        participants[entry.participant].append(entry)
+    finder = EntryFinder(options.table, options.columns) if options.table else None
     found, names = [], Counter(stem_of(path) for path in volumes)
     for path in volumes:
         inside = path.relative_to(options.scans)
         try:
-            if options.table:
-                entry = entry_of(inside, scans, participants)
+            if finder:
+                entry = finder.named_in(inside.parent / stem_of(path))
+                if entry is None:
+                    raise ValueError("no row of the table names it")
             elif len(inside.parts) < 2:
                 raise ValueError("lies in no class folder, and there is no --table")
             else:

@@ -8,6 +8,7 @@ import csv
 import io
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -151,6 +152,44 @@ def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
     if without := len(rows) - sum(bool(e.label) for e in entries):
         say(f"note: {path}: {without} of {len(rows)} rows have no class")
     return entries
+
+
+def keys_in(path: Path) -> list[str]:
+    """All parts of a path that may name a scan or a participant, the longest first."""
+    parts = re.split(r"([^A-Za-z0-9]+)", str(path))
+    words = range(0, len(parts), 2)
+    found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
+    return sorted(found - {""}, key=len, reverse=True)
+
+
+class EntryFinder:
+    """The entries of a table by the names of scans and participants in a path or an id."""
+
+    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        """Raises UserError where the table cannot be read, or says two things of a scan."""
+        self.scans: dict[str, Entry] = {}
+        self.participants: dict[str, list[Entry]] = defaultdict(list)
+        for entry in read_table(path, columns):
+            if entry.scan and self.scans.setdefault(entry.scan, entry)[1:3] != entry[1:3]:
+                raise UserError(f"{path}: {entry.scan} stands in two rows that differ")
+            self.participants[entry.participant].append(entry)
+
+    def named_in(self, path: Path | str) -> Entry | None:
+        """The entry that a path or an id names, None if none does.
+
+        Raises:
+            ValueError: it names a participant of several classes, and none of the scans.
+        """
+        keys = keys_in(Path(path))
+        for key in keys:
+            if key in self.scans:
+                return self.scans[key]
+        for key in keys:
+            if rows := self.participants.get(key):
+                if len({row.label for row in rows}) > 1:
+                    raise ValueError(f"{key} has rows of several classes, and none names this scan")
+                return rows[0]
+        return None
 
 
 def read_manifest(root: Path) -> dict[str, Entry]:

@@ -1,0 +1,371 @@
+"""Would training on a folder of slices be honest? A page in words, a contact sheet, an exit code.
+
+    python dataset.py check AD_NC --table subjects.csv
+
+What it cannot see: slices of one person under two ids that no table joins, unless they show the
+same picture, and whatever the scans went through before.
+"""
+
+import hashlib
+import itertools
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from scipy import fft, ndimage
+from torch.nn import functional as F
+
+from config import UserError
+from dataset import (
+    SPLITS,
+    SliceFile,
+    decode_id,
+    describe,
+    doubtful_classes,
+    pad_to_square,
+    read_splits,
+    shared_ids,
+)
+from metrics import aligned, auc, distance_rows, in_parts, otsu
+from tables import Entry, EntryFinder, read_manifest
+from utils import ensure_writable, map_on_cores, save_figure, say, shown
+
+SIDE = 96  # pixels of a slice in which its detail is compared
+HASH_SIDE = 24  # and its whole
+NEIGHBOURS = 3  # of the same whole, whose detail is compared
+SAME_DETAIL = 0.7  # correlation from which two slices show one picture
+TELLING = 0.65  # AUC from which a single number is said to tell the class
+COLUMNS, EXTREMES = 12, 2  # of the contact sheet
+NAMED = 5  # of what is found many times
+
+
+class Seen(NamedTuple):
+    """What is known of a slice that could be read."""
+
+    file: SliceFile
+    split: str
+    size: str
+    file_hash: bytes
+    pixel_hash: bytes
+    picture: np.ndarray  # uint8 [SIDE, SIDE]
+    blank: bool
+
+
+class Folder(NamedTuple):
+    """All that was read of a folder, and what is wrong with it."""
+
+    root: Path
+    classes: list[str]
+    slices: list[Seen]
+    pictures: np.ndarray  # uint8 [n, SIDE, SIDE]
+    entries: dict[str, Entry]  # by scan, where a table or a manifest has it
+    problems: list[str]
+
+    def column(self, name: str) -> np.ndarray:
+        """Something of each slice's file. -> [n]."""
+        return np.array([getattr(s.file, name) for s in self.slices])
+
+
+# Reading
+
+
+def look(files: list[SliceFile], split: str) -> tuple[list[Seen], str, list[str]]:
+    """The slices of one scan, what becomes of values that are not 8-bit, and what is wrong."""
+    images, (low, high), problems = decode_id([f.path for f in files])
+    if problems:
+        return [], "", problems
+    found = []
+    deep = images[0].is_floating_point()
+    for file, image in zip(files, images, strict=True):
+        grey = (image.float() - low) * (255 / max(high - low, 1e-8)) if deep else image.float()
+        square = pad_to_square(grey.clamp(0, 255))[None]
+        if square.shape[-1] >= 2 * SIDE:  # cheaper than an antialiased resize, and as good here
+            square = F.avg_pool2d(square, square.shape[-1] // SIDE)
+        small = F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)
+        content = image.numpy().tobytes() + repr(image.shape).encode()
+        found.append(
+            Seen(
+                file,
+                split,
+                f"{image.shape[2]}x{image.shape[1]}",
+                hashlib.sha256(file.path.read_bytes()).digest(),
+                hashlib.sha256(content).digest(),
+                small[0, 0].round().byte().numpy(),
+                bool(image.min() == image.max()),
+            )
+        )
+    if not deep:
+        return found, "8-bit", []
+    values = torch.cat([image.flatten() for image in images])
+    below = (values < 0).float().mean()
+    text = f"{values.min():g} to {values.max():g}, {below:.1%} below 0"
+    return found, f"{text}: {low:g} becomes black, {high:g} white", []
+
+
+def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Folder:
+    """Every slice, in small. Says what is there. Raises UserError where nothing can be read."""
+    finder = EntryFinder(table, columns) if table else None
+    classes, splits = read_splits(root, any_classes=True)
+    entries, other = dict(read_manifest(root)), defaultdict(set)
+    for files in splits.values():
+        for row, file in enumerate(files):
+            if finder and file.scan not in entries and (entry := finder.named_in(file.scan)):
+                entries[file.scan] = entry
+            if entry := entries.get(file.scan):
+                if entry.label and entry.label != classes[file.label]:
+                    other[f"{entry.label}, lies in {classes[file.label]}"].add(file.scan)
+                files[row] = file._replace(subject=entry.participant)
+    describe(root, classes, splits)
+    problems = shared_ids(splits)
+    for what, scans in other.items():
+        problems.append(f"of class {what}: {', '.join(sorted(scans)[:NAMED])} ({len(scans)} ids)")
+    of_scan: dict[tuple, list[SliceFile]] = defaultdict(list)
+    for split, files in splits.items():
+        for file in files:
+            of_scan[split, file.path.parent, file.scan].append(file)
+    found = map_on_cores(
+        lambda item: look(item[1], item[0][0]), list(of_scan.items()), shown(root), "id"
+    )
+    slices = [seen for part, _, _ in found for seen in part]
+    problems += [line for _, _, bad in found for line in bad]
+    kinds = Counter(kind for part, kind, _ in found for _ in part)
+    if doubt := doubtful_classes(classes, splits["train"]):
+        say(f"note: {doubt}: training asks for --any-classes")
+    say_kinds(slices, kinds)
+    pictures = np.array([s.picture for s in slices]).reshape(-1, SIDE, SIDE)
+    return Folder(root, classes, slices, pictures, entries, problems)
+
+
+def say_kinds(slices: list[Seen], kinds: Counter[str]) -> None:
+    """Say of which sizes and values the slices are, and how many an id has."""
+    for title, counts in (("pixels", Counter(s.size for s in slices)), ("values", kinds)):
+        text = "; ".join(f"{name} ({count})" for name, count in counts.most_common(NAMED))
+        more = len(counts) - NAMED
+        say(f"{title}: {text}{f'; and {more} more' if more > 0 else ''}")
+    of_id = Counter((s.split, s.file.path.parent, s.file.scan) for s in slices).values()
+    say(f"slices of an id: {min(of_id, default=0)} to {max(of_id, default=0)}")
+    if blank := sum(s.blank for s in slices):
+        say(f"note: {blank} slices are of a single value")
+
+
+# Duplicates
+
+
+def exact_duplicates(folder: Folder) -> None:
+    """The same file, or the same pixels, more than once: across splits or classes a problem."""
+    found: dict[tuple, list[list[Seen]]] = defaultdict(list)
+    for kind, name in (("file_hash", "the same file"), ("pixel_hash", "the same pixels")):
+        groups = defaultdict(list)
+        for seen in folder.slices:
+            if not seen.blank:
+                groups[getattr(seen, kind)].append(seen)
+        for group in groups.values():
+            said = kind == "pixel_hash" and len({s.file_hash for s in group}) == 1
+            if len(group) > 1 and not said:
+                where = "train and test" if len({s.split for s in group}) > 1 else ""
+                if not where and len({s.file.label for s in group}) > 1:
+                    where = "two classes"
+                ids = tuple(sorted({s.file.scan for s in group}))
+                found[name, where, ids].append(group)
+    for (name, where, ids), groups in found.items():
+        paths = ", ".join(str(s.file.path.relative_to(folder.root)) for s in groups[0][:NAMED])
+        if where:
+            folder.problems.append(f"{name} in {where}, {len(groups)} times, such as: {paths}")
+        else:
+            say(f"note: {name} in one split, {len(groups)} times, of {', '.join(ids[:NAMED])}")
+
+
+def detail(pictures: np.ndarray) -> np.ndarray:
+    """Edges of pictures [n, S, S], with zero mean and unit norm. -> float32 [n, S, S]."""
+    grey = pictures.astype(np.float32)
+    fine = ndimage.gaussian_filter(grey, (0, 0.7, 0.7)) - ndimage.gaussian_filter(
+        grey, (0, 1.5, 1.5)
+    )
+    fine -= fine.mean((1, 2), keepdims=True)
+    return fine / np.maximum(np.linalg.norm(fine, axis=(1, 2), keepdims=True), 1e-3)
+
+
+def best_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The highest correlation of the edges of pairs of pictures [n, S, S] over all shifts. -> [n].
+
+    Of a duplicate it is near 1 however it was shifted, lit or encoded.
+    """
+    product = fft.rfft2(detail(a)) * fft.rfft2(detail(b)).conj()
+    return fft.irfft2(product, a.shape[1:]).max((1, 2))
+
+
+def wholes(pictures: np.ndarray) -> np.ndarray:
+    """A perceptual hash: heads upright, in the middle, lit alike, small. -> [n, HASH_SIDE^2]."""
+    size = SIDE // HASH_SIDE
+
+    def work(part: np.ndarray) -> np.ndarray:
+        small = aligned(part).reshape(-1, HASH_SIDE, size, HASH_SIDE, size).mean((2, 4))
+        return small.reshape(len(part), -1)
+
+    return in_parts(work, pictures)
+
+
+class Pair(NamedTuple):
+    """A test and a training slice, and how far their edges correlate."""
+
+    score: float
+    test: Seen
+    train: Seen
+    mirrored: bool
+
+
+def near_duplicates(folder: Folder) -> tuple[list[Pair], float]:
+    """Test slices whose picture, not of the very same pixels, is in training too.
+
+    Also the highest correlation of the other pairs. The candidates are those of the most alike
+    wholes.
+    """
+    split = np.array([s.split if not s.blank else "" for s in folder.slices])
+    rows = {name: np.flatnonzero(split == name) for name in SPLITS}
+    if not min(map(len, rows.values())):
+        return [], 0.0
+    train = wholes(folder.pictures[rows["train"]])
+    best: dict[int, tuple[float, int, bool]] = {}
+    for mirrored in (False, True):
+        test = folder.pictures[rows["test"]][:, :, :: -1 if mirrored else 1]
+        for part, distances in distance_rows(wholes(test), train):
+            count = min(NEIGHBOURS, len(train))
+            for column in np.argpartition(distances, count - 1, axis=1)[:, :count].T:
+                scores = best_correlation(test[part], folder.pictures[rows["train"][column]])
+                for i, score, j in zip(rows["test"][part], scores, column, strict=True):
+                    best[i] = max(best.get(i, (-1.0, 0, False)), (float(score), int(j), mirrored))
+    pairs = [
+        Pair(score, folder.slices[i], folder.slices[rows["train"][j]], mirrored)
+        for i, (score, j, mirrored) in best.items()
+    ]
+    same = [p for p in pairs if p.score >= SAME_DETAIL and p.test.pixel_hash != p.train.pixel_hash]
+    return same, max((p.score for p in pairs if p.score < SAME_DETAIL), default=0.0)
+
+
+def report_duplicates(folder: Folder) -> None:
+    """Say what is there twice; across splits or classes it is a problem."""
+    exact_duplicates(folder)
+    same, most = near_duplicates(folder)
+    if folder.pictures.size:
+        say(f"edges of other test and training slices correlate by {most:.2f} at most")
+    of_ids = defaultdict(list)
+    for pair in sorted(same, key=lambda pair: -pair.score):
+        of_ids[pair.test.file.scan, pair.train.file.scan].append(pair)
+    for pairs in of_ids.values():
+        score, *both, mirrored = pairs[0]
+        paths = " and ".join(str(s.file.path.relative_to(folder.root)) for s in both)
+        how = f"{len(pairs)} slices{', mirrored' * mirrored}, correlation up to {score:.2f}"
+        folder.problems.append(f"one picture in test and train ({how}): {paths}")
+
+
+# Confounds
+
+
+def report_confounds(folder: Folder) -> None:
+    """Say what participants are like in each class, and how well one number tells the class."""
+    people: dict[str, list[int]] = defaultdict(list)
+    for row, seen in enumerate(folder.slices):
+        people[seen.file.subject].append(row)
+    first = {name: folder.slices[rows[0]].file for name, rows in people.items()}
+    entries = [folder.entries.get(file.scan) for file in first.values()]
+    numbers = {
+        "age": [e.age if e else math.nan for e in entries],
+        "sex (women)": [float(e.sex == "F") if e and e.sex else math.nan for e in entries],
+        "mean grey": [float(folder.pictures[rows].mean()) for rows in people.values()],
+    }
+    labels = np.array([file.label for file in first.values()])
+    for name, column in numbers.items():
+        values = np.array(column)
+        known = np.isfinite(values)
+        if not known.any():
+            continue
+        means = [
+            f"{title} {values[known & (labels == i)].mean():.2f}"
+            for i, title in enumerate(folder.classes)
+            if (known & (labels == i)).any()
+        ]
+        best, chance = most_telling(values[known], labels[known])
+        text = f"{name} of {known.sum()} ids: {', '.join(means)}"
+        if math.isfinite(best):
+            text += f"; tells the class with an AUC of {best:.2f}"
+            if best >= max(TELLING, chance):
+                text += f": what is learned of the class may be its {name}"
+        say(text)
+
+
+def most_telling(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """The largest AUC by which a number tells two of the classes, and what chance may reach there.
+
+    NaN if there are no two.
+    """
+    found = [(math.nan, math.nan)]
+    for a, b in itertools.combinations(np.unique(labels), 2):
+        chosen = (labels == a) | (labels == b)
+        value = auc(labels[chosen] == b, np.stack([-values[chosen], values[chosen]], 1))
+        n, m = (labels == a).sum(), (labels == b).sum()
+        deviation = math.sqrt((n + m + 1) / (12 * n * m))  # of the AUC of a number without meaning
+        found.append((max(value, 1 - value), 0.5 + 2 * deviation))
+    return max(found[1:], default=found[0])
+
+
+# Contact sheet
+
+
+def draw_sheet(folder: Folder, path: Path) -> None:
+    """A row of slices for each class; at its end the darkest, brightest, smallest and largest."""
+    rows = [np.flatnonzero(folder.column("label") == i) for i in range(len(folder.classes))]
+    rows = [row for row in rows if len(row)]
+    figure = Figure(figsize=(COLUMNS + 4 * EXTREMES, 1.15 * len(rows) + 0.5))
+    axes = figure.subplots(len(rows), COLUMNS + 4 * EXTREMES, squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        pictures = folder.pictures[row]
+        grey = pictures.mean((1, 2))
+        size = np.array([(p > otsu(p) / 2).mean() for p in pictures])
+        shown_at = np.linspace(0, len(row) - 1, COLUMNS).round().astype(int)
+        at = {"": shown_at}
+        for name, values in (("dark", grey), ("bright", -grey), ("small", size), ("large", -size)):
+            at[name] = np.argsort(values, kind="stable")[:EXTREMES]
+        titles = [name for name, chosen in at.items() for _ in chosen]
+        for ax, name, i in zip(line, titles, np.concatenate(list(at.values())), strict=False):
+            ax.imshow(pictures[i], cmap="gray", vmin=0, vmax=255)
+            ax.set_title(name, fontsize=8)
+        for ax in line:
+            ax.set_xticks([])
+            ax.set_yticks([])
+        line[0].set_ylabel(shown(folder.classes[folder.slices[row[0]].file.label]))
+    save_figure(figure, path)
+
+
+# Command line
+
+
+def check(
+    root: tyro.conf.Positional[Path],
+    table: Path | None = None,
+    columns: dict[str, str] = {},  # noqa: B006
+    out: Path = Path("check.png"),
+) -> None:
+    """Say what is in a folder, and whether training on it would be honest: else exit code 2.
+
+    Args:
+        root: folder that holds train/ and test/, or the class folders.
+        table: CSV or TSV that tells whose scans these are, and age and sex.
+        columns: columns that are called otherwise, such as: participant RID age AGE.
+        out: PNG of the contact sheet.
+    """
+    ensure_writable(out.parent)
+    folder = read_folder(root, table, columns)
+    if folder.slices:
+        report_duplicates(folder)
+        report_confounds(folder)
+        draw_sheet(folder, out)
+        say(f"contact sheet: {out}")
+    if folder.problems:
+        lines = "\n  ".join(folder.problems)
+        raise UserError(f"{root}: training would not be honest, or fail:\n  {lines}")
+    say("no id is on both sides, no picture either; every file can be read")
