@@ -200,7 +200,7 @@ def split_participants(
 ) -> dict[str, str]:
     """train or test for each participant: a share of each class, even in sex and age.
 
-    Those of a class lie in order of sex and age, and every so-manieth is drawn. Who was split
+    Those of a class lie in order of sex and age; of every so many one is drawn. Who was split
     `before` stays there. Raises UserError where a class would lack one side.
     """
     people: dict[str, list[Scan]] = defaultdict(list)
@@ -214,12 +214,14 @@ def split_participants(
         entry = people[name][0].entry
         return entry.sex, math.isnan(entry.age), entry.age if entry.age == entry.age else 0, name
 
-    rng, split = np.random.default_rng(seed), dict(before)
+    rng, split = np.random.default_rng(seed), {}
     for label in sorted(strata):
-        names = sorted((n for n in strata[label] if n not in before), key=order)
+        names = sorted(strata[label], key=order)
         count = math.ceil(share * len(names)) if len(names) > 1 else 0
-        drawn = ((np.arange(count) + rng.random()) * len(names) / max(count, 1)).astype(int)
+        edges = np.linspace(0, len(names), count + 1).astype(int)
+        drawn = set(edges[:-1] + (rng.random(count) * np.diff(edges)).astype(int))
         split |= {name: "test" if i in drawn else "train" for i, name in enumerate(names)}
+    split |= before
     for label in sorted({s.entry.label for s in scans}):
         sides = {split[s.entry.participant] for s in scans if s.entry.label == label}
         if len(sides) < 2:
@@ -342,9 +344,10 @@ def resample(
         return np.full(shape, outside, np.float32)
     part = values[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
     part = ndimage.gaussian_filter(part, 0.5 * np.sqrt(np.maximum(spread**2 - 1, 0)))
-    return ndimage.affine_transform(
+    found = ndimage.affine_transform(
         part, matrix, offset - low, tuple(shape), np.float32, order, cval=outside
     )
+    return found.clip(min(part.min(), outside), part.max())  # splines overshoot at edges
 
 
 class Head(NamedTuple):

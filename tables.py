@@ -186,9 +186,10 @@ class EntryFinder:
                 return self.scans[key]
         for key in keys:
             if rows := self.participants.get(key):
-                if len({row.label for row in rows}) > 1:
+                labelled = [row for row in rows if row.label] or rows
+                if len({row.label for row in labelled}) > 1:
                     raise ValueError(f"{key} has rows of several classes, and none names this scan")
-                return rows[0]
+                return labelled[0]
         return None
 
 

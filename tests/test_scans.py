@@ -1,0 +1,426 @@
+"""Import of volumes: where slices lie, who is where, and every kind of damage."""
+
+import csv
+import gzip
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from nibabel.orientations import (
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+from PIL import Image
+
+import scans
+from config import Config, UserError
+from dataset import load_slices
+from scans import Import, Scan, cut, import_scans, read_volume, split_participants
+from tables import Entry
+
+VOXEL = 3  # mm
+TOP = 85  # mm, of the head
+
+
+def head(grey: float = 100, low: float = 0) -> tuple[np.ndarray, np.ndarray]:
+    """An ellipsoid of 150 x 190 x 170 mm with dark ventricles, brighter at its left and front."""
+    shape = np.array([68, 78, 70])
+    affine = np.diag([VOXEL, VOXEL, VOXEL, 1.0])
+    affine[:3, 3] = -(shape - 1) / 2 * VOXEL
+    x, y, z = (np.indices(shape) * VOXEL + affine[:3, 3][:, None, None, None]).astype(float)
+    values = np.where((x / 75) ** 2 + (y / 95) ** 2 + (z / TOP) ** 2 < 1, grey, low)
+    values = np.where((x / 20) ** 2 + (y / 35) ** 2 + ((z - 15) / 15) ** 2 < 1, grey / 4, values)
+    mark = (x + 40) ** 2 + (y - 50) ** 2 + (z - 10) ** 2 < 15**2
+    return np.where(mark, 1.6 * grey, values).astype(np.float32), affine
+
+
+def write(path: Path, values: np.ndarray, affine: np.ndarray, codes: str = "RAS") -> Path:
+    """A NIfTI file whose axes run as `codes` say."""
+    change = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(codes)))
+    affine = affine @ inv_ornt_aff(change, values.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(apply_orientation(values, change), affine), path)
+    return path
+
+
+def write_scans(root: Path, people: int = 6) -> Path:
+    """A volume each of so many participants, every other AD, and a table of them."""
+    values, affine = head()
+    rng = np.random.default_rng(0)
+    lines = ["Image Data ID,Subject,Group,Sex,Age"]
+    for i in range(people):
+        name, person = f"I{100 + i}", f"{i:03}_S_0001"
+        noisy = values + rng.normal(0, 2, values.shape).astype(np.float32) * (values > 0)
+        write(root / person / f"ADNI_{person}_{name}.nii.gz", noisy, affine)
+        lines.append(f"{name},{person},{('AD', 'CN')[i % 2]},{'FM'[i // 2 % 2]},{60 + i}")
+    (root / "table.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Import:
+    root = write_scans(tmp_path / "scans")
+    return Import(root, tmp_path / "out", root / "table.csv", slices=4, size=64)
+
+
+def manifest(out: Path) -> list[dict[str, str]]:
+    with open(out / "manifest.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+# Cutting
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SRA", "PIL", "ILA"])
+def test_the_same_slices_come_of_any_orientation(tmp_path: Path, codes):
+    values, affine = head()
+    options = Import(tmp_path, tmp_path, slices=3, spacing=5, size=200)
+    expected = cut(values, affine, options)
+    found = cut(*read_volume(write(tmp_path / "a.nii", values, affine, codes), False), options)
+    np.testing.assert_allclose(found.images, expected.images, atol=0.1)
+    np.testing.assert_allclose(found.levels, expected.levels, atol=1e-3)
+    bright = np.argwhere(found.images[1] > 130).mean(0) - 99.5
+    np.testing.assert_allclose(bright, [-50, -40], atol=3)  # front is up, left is left
+
+
+def test_slices_lie_at_the_ventricles_or_where_asked(tmp_path: Path):
+    values, affine = head()
+    options = Import(tmp_path, tmp_path, slices=5, spacing=2)
+    assert abs(cut(values, affine, options).levels[2] - 15) < 6
+    found = cut(values, affine, replace(options, level=-20.0))
+    assert found.levels.tolist() == [-24, -22, -20, -18, -16]
+    assert found.images[0, 60:180, 100:140].min() > 90  # no ventricle there
+    moved = affine + np.diag([0, 0, 0, 0])
+    moved[:3, 3] += [31, -47, 400]  # another scanner's origin
+    again = cut(values, moved, options)
+    np.testing.assert_allclose(again.levels - 400, cut(values, affine, options).levels, atol=2.1)
+
+
+def test_an_oblique_volume_is_cut_upright(tmp_path: Path):
+    values, affine = head()
+    turn = np.radians(20)
+    tilt = np.eye(4)
+    tilt[1:3, 1:3] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
+    # the same head, sampled on a grid that is tilted by 20 degrees
+    grid = tilt @ affine
+    tilted = scans.resample(values, affine, grid[:3, 3], grid[:3, :3], values.shape, order=1)
+    options = Import(tmp_path, tmp_path, level=10.0, slices=1, size=200)
+    a, b = (cut(v, m, options).images[0] for v, m in ((values, affine), (tilted, grid)))
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("axis", ["coronal", "sagittal"])
+def test_other_axes_need_a_level_and_lie_upright(tmp_path: Path, axis):
+    with pytest.raises(UserError, match=f"axis = {axis}: needs a level"):
+        Import(tmp_path, tmp_path, axis=axis)
+    level = {"coronal": 50.0, "sagittal": -40.0}[axis]
+    values, affine = head()
+    found = cut(values, affine, Import(tmp_path, tmp_path, axis=axis, level=level, slices=1))
+    down, right = np.argwhere(found.images[0] > 130).mean(0) - 119.5
+    # the axial middle of a head goes 110 mm down from its top
+    assert down == pytest.approx((TOP + (TOP - 110)) / 2 - 10, abs=4)
+    assert right == pytest.approx(-40 if axis == "coronal" else 50, abs=4)
+
+
+def test_voxels_of_other_sizes_give_millimetres(tmp_path: Path):
+    values, affine = head()
+    thick = np.diag([1.0, 1.0, 2.0, 1.0])
+    options = Import(tmp_path, tmp_path, level=10.0, slices=1, size=200)
+    a = cut(values, affine, options).images[0]
+    b = cut(values[:, :, ::2], affine @ thick, options).images[0]
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.97
+
+
+@pytest.mark.parametrize(
+    ("low", "window", "black"), [(0, None, 0), (-1000, None, -1000), (-1000, (0.0, 80.0), 0)]
+)
+def test_the_window_is_robust_and_follows_the_rule_of_slices(tmp_path: Path, low, window, black):
+    values, affine = head(low=low)
+    values[34, 39, 38] = 5000  # a single bright voxel
+    options = Import(tmp_path, tmp_path, level=0.0, slices=20, window=window)
+    found = cut(values, affine, options)
+    assert found.black == pytest.approx(black, abs=3)
+    assert found.white < 400 if window is None else found.white == 80
+
+
+# Import
+
+
+def test_scans_become_a_training_set(options: Import, config: Config, capsys):
+    import_scans(options)
+    rows = manifest(options.out)
+    assert [row["id"] for row in rows] == [f"I{100 + i}" for i in range(6)]
+    assert {row["split"] for row in rows} == {"train", "test"}
+    assert rows[1]["class"] == "NC" and rows[1]["age"] == "61" and len(rows[1]["sha256"]) == 64
+    names = {p.name for p in options.out.rglob("*.png")}
+    assert names == {f"I{100 + i}_{k}.png" for i in range(6) for k in range(4)}
+    with Image.open(next(options.out.rglob("*.png"))) as image:
+        assert (image.size, image.mode) == ((64, 64), "L")
+    splits, _ = load_slices(replace(config, data_root=options.out))
+    assert set(splits["train"].subjects) >= {"000_S_0001"} - set(splits["test"].subjects)
+    assert splits["train"].classes == ["AD", "NC"]
+    assert "6 scans of 6 participants" in capsys.readouterr().out
+
+
+def test_16_bits_keep_more_grey_levels(options: Import):
+    import_scans(replace(options, bits=16))
+    with Image.open(next(options.out.rglob("*.png"))) as image:
+        assert image.mode.startswith("I;16") and len(np.unique(np.asarray(image))) > 300
+
+
+def test_without_a_table_the_folders_are_the_classes(options: Import, tmp_path: Path):
+    values, affine = head()
+    root = tmp_path / "folders"
+    for i, name in enumerate(("AD/sub-01", "AD/sub-02", "NC/sub-03", "NC/sub-04")):
+        write(root / name / f"T1w_{i}.nii", values, affine)
+    import_scans(replace(options, scans=root, table=None))
+    assert {(r["class"], r["participant"]) for r in manifest(options.out)} == {
+        ("AD", "sub-01"), ("AD", "sub-02"), ("NC", "sub-03"), ("NC", "sub-04"),
+    }  # fmt: skip
+
+
+def test_no_bad_volume_stops_the_rest_and_each_has_its_reason(options: Import, capsys):
+    root, (values, affine) = options.scans, head()
+    with open(options.table, "a") as table:
+        table.writelines(f"B{i},9{i:02}_S_0001,AD,F,70\n" for i in range(12))
+    path = write(root / "B0.nii", values, affine)
+    path.write_bytes(path.read_bytes()[:5000])
+    packed = write(root / "B1.nii.gz", values, affine)
+    packed.write_bytes(packed.read_bytes()[:5000])
+    (root / "B2.nii").write_bytes(b"hello" * 100)
+    (root / "B3.nii.gz").write_bytes(b"")
+    write(root / "B4.nii", values, np.diag([1e-3, 1e-3, 1e-3, 1]))
+    nibabel.save(
+        nibabel.Nifti1Image(np.stack([values[:8, :8, :8]] * 3, 3), affine), root / "B5.nii"
+    )
+    infinite = values.copy()
+    infinite[30, 30, 30] = np.inf
+    write(root / "B6.nii", infinite, affine)
+    write(root / "B7.nii", values * 0, affine)
+    unset = write(root / "B8.nii", values, affine)
+    raw = bytearray(unset.read_bytes())
+    raw[252:256] = bytes(4)  # qform_code, sform_code
+    unset.write_bytes(raw)
+    huge = bytearray(unset.read_bytes())
+    huge[42:48] = np.array([30000] * 3, "<i2").tobytes()
+    (root / "B9.nii").write_bytes(huge)
+    (root / "B10.nii.gz").write_bytes(gzip.compress(bytes(huge)))
+    write(root / "none.nii", values, affine)
+    import_scans(options)
+    out = capsys.readouterr().out
+    for line in (
+        "B0.nii: truncated: 5000 bytes of", "B2.nii: ", "B3.nii.gz: empty file",
+        "B4.nii: voxels of 0.001 x", "B5.nii: is no volume but 8 x 8 x 8 x 3",
+        "B6.nii: holds values that are infinite", "B7.nii: all of it has one value",
+        "B8.nii: its header gives no orientation", "B9.nii: 30000 x 30000 x 30000 voxels: too many",
+        "B10.nii.gz: 30000 x 30000 x 30000 voxels: too many", "none.nii: no row of the table",
+        "B1.nii.gz: ", "12 volumes left out",
+    ):  # fmt: skip
+        assert line in out, line
+    assert len(manifest(options.out)) == 6
+    assert not list(options.out.rglob("*.partial"))
+
+
+def test_a_volume_without_orientation_is_taken_if_asked(options: Import, tmp_path: Path):
+    values, affine = head()
+    path = write(tmp_path / "a.nii", values, affine)
+    raw = bytearray(path.read_bytes())
+    raw[252:256] = bytes(4)
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="--unoriented"):
+        read_volume(path, False)
+    assert read_volume(path, True)[0].shape == values.shape
+
+
+def test_what_is_not_a_number_is_background(tmp_path: Path):
+    values, affine = head()
+    values[0] = np.nan
+    assert (read_volume(write(tmp_path / "a.nii", values, affine), False)[0][0] == 0).all()
+
+
+def test_an_import_goes_on_and_ends_the_same(options: Import, monkeypatch):
+    whole = replace(options, out=options.out.with_name("whole"))
+    import_scans(whole)
+    write_slices, count = scans.write_slices, [0]
+
+    def stop(*args: object) -> None:
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+        write_slices(*args)
+
+    monkeypatch.setattr(scans, "write_slices", stop)
+    monkeypatch.setattr(scans, "map_on_cores", lambda f, items, *_: [f(item) for item in items])
+    with pytest.raises(KeyboardInterrupt):
+        import_scans(options)
+    assert len(manifest(options.out)) == 2
+    monkeypatch.setattr(scans, "write_slices", write_slices)
+    read, asked = scans.read_volume, []
+    monkeypatch.setattr(scans, "read_volume", lambda p, u: asked.append(p) or read(p, u))
+    import_scans(options)
+    assert len(asked) == 4 and files(options.out) == files(whole.out)
+    import_scans(options)
+    assert len(asked) == 4  # nothing is left to do
+
+
+def test_a_volume_that_changed_is_cut_again(options: Import, monkeypatch):
+    import_scans(options)
+    before = files(options.out)
+    values, affine = head(grey=80)
+    values[20:30, 20:30] = 30
+    write(options.scans / "000_S_0001" / "ADNI_000_S_0001_I100.nii.gz", values, affine)
+    import_scans(options)
+    changed = {name for name, content in files(options.out).items() if before[name] != content}
+    assert {re.sub(r"_.*", "", name.split("/")[-1]) for name in changed} == {"I100", "manifest.csv"}
+
+
+def test_other_choices_on_the_same_folder_are_refused(options: Import, tmp_path: Path):
+    import_scans(options)
+    before = files(options.out)
+    with pytest.raises(UserError, match="I100 has slices = 4, now 5; use another --out"):
+        import_scans(replace(options, slices=5))
+    text = options.table.read_text()
+    options.table.write_text(text.replace("I100,000_S_0001,AD", "I100,000_S_0001,CN"))
+    with pytest.raises(UserError, match="I100 has class = AD, now NC"):
+        import_scans(options)
+    assert files(options.out) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty, and has no manifest.csv"):
+        import_scans(replace(options, out=other))
+
+
+def test_a_new_scan_of_a_participant_joins_its_side(options: Import):
+    import_scans(options)
+    values, affine = head()
+    test = next(r for r in manifest(options.out) if r["split"] == "test")
+    person, label = test["participant"], {"AD": "AD", "NC": "CN"}[test["class"]]
+    write(options.scans / person / f"ADNI_{person}_I999.nii", values, affine)
+    with open(options.table, "a") as table:
+        table.write(f"I999,{person},{label},F,70\n")
+    import_scans(options)
+    assert next(r for r in manifest(options.out) if r["id"] == "I999")["split"] == "test"
+
+
+def test_bad_input_writes_nothing(options: Import, tmp_path: Path):
+    for change, words in (
+        ({"scans": tmp_path / "none"}, "no such folder"),
+        ({"scans": tmp_path / "empty"}, "holds no NIfTI file"),
+        ({"table": tmp_path / "none.csv"}, "cannot be read"),
+        ({"classes": ("MCI",)}, "none of 6 volumes can be used"),
+        ({"classes": ("AD",), "test_share": 0.2, "scans": options.scans / "000_S_0001"}, "too few"),
+    ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=words):
+            import_scans(replace(options, **change))
+        assert not options.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"slices": 0}, "slices = 0"), ({"spacing": 0.0}, "spacing = 0"), ({"size": 10}, "size = 10"),
+     ({"test_share": 1.0}, "test_share = 1"), ({"window": (5.0, 5.0)}, "window = ")],
+)  # fmt: skip
+def test_bad_options_are_named(tmp_path: Path, change, words):
+    with pytest.raises(UserError, match=words):
+        Import(tmp_path, tmp_path, **change)
+
+
+# Splitting
+
+
+def people(count: int, label: str, rng: np.random.Generator) -> list[Scan]:
+    found = []
+    for i in range(count):
+        entry = Entry("", f"{label}{i}", label, float(rng.normal(75, 8)), "FM"[rng.integers(2)])
+        found += [Scan(Path(f"{label}{i}_{k}"), f"{label}{i}_{k}", entry) for k in range(2)]
+    return found
+
+
+def test_the_split_is_by_participant_even_in_class_age_and_sex():
+    rng = np.random.default_rng(0)
+    found = people(200, "AD", rng) + people(100, "NC", rng)
+    split = split_participants(found, 0.2, 0, {})
+    for label, count in (("AD", 40), ("NC", 20)):
+        own = {s.entry.participant: s.entry for s in found if s.entry.label == label}
+        sides = {k: [e for n, e in own.items() if split[n] == k] for k in ("train", "test")}
+        assert len(sides["test"]) == count
+        ages = [np.mean([e.age for e in side]) for side in sides.values()]
+        women = [np.mean([e.sex == "F" for e in side]) for side in sides.values()]
+        assert abs(ages[0] - ages[1]) < 1.2 and abs(women[0] - women[1]) < 0.04
+    assert split == split_participants(found[::-1], 0.2, 0, {})
+    assert split != split_participants(found, 0.2, 1, {})
+    assert split == split_participants(found, 0.2, 5, split)
+
+
+def test_a_participant_of_two_classes_is_on_one_side():
+    rng = np.random.default_rng(0)
+    found = people(10, "AD", rng) + people(10, "NC", rng)
+    found.append(Scan(Path("x"), "x", found[0].entry._replace(label="NC")))
+    assert set(split_participants(found, 0.2, 0, {})) == {s.entry.participant for s in found}
+
+
+# DICOM
+
+
+def test_a_dicom_folder_is_a_volume_or_says_what_it_needs(options: Import, monkeypatch, capsys):
+    folder = options.scans / "100_S_0001" / "I500"
+    folder.mkdir(parents=True)
+    (folder / "1.dcm").write_bytes(bytes(128) + b"DICM")
+    with open(options.table, "a") as table:
+        table.write("I500,100_S_0001,AD,F,70\n")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    import_scans(options)
+    assert "I500: DICOM needs dcm2niix: pip install dcm2niix" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("dcm2niix") is None, reason="needs dcm2niix")
+def test_a_dicom_series_gives_the_slices_of_its_nifti_file(tmp_path: Path):
+    pydicom = pytest.importorskip("pydicom")
+    values, affine = head()
+    folder = tmp_path / "series"
+    folder.mkdir()
+    for k in range(values.shape[2]):
+        write_dicom(pydicom, folder / f"{k}.dcm", values, affine, k)
+    read, found = read_volume(folder, False)
+    options = Import(tmp_path, tmp_path, level=10.0, slices=3, spacing=5)
+    a, b = (cut(v, m, options).images for v, m in ((values, affine), (read, found)))
+    np.testing.assert_allclose(a, b, atol=2)
+
+
+def write_dicom(pydicom, path: Path, values: np.ndarray, affine: np.ndarray, k: int) -> None:
+    """One axial slice of a volume whose axes run as RAS; DICOM's run as LPS."""
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
+    meta.MediaStorageSOPInstanceUID = f"1.2.3.{k + 1}"
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data = pydicom.Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, f"1.2.3.{k + 1}"
+    data.Modality, data.Manufacturer, data.PatientID = "MR", "Siemens", "p"
+    data.StudyInstanceUID, data.SeriesInstanceUID = "1.2.4", "1.2.5"
+    data.SeriesNumber, data.InstanceNumber, data.SeriesDescription = 1, k + 1, "MPRAGE"
+    data.Rows, data.Columns = values.shape[1], values.shape[0]
+    data.PixelSpacing, data.SliceThickness = [VOXEL, VOXEL], VOXEL
+    data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    x, y, z = affine[:3, 3]
+    far = y + (values.shape[1] - 1) * VOXEL
+    data.ImagePositionPatient = [-x - (values.shape[0] - 1) * VOXEL, -far, z + k * VOXEL]
+    data.BitsAllocated = data.BitsStored = 16
+    data.HighBit, data.PixelRepresentation, data.SamplesPerPixel = 15, 0, 1
+    data.PhotometricInterpretation = "MONOCHROME2"
+    # rows run to the back, columns to the patient's left
+    data.PixelData = values[::-1, ::-1, k].T.round().astype("<u2").tobytes()
+    data.save_as(path, enforce_file_format=True)
