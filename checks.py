@@ -74,11 +74,15 @@ class Folder(NamedTuple):
 # Reading
 
 
-def look(files: list[SliceFile], split: str) -> tuple[list[Seen], str, list[str]]:
-    """The slices of one scan, what becomes of values that are not 8-bit, and what is wrong."""
+def look(files: list[SliceFile], split: str) -> tuple[list[Seen], list[float], list[str]]:
+    """The slices of one scan, and what is wrong with them.
+
+    In between, where their values are not 8-bit, their least and largest, the share below 0, and
+    which become black and white.
+    """
     images, (low, high), problems = decode_id([f.path for f in files])
     if problems:
-        return [], "", problems
+        return [], [], problems
     found = []
     deep = images[0].is_floating_point()
     for file, image in zip(files, images, strict=True):
@@ -100,11 +104,10 @@ def look(files: list[SliceFile], split: str) -> tuple[list[Seen], str, list[str]
             )
         )
     if not deep:
-        return found, "8-bit", []
+        return found, [], []
     values = torch.cat([image.flatten() for image in images])
     below = (values < 0).float().mean()
-    text = f"{values.min():g} to {values.max():g}, {below:.1%} below 0"
-    return found, f"{text}: {low:g} becomes black, {high:g} white", []
+    return found, [float(v) for v in (values.min(), values.max(), below, low, high)], []
 
 
 def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Folder:
@@ -133,20 +136,23 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Fold
     )
     slices = [seen for part, _, _ in found for seen in part]
     problems += [line for _, _, bad in found for line in bad]
-    kinds = Counter(kind for part, kind, _ in found for _ in part)
     if doubt := doubtful_classes(classes, splits["train"]):
         say(f"note: {doubt}: training asks for --any-classes")
-    say_kinds(slices, kinds)
+    say_kinds(slices, [ranges for _, ranges, _ in found if ranges])
     pictures = np.array([s.picture for s in slices]).reshape(-1, SIDE, SIDE)
     return Folder(root, classes, slices, pictures, entries, problems)
 
 
-def say_kinds(slices: list[Seen], kinds: Counter[str]) -> None:
+def say_kinds(slices: list[Seen], ranges: list[list[float]]) -> None:
     """Say of which sizes and values the slices are, and how many an id has."""
-    for title, counts in (("pixels", Counter(s.size for s in slices)), ("values", kinds)):
-        text = "; ".join(f"{name} ({count})" for name, count in counts.most_common(NAMED))
-        more = len(counts) - NAMED
-        say(f"{title}: {text}{f'; and {more} more' if more > 0 else ''}")
+    sizes = Counter(s.size for s in slices)
+    text = "; ".join(f"{name} ({count})" for name, count in sizes.most_common(NAMED))
+    say(f"pixels: {text}" + f"; and {len(sizes) - NAMED} more sizes" * (len(sizes) > NAMED))
+    if ranges:
+        low, high, below, black, white = np.array(ranges).T
+        text = f"{low.min():g} to {high.max():g}, {below.mean():.1%} below 0"
+        text += f"; an id's black is {black.min():g} to {black.max():g}"
+        say(f"values of {len(ranges)} ids: {text}, its white {white.min():g} to {white.max():g}")
     of_id = Counter((s.split, s.file.path.parent, s.file.scan) for s in slices).values()
     say(f"slices of an id: {min(of_id, default=0)} to {max(of_id, default=0)}")
     if blank := sum(s.blank for s in slices):
