@@ -160,6 +160,12 @@ class Config:
         self._require("img_resolution", self.img_resolution in sizes, f"one of {sizes}")
         for name, low in at_least.items():
             self._require(name, low <= getattr(self, name) < float("inf"), f"{low} or more")
+        at_most = {  # beyond it a number is a slip, or meant to take all memory
+            "epochs": 10**9, "batch_size": 2**16, "num_workers": 1024, "z_dim": 2**16,
+            "w_dim": 2**16, "mapping_layers": 64, "channel_base": 2**20, "channel_max": 2**16,
+        }  # fmt: skip
+        for name, high in at_most.items():
+            self._require(name, getattr(self, name) <= high, f"{high} or less")
         self._require("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1")
         for name in (
             "flip_prob", "style_mixing_prob", "brightness", "contrast", "ada_flip",

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +26,7 @@ import tyro
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from assets.demo_brains import write_demo, write_fresh
@@ -37,7 +37,7 @@ from utils import (
     conditions,
     ensure_writable,
     first_line,
-    make_once,
+    make_array_once,
     map_on_cores,
     num_ranks,
     partial_path,
@@ -373,6 +373,9 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
     if needed > shutil.disk_usage(target.parent).free:
         raise UserError(f"cache = {target.parent}: {needed / 1e9:.1f} GB needed, less is free")
     images = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), *[resolution] * 2))
+    if hasattr(os, "posix_fallocate"):  # a disk that fills while it is mapped ends the process
+        with open(target, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
     groups = defaultdict(list)
     for row, file in enumerate(files):
         groups[file.path.parent, file.scan].append(row)
@@ -396,10 +399,8 @@ def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) ->
     times = [file_stamp(f.path)[1] for f in files]
     stamp = repr((CACHE_VERSION, resolution, data_identity(files, root), times))
     path = cache / f"{hashlib.sha256(stamp.encode()).hexdigest()[:16]}-{resolution}.npy"
-    if not path.exists():
-        sweep(cache)
-    make_once(path, lambda partial: decode_all(files, resolution, partial))
-    return np.load(path, mmap_mode="r")
+    sweep(cache)
+    return make_array_once(path, lambda partial: decode_all(files, resolution, partial))
 
 
 def find_levels(files: list[SliceFile]) -> np.ndarray:
@@ -558,15 +559,28 @@ def as_it_is(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarr
     return batch
 
 
+class Positions(Sampler):
+    """The positions of each batch, made one by one: of a long run there are many."""
+
+    def __init__(self, starts: range, share: int) -> None:
+        self.starts, self.share = starts, share
+
+    def __iter__(self) -> Iterator[range]:
+        return (range(start, start + self.share) for start in self.starts)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
 def make_loader(slices: Slices, config: Config, start: int, stop: int) -> DataLoader:
     """This rank's share of each batch of the stream, from image `start` to `stop`, in order."""
     batch = config.batch_size
     share = batch // num_ranks()
-    starts = range(start + rank() * share, stop - batch + 1 + rank() * share, batch)
+    first = start + rank() * share
     return DataLoader(
         TrainingSlices(slices, config),
         batch_size=None,  # an item is a batch
-        sampler=[range(first, first + share) for first in starts],
+        sampler=Positions(range(first, stop - batch + 1 + rank() * share, batch), share),
         collate_fn=as_it_is,
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,

@@ -85,6 +85,7 @@ from metrics import (
 from modules import Generator
 from report import Rows, as_markdown, as_table, draw_pairs_of, draw_report, plain, write_text
 from utils import (
+    cache_of,
     ensure_writable,
     load_checkpoint,
     load_generator,
@@ -479,7 +480,7 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
     G, config, classes = load_generator(source)
     G.to(resolve_device(options.device))
     ensure_writable(options.out or output_folder(source, "evaluation"))
-    cache, extractors = options.cache or config.cache, []
+    cache, extractors = options.cache or cache_of(config), []
     device = next(G.parameters()).device
     if "inception" in options.extractors:
         extractors.append(load_inception(options.inception_weights, device))

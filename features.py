@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,9 +30,12 @@ from modules import MEMORY_FORMAT, Generator
 from utils import (
     LEVELS,
     conditions,
+    is_whole,
+    make_array_once,
     make_once,
     map_on_cores,
     one_hot,
+    packed,
     read_safetensors,
     say,
     stream_seed,
@@ -366,12 +368,12 @@ def trained_encoder(
         targets = torch.cat([*targets, principal_components(x)], 1).float()
         encoder = fit_encoder(x, targets, loss, seed=0, apart=1)
         encoder.measure_bands(to_tensor(train.images[spread(len(x), MAX_BANDS)]) / 127.5 - 1)
-        path.write_bytes(save(encoder.state_dict()))
+        path.write_bytes(packed(encoder.state_dict()))
 
-    if own is None or not own.exists():
-        make_once(path, write)
+    if own is None or not is_whole(own):
+        make_once(path, write, is_whole)
         if own is not None:
-            make_once(own, lambda copy: copy.write_bytes(path.read_bytes()))
+            make_once(own, lambda copy: copy.write_bytes(path.read_bytes()), is_whole)
     path = own or path
     encoder = Encoder(num_classes + 1 + COMPONENTS, resolution).eval()
     state, ours = read_safetensors(path), encoder.state_dict()
@@ -414,7 +416,7 @@ def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str
         with open(path, "wb") as file:  # np.save would add its own suffix to the name
             np.save(file, compute_features(images, extractor, f"{extractor.name} of {name}"))
 
-    return np.load(make_once(path, write))
+    return np.array(make_array_once(path, write))
 
 
 def extract(name: str, slices: Slices, extractor: Extractor, cache: Path) -> Features:

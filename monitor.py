@@ -9,6 +9,7 @@ References:
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.signal import lfilter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -70,6 +72,7 @@ STATS = (
 )  # fmt: skip
 FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
 GRID_COLUMNS = 8
+MAX_DRAWN = 5000  # steps in a plot
 MAX_DEVIATION = 1000  # slices of a class for the deviation of a pixel
 
 
@@ -89,7 +92,7 @@ def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
 def whole_lines(path: Path) -> list[str]:
     """The lines of a text file, without a last one that was cut off; none without the file."""
     content = path.read_bytes() if path.exists() else b""
-    return [line.decode(errors="replace") for line in content.split(b"\n")[:-1]]
+    return content.decode(errors="replace").split("\n")[:-1]
 
 
 def number(value: Any) -> float:
@@ -105,6 +108,8 @@ def read_losses(run: Path) -> np.ndarray:
     """
     header, *lines = whole_lines(run / "losses.csv") or [""]
     names, rows = header.split(","), []  # those of earlier versions had fewer
+    if names == ["nimg", *STATS] and (found := all_numbers(lines, len(names))) is not None:
+        return found
     for line in lines if names[0] == "nimg" else ():
         try:
             values = [float(value or "nan") for value in line.split(",")]
@@ -114,6 +119,24 @@ def read_losses(run: Path) -> np.ndarray:
         if (rows[-1][0] if rows else -1) < row["nimg"] < math.inf:
             rows.append([row.get(name, math.nan) for name in ("nimg", *STATS)])
     return np.array(rows).reshape(-1, 1 + len(STATS))
+
+
+def all_numbers(lines: list[str], width: int) -> np.ndarray | None:
+    """Lines of numbers, at a later image each, as rows; None where one is damaged. Fast."""
+    text = ",\n".join(lines) + ","
+    for _ in range(2):
+        text = text.replace(",,", ",nan,")
+    if re.search(r"[^-+0-9.e,na\n]", text) or any(x.count(",") != width - 1 for x in lines):
+        return None
+    try:
+        values = np.fromstring(text, sep=",")
+    except ValueError:
+        return None
+    if not lines or values.size != len(lines) * width:
+        return None
+    rows = values.reshape(-1, width)
+    later = np.diff(rows[:, 0], prepend=-1) > 0
+    return rows if later.all() and np.isfinite(rows[:, 0]).all() else None
 
 
 def losses_text(rows: np.ndarray) -> str:
@@ -150,16 +173,28 @@ def cut_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarray]:
     """
     log, rows = read_log(run), read_losses(run)
     whole = {"log.jsonl": len(log), "losses.csv": 1 + len(rows)}  # lines, with the header
-    log, rows = [line for line in log if line["nimg"] <= up_to], rows[rows[:, 0] <= up_to]
-    text = {
-        "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
-        "losses.csv": ",".join(("nimg", *STATS)) + "\n" + losses_text(rows),
+    left = [line for line in log if line["nimg"] <= up_to], rows[rows[:, 0] <= up_to]
+    texts = {
+        "log.jsonl": lambda: "".join(json.dumps(line) + "\n" for line in left[0]),
+        "losses.csv": lambda: ",".join(("nimg", *STATS)) + "\n" + losses_text(left[1]),
     }
     for name, count in whole.items():
-        if lost := max(0, len(whole_lines(run / name)) - count):
-            say(f"note: {run / name}: {lost} lines that cannot be read are left out")
-        write_atomically(run / name, lambda path, name=name: path.write_text(text[name]))
-    return log, rows
+        path = run / name
+        if lost := max(0, len(whole_lines(path)) - count):
+            say(f"note: {path}: {lost} lines that cannot be read are left out")
+        kept = (len(left[0]), 1 + len(left[1]))[name == "losses.csv"]
+        if lost or kept < count or not ends_whole(path):
+            write_atomically(path, lambda partial, name=name: partial.write_text(texts[name]()))
+    return left
+
+
+def ends_whole(path: Path) -> bool:
+    """Whether a text file is there and its last line is not cut off."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, 2)
+        return file.read() == b"\n"
 
 
 # Diagnosis
@@ -622,19 +657,22 @@ class Recorder:
 
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
     """Exponential moving average with a half-life in steps, without the bias of its start."""
-    decay, mean, weight, out = 0.5 ** (1 / half_life), 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + 1 - decay
-        out.append(mean / weight)
-    return np.array(out)
+    decay = 0.5 ** (1 / half_life)
+    weights = 1 - decay ** np.arange(1, len(values) + 1)
+    return lfilter([1 - decay], [1, -decay], values) / weights
+
+
+def steps_drawn(count: int) -> slice:
+    """Those of so many steps that a plot shows: all, or some thousands."""
+    return slice(None, None, max(1, count // MAX_DRAWN))
 
 
 def draw_loss(ax: Axes, run: Path, name: str, color: str = "C0") -> None:
     """One loss of a run on an axis: each step, smoothed, and the mean of each epoch."""
     epochs, steps = read_history(run)
-    kimg, values = steps["nimg"] / 1000, steps[name]
-    ax.plot(kimg, values, lw=0.5, alpha=0.3, color=color)
-    ax.plot(kimg, smooth(values, 50), color=color, label=f"{name}, smoothed")
+    kimg, values, thin = steps["nimg"] / 1000, steps[name], steps_drawn(len(steps[name]))
+    ax.plot(kimg[thin], values[thin], lw=0.5, alpha=0.3, color=color)
+    ax.plot(kimg[thin], smooth(values, 50)[thin], color=color, label=f"{name}, smoothed")
     if name in epochs:
         ax.plot(epochs["nimg"] / 1000, epochs[name], "o", ms=3, color=color)
     ax.set(xlabel="thousands of real images seen", ylabel="loss")
@@ -721,7 +759,8 @@ def draw_column(ax: Axes, history: History, name: str, label: str, color: str) -
             there = np.isfinite(columns[name])
             kimg, values = columns["nimg"][there] / 1000, columns[name][there]
             if columns is history.steps:
-                ax.plot(kimg, smooth(values, 20), lw=0.5, alpha=0.5, color=color)
+                thin = steps_drawn(len(values))
+                ax.plot(kimg[thin], smooth(values, 20)[thin], lw=0.5, alpha=0.5, color=color)
             else:
                 ax.plot(kimg, values, ".-", ms=4, color=color, label=label)
 

@@ -44,6 +44,7 @@ from modules import Generator
 from monitor import draw_loss, read_log, read_square
 from utils import (
     FREE_TO_CHANGE,
+    cache_of,
     compiled_folder,
     conditions,
     ensure_writable,
@@ -380,7 +381,8 @@ def real_slices(config: Config, options: Options, known: list[str]) -> dict[str,
     if options.data_root is None and root is not None and not root.exists():
         say(f"{root} is not here: no embedding of real slices (--data-root names another place)")
         return None
-    splits, _ = load_slices(replace(config, data_root=root, cache=options.cache or config.cache))
+    cache = options.cache or cache_of(config)
+    splits, _ = load_slices(replace(config, data_root=root, cache=cache))
     if splits["train"].classes != known:
         raise UserError(f"{root} has classes {splits['train'].classes}, the generator {known}")
     return splits
@@ -396,7 +398,7 @@ def predict(options: Options) -> Path:
     classes = chosen_classes(options.classes, known)
     out = options.out or output_folder(source, "predict")
     ensure_writable(out)
-    cache = options.cache or config.cache
+    cache = options.cache or cache_of(config)
     os.environ.setdefault("NUMBA_CACHE_DIR", compiled_folder(cache))  # of UMAP
     splits = real_slices(config, options, known)
     seeds = list(options.seeds or range(options.count))

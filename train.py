@@ -270,11 +270,15 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        for name in ("g_opt", "d_opt"):  # those of earlier versions were not fused
-            state[name]["param_groups"][0]["fused"] = True
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.pl_mean.copy_(state["pl_mean"])
+        try:
+            for name in ("g_opt", "d_opt"):  # those of earlier versions were not fused
+                state[name]["param_groups"][0]["fused"] = True
+            for name in self.PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            self.pl_mean.copy_(state["pl_mean"])
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            run = self.config.out
+            raise UserError(f"{run}: its checkpoint does not fit: {first_line(error)}") from error
         self.cur_nimg = state["cur_nimg"]
         self.best_fid = state.get("best_fid", math.inf)  # earlier versions did not keep it
 
@@ -564,6 +568,12 @@ def train(config: Config) -> None:
             STOP.waits = True
             saved = checkpoints(config.out)[-1:]
             say(stopped_line(f"the newest checkpoint is {saved[0]}" if saved else "nothing yet"))
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of GPU memory: lower batch_size (now {config.batch_size}), channel_base "
+                f"({config.channel_base}) or img_resolution ({config.img_resolution}), in another "
+                f"--out. {first_line(error)}"
+            ) from error
 
 
 def stopped_line(saved: str) -> str:

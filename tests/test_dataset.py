@@ -33,7 +33,7 @@ from dataset import (
     normalize,
     pad_to_square,
 )
-from utils import LEVELS, conditions, run_command
+from utils import LEVELS, conditions, machine, run_command
 
 
 @pytest.fixture
@@ -428,7 +428,8 @@ def test_what_a_killed_process_left_half_written_is_deleted(config: Config, monk
     config.cache.mkdir()
     ended = subprocess.Popen(["true"])
     ended.wait()
-    names = [f"a.npy.{ended.pid}@{node}.partial", f"b.npy.{os.getpid()}@{node}.partial",
+    here = f"{machine()}.0123abcd.partial"
+    names = [f"a.npy.{ended.pid}@{here}", f"b.npy.{os.getpid()}@{here}",
              "c.npy.12@elsewhere.partial", "d.npy.12@elsewhere.partial"]  # fmt: skip
     for name in names:
         (config.cache / name).touch()
