@@ -32,8 +32,9 @@ from dataset import (
     shared_ids,
 )
 from metrics import aligned, auc, distance_rows, in_parts, otsu
+from storage import save_figure
 from tables import Entry, EntryFinder, read_manifest
-from utils import ensure_writable, map_on_cores, save_figure, say, shown
+from utils import ensure_writable, map_on_cores, say, shown
 
 SIDE = 96  # pixels of a slice in which its detail is compared
 HASH_SIDE = 24  # and its whole

@@ -1,7 +1,9 @@
 """Brain slices in class folders: finding, checking, decoding once, augmenting; and the demo brains.
 
-    python dataset.py check ROOT    # what is in a folder, and what is wrong with it
+    python dataset.py import SCANS --out ROOT --table subjects.csv    # slices of volumes
+    python dataset.py check ROOT    # what is in a folder, and whether training would be honest
     python dataset.py demo ROOT     # write the synthetic demo brains
+    python dataset.py clean         # delete what the cache holds and nothing has used for a month
 
 Layout: ROOT/{train,test}/CLASS/ID_SLICE.jpeg, or ROOT/CLASS/ID_SLICE.jpeg, which is then split by
 id. The id, one scan or one subject, is the file name up to its last underscore. ADNI's set calls
@@ -13,6 +15,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,21 +34,19 @@ from torchvision.transforms import v2
 
 from assets.demo_brains import write_demo, write_fresh
 from config import Config, UserError
+from storage import make_array_once, mark_used, partial_path, size_of, sweep
 from tables import MANIFEST, read_manifest
 from utils import (
     StopRequest,
     conditions,
     ensure_writable,
     first_line,
-    make_array_once,
     map_on_cores,
     num_ranks,
-    partial_path,
     rank,
     run_command,
     say,
     stream_seed,
-    sweep,
     width_of_c,
 )
 
@@ -57,6 +58,7 @@ SAMPLE_FORMAT, PHOTOMETRIC = 339, 262  # tags of TIFF
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_SIDE = 8192  # pixels of a file
 TEST_SHARE = 0.2  # of the ids of each class, where the folder itself has no split
+CACHED = ("*-*.npy", "encoder*-*.safetensors", "demo-*", "fresh-*", "compiled", "*.lock")
 CACHE_VERSION = 2  # part of every cache key: raise it when decoding changes
 
 
@@ -466,6 +468,7 @@ def folder_once(root: Path, write: Callable[[Path], None]) -> Path:
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    mark_used(root)
     return root
 
 
@@ -604,12 +607,30 @@ def demo(root: tyro.conf.Positional[Path], /) -> None:
     say(f"demo brains in {root}; what each subject drew is in {root / 'subjects.csv'}")
 
 
+def clean(cache: Path = Config.cache, days: float = 30) -> None:
+    """Delete what a cache holds and no command has used for some time.
+
+    Args:
+        cache: folder of decoded images, features, encoders and demo brains; all can be made anew.
+        days: of the last use; 0 deletes everything.
+    """
+    if not cache.is_dir():
+        raise UserError(f"cache = {cache}: no such folder")
+    sweep(cache)
+    found = {path for pattern in CACHED for path in cache.glob(pattern)}
+    old = sorted(p for p in found if p.stat().st_mtime <= time.time() - 86400 * days)
+    freed = sum(map(size_of, old))
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    say(f"{cache}: {len(old)} of {len(found)} entries deleted, {freed / 1e6:.1f} MB")
+
+
 def main() -> None:
     """Command line of this module."""
     from checks import check  # of which training needs nothing
     from scans import import_scans
 
-    commands = {"import": import_scans, "check": check, "demo": demo}
+    commands = {"import": import_scans, "check": check, "demo": demo, "clean": clean}
     tyro.extras.subcommand_cli_from_dict(commands)
 
 

@@ -84,21 +84,16 @@ from metrics import (
 )
 from modules import Generator
 from report import Rows, as_markdown, as_table, draw_pairs_of, draw_report, plain, write_text
-from utils import (
+from storage import (
     cache_of,
-    ensure_writable,
     load_checkpoint,
     load_generator,
     newest_run,
-    one_hot,
     output_folder,
     read_run_config,
-    resolve_device,
-    run_command,
     run_folder,
-    say,
-    stream_seed,
 )
+from utils import ensure_writable, one_hot, resolve_device, run_command, say, stream_seed
 
 Group = Literal["distribution", "diversity", "labels", "anatomy", "memorisation", "calibration"]
 LEAST = 10  # slices, below which a set is not compared

@@ -27,20 +27,8 @@ from config import Config, UserError
 from dataset import Slices, augment
 from metrics import Features, segment, spread
 from modules import MEMORY_FORMAT, Generator
-from utils import (
-    LEVELS,
-    conditions,
-    is_whole,
-    make_array_once,
-    make_once,
-    map_on_cores,
-    one_hot,
-    packed,
-    read_safetensors,
-    say,
-    stream_seed,
-    to_uint8,
-)
+from storage import is_whole, make_array_once, make_once, packed, read_safetensors, to_uint8
+from utils import LEVELS, conditions, map_on_cores, one_hot, say, stream_seed
 
 BATCH = 50  # images through a network at a time
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue

@@ -52,18 +52,8 @@ from metrics import (
     spread,
 )
 from modules import AdaptiveAugment, Discriminator, Generator
-from utils import (
-    conditions,
-    most_of_ranks,
-    rank,
-    save_figure,
-    save_grey,
-    say,
-    stream_seed,
-    tile,
-    to_uint8,
-    write_atomically,
-)
+from storage import save_figure, save_grey, tile, to_uint8, write_atomically
+from utils import conditions, most_of_ranks, rank, say, stream_seed
 
 # Statistics of each step, in the order in which they arise
 STATS = (

@@ -42,25 +42,27 @@ from features import averaged
 from metrics import mean_by_id, spread
 from modules import Generator
 from monitor import draw_loss, read_log, read_square
-from utils import (
+from storage import (
     FREE_TO_CHANGE,
     cache_of,
-    compiled_folder,
-    conditions,
-    ensure_writable,
     load_generator,
     newest_run,
     output_folder,
     plain_settings,
     read_run_config,
-    resolve_device,
-    run_command,
     save_figure,
     save_grey,
-    say,
-    shown,
     tile,
     to_uint8,
+)
+from utils import (
+    compiled_folder,
+    conditions,
+    ensure_writable,
+    resolve_device,
+    run_command,
+    say,
+    shown,
 )
 
 PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dataset import Slices
-from utils import save_figure, shown, tile, write_atomically
+from storage import save_figure, tile, write_atomically
+from utils import shown
 
 Rows = list[dict[str, Any]]  # of a table
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of ratios

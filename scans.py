@@ -32,6 +32,7 @@ from scipy import ndimage
 from config import UserError
 from dataset import SPLITS
 from metrics import otsu
+from storage import save_grey, sweep, write_atomically
 from tables import (
     MANIFEST,
     Entry,
@@ -41,15 +42,7 @@ from tables import (
     read_manifest,
     read_rows,
 )
-from utils import (
-    ensure_writable,
-    first_line,
-    map_on_cores,
-    save_grey,
-    say,
-    sweep,
-    write_atomically,
-)
+from utils import ensure_writable, first_line, map_on_cores, say
 
 SUFFIXES = (".nii", ".nii.gz")
 MAX_VOXELS = 512**3

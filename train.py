@@ -54,32 +54,34 @@ from monitor import (
     plot_curves,
     read_history,
 )
+from storage import (
+    checkpoints,
+    load_checkpoint,
+    open_run,
+    plain_settings,
+    read_run_config,
+    read_safetensors,
+    save_generator,
+    start_run,
+    write_atomically,
+)
 from utils import (
     STOP,
     Stopped,
     average_over_ranks,
     broadcast_from_rank_0,
-    checkpoints,
     feature_dtype,
     first_line,
     keep_freed_memory,
-    load_checkpoint,
     most_of_ranks,
     num_ranks,
-    open_run,
-    plain_settings,
     rank,
     rank_0_first,
-    read_run_config,
-    read_safetensors,
     resolve_device,
     run_command,
-    save_generator,
     say,
-    start_run,
     stream_seed,
     tune,
-    write_atomically,
 )
 
 KEPT_CHECKPOINTS = 2

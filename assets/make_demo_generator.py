@@ -10,16 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config, UserError
-from utils import (
+from storage import (
     DEMO_GENERATOR,
     checkpoints,
     load_checkpoint,
     read_run_config,
-    run_command,
-    say,
     write_run_config,
     write_safetensors,
 )
+from utils import run_command, say
 
 
 def share(run: Path, out: Path) -> None:

@@ -43,7 +43,8 @@ from evaluate import (
 )
 from features import blurred, planted_copies, spread_labels
 from metrics import halves_by_id
-from utils import run_command, run_folder
+from storage import run_folder
+from utils import run_command
 
 SHOWN = ("fid_train", "kid_train", "precision", "recall", "coverage")
 HEAD = ("fd_test", "fd_infinite", "over_memory", "over_perfect", "over_perfect_interval")

@@ -26,6 +26,7 @@ from config import Config, UserError
 from dataset import (
     TrainingSlices,
     augment,
+    clean,
     decode,
     find_slices,
     load_slices,
@@ -33,7 +34,8 @@ from dataset import (
     normalize,
     pad_to_square,
 )
-from utils import LEVELS, conditions, machine, run_command
+from storage import machine
+from utils import LEVELS, conditions, run_command
 
 
 @pytest.fixture
@@ -436,6 +438,30 @@ def test_what_a_killed_process_left_half_written_is_deleted(config: Config, monk
     os.utime(config.cache / names[3], (0, 0))  # of another machine, but old
     load_slices(config)
     assert [n for n in names if (config.cache / n).exists()] == names[1:3]
+
+
+def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(config: Config, capsys):
+    load_slices(config)
+    (used,) = config.cache.glob("*.npy")
+    old, mine, demo = (
+        config.cache / "0123-16.npy",
+        config.cache / "mine.txt",
+        config.cache / "demo-1",
+    )
+    demo.mkdir()
+    (demo / "x").write_text("x")
+    for path in (old, mine):
+        path.write_text("x")
+    for path in (used, old, mine, demo):
+        os.utime(path, (0, 0))
+    load_slices(config)  # uses it again
+    clean(config.cache)
+    assert "2 of 3 entries deleted" in capsys.readouterr().out
+    assert set(config.cache.iterdir()) == {used, mine}
+    clean(config.cache, days=0)
+    assert set(config.cache.iterdir()) == {mine}
+    with pytest.raises(UserError, match="no such folder"):
+        clean(config.cache / "none")
 
 
 # Loading

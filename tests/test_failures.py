@@ -21,14 +21,14 @@ from conftest import same_tensors, tiny, write_folder
 
 import dataset
 import monitor
+import storage
 import train as training
-import utils
 from config import Config, UserError
 from dataset import load_slices, make_loader
 from monitor import STATS, all_numbers, losses_text, read_log, read_losses
 from predict import Options, predict
+from storage import checkpoints, is_sealed, load_checkpoint, load_generator, make_array_once, seal
 from train import train
-from utils import checkpoints, is_sealed, load_checkpoint, load_generator, make_array_once, seal
 
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 TIMES = ("seconds", "img_per_s", "data_wait", "upkeep")  # of a line, differ from run to run
@@ -434,10 +434,10 @@ def test_a_sealed_array_is_an_array_for_others(tmp_path: Path):
 
 
 def test_two_processes_of_one_number_write_under_two_names(tmp_path: Path):
-    assert utils.partial_path(tmp_path / "a") != utils.partial_path(tmp_path / "a")
+    assert storage.partial_path(tmp_path / "a") != storage.partial_path(tmp_path / "a")
 
 
-@pytest.mark.skipif(FORK is None or utils.fcntl is None, reason="forks, and locks files")
+@pytest.mark.skipif(FORK is None or storage.fcntl is None, reason="forks, and locks files")
 def test_of_many_processes_one_decodes(tmp_path: Path, monkeypatch):
     root = write_folder(tmp_path / "data", {"train": 10, "test": 4})
     config, decode = replace(tiny(tmp_path), data_root=root), dataset.decode_subject

@@ -30,14 +30,22 @@ from torch import nn
 import dataset
 import features
 import monitor
+import storage
 import train as training
-import utils
 from assets.make_demo_generator import share
 from config import CPU, GPU, Config, UserError
 from dataset import TrainingSlices
 from metrics import pose
 from modules import Discriminator, Generator
 from monitor import STATS, read_log, read_losses
+from storage import (
+    DEMO_GENERATOR,
+    checkpoints,
+    load_checkpoint,
+    load_generator,
+    read_run_config,
+    to_uint8,
+)
 from train import (
     Phases,
     TrainingState,
@@ -51,14 +59,6 @@ from train import (
     r1_penalty,
     train,
     train_step,
-)
-from utils import (
-    DEMO_GENERATOR,
-    checkpoints,
-    load_checkpoint,
-    load_generator,
-    read_run_config,
-    to_uint8,
 )
 
 pytestmark = pytest.mark.usefixtures("short_encoder")
@@ -759,7 +759,7 @@ def test_a_second_process_on_the_same_folder_is_refused(config: Config, tmp_path
 def test_a_run_that_another_process_moved_on_is_not_overwritten(config: Config):
     train(config)
     with pytest.raises(UserError, match="another process trained there; the same command goes on"):
-        utils.start_run(config, ["AD", "NC"], read_run_config(config.out)[2], {"cur_nimg": 16})
+        storage.start_run(config, ["AD", "NC"], read_run_config(config.out)[2], {"cur_nimg": 16})
 
 
 def test_what_is_shared_can_be_read_by_others(config: Config):
@@ -802,7 +802,7 @@ def test_an_error_of_reading_says_what_the_system_said(config: Config, monkeypat
     ],
 )
 def test_a_damaged_config_is_named(config: Config, change, words):
-    utils.write_run_config(config.out, config, ["AD", "NC"], "data")
+    storage.write_run_config(config.out, config, ["AD", "NC"], "data")
     path = config.out / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=words):
