@@ -576,6 +576,10 @@ def report(
         say(f"  {name}: {why}")
     if not scans:
         raise UserError(f"{options.scans}: no volume could be used")
+    for label in sorted({scan.entry.label for scan in scans}):
+        sides = {split[s.entry.participant] for s in scans if s.entry.label == label}
+        if len(sides) < 2:
+            say(f"warning: all volumes of class {label} that could be read are in {sides.pop()}/")
     people = len({scan.entry.participant for scan in scans})
     say(f"{len(scans)} scans of {people} participants in {options.out}")
     say(f"look at them: python dataset.py check {options.out}")

@@ -149,7 +149,8 @@ def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
                     sex if sex in "FM" else "",
                 )
             )
-    if without := len(rows) - sum(bool(e.label) for e in entries):
+    without = len(rows) - sum(bool(entry.label) for entry in entries)
+    if without and "class" in column:
         say(f"note: {path}: {without} of {len(rows)} rows have no class")
     return entries
 
