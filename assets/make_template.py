@@ -1,9 +1,8 @@
 """Cut the axial slices that the demo brains need out of the ICBM 2009a template.
 
-A developer's tool: it needs nilearn's data files, nibabel and scipy, which the package itself does
-not require. Run once:
+A developer's tool: it needs nilearn's data files, which the package itself does not. Run once:
 
-    pip install --no-deps nilearn==0.14.1 && pip install nibabel scipy
+    pip install --no-deps nilearn==0.14.1
     python assets/make_template.py [FOLDER_OF_THE_NII_GZ]
 
 It writes `icbm152_slices.npz` beside itself: K axial slices of H x W voxels, front up. The template
