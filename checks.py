@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter, defaultdict
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy import fft, ndimage
 from torch.nn import functional as F
 
 from config import UserError
 from dataset import (
+    FORMATS,
     SPLITS,
     SliceFile,
     decode_id,
@@ -51,6 +54,7 @@ class Seen(NamedTuple):
     file: SliceFile
     split: str
     size: str
+    mode: str  # as Pillow calls it
     file_hash: bytes
     pixel_hash: bytes
     picture: np.ndarray  # uint8 [SIDE, SIDE]
@@ -92,14 +96,17 @@ def look(files: list[SliceFile], split: str) -> tuple[list[Seen], list[float], l
         if square.shape[-1] >= 2 * SIDE:  # cheaper than an antialiased resize, and as good here
             square = F.avg_pool2d(square, square.shape[-1] // SIDE)
         small = F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)
-        content = image.numpy().tobytes() + repr(image.shape).encode()
+        pixels, content = image.numpy().tobytes(), file.path.read_bytes()
+        with Image.open(BytesIO(content), formats=FORMATS) as header:
+            mode = header.mode
         found.append(
             Seen(
                 file,
                 split,
                 f"{image.shape[2]}x{image.shape[1]}",
-                hashlib.sha256(file.path.read_bytes()).digest(),
+                mode,
                 hashlib.sha256(content).digest(),
+                hashlib.sha256(pixels + repr(image.shape).encode()).digest(),
                 small[0, 0].round().byte().numpy(),
                 bool(image.min() == image.max()),
             )
@@ -146,9 +153,12 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Fold
 
 def say_kinds(slices: list[Seen], ranges: list[list[float]]) -> None:
     """Say of which sizes and values the slices are, and how many an id has."""
-    sizes = Counter(s.size for s in slices)
-    text = "; ".join(f"{name} ({count})" for name, count in sizes.most_common(NAMED))
-    say(f"pixels: {text}" + f"; and {len(sizes) - NAMED} more sizes" * (len(sizes) > NAMED))
+    for title, counts in (
+        ("pixels", Counter(s.size for s in slices)),
+        ("modes", Counter(s.mode for s in slices)),
+    ):
+        text = "; ".join(f"{name} ({count})" for name, count in counts.most_common(NAMED))
+        say(f"{title}: {text}" + f"; and {len(counts) - NAMED} more" * (len(counts) > NAMED))
     if ranges:
         low, high, below, black, white = np.array(ranges).T
         text = f"{low.min():g} to {high.max():g}, {below.mean():.1%} below 0"

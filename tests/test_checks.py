@@ -78,7 +78,7 @@ def test_an_honest_folder_passes(root: Path, capsys):
     assert run(root) == ""
     out = capsys.readouterr().out
     for line in (
-        "train: AD 6 ids, 12 slices; NC 6 ids, 12 slices", "pixels: 110x120 (36)",
+        "train: AD 6 ids, 12 slices; NC 6 ids, 12 slices", "pixels: 110x120 (36)", "modes: L (36)",
         "slices of an id: 2 to 2", "mean grey of 18 ids", "no id is on both sides",
     ):  # fmt: skip
         assert line in out

@@ -160,7 +160,7 @@ def test_a_signal_to_the_whole_group_saves_and_ends_cleanly(config, tmp_path, nu
     process = start(config, tmp_path, stdout=subprocess.PIPE)
     wait_for_epoch(config, process)
     os.killpg(process.pid, number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=30)  # as Slurm waits from SIGTERM to SIGKILL
     assert process.returncode == 0
     assert f"stopped by {number.name}; saved: " in out and "the same command goes on" in out
     saved = load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
