@@ -163,9 +163,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
 def test_a_disk_that_fills_while_slices_are_decoded_is_one_line(
     config: Config, small_disk: Path, monkeypatch
 ):
-    config = replace(config, cache=small_disk / "cache")
+    config = replace(config, cache=small_disk / "cache", img_resolution=64)
     config.cache.mkdir()
-    filler = fill(small_disk, 1024)
+    filler = fill(small_disk, 50_000)  # of 98,000 that are needed
     with monkeypatch.context() as patch:  # as another process may take it after we looked
         patch.setattr(dataset.shutil, "disk_usage", lambda _: type("", (), {"free": 10**9})())
         with pytest.raises(OSError, match="No space left"):

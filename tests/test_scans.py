@@ -302,16 +302,21 @@ def test_other_choices_on_the_same_folder_are_refused(options: Import, tmp_path:
         import_scans(replace(options, out=other))
 
 
-def test_a_new_scan_of_a_participant_joins_its_side(options: Import):
+def test_who_was_split_stays_on_that_side_when_scans_come(options: Import):
     import_scans(options)
+    before = {row["participant"]: row for row in manifest(options.out)}
     values, affine = head()
-    test = next(r for r in manifest(options.out) if r["split"] == "test")
-    person, label = test["participant"], {"AD": "AD", "NC": "CN"}[test["class"]]
-    write(options.scans / person / f"ADNI_{person}_I999.nii", values, affine)
+    people = {name: row["class"].replace("NC", "CN") for name, row in before.items()}
+    people |= {f"{i}_S_0002": "AD" for i in range(900, 905)}
     with open(options.table, "a") as table:
-        table.write(f"I999,{person},{label},F,70\n")
+        for i, (person, label) in enumerate(people.items()):
+            write(options.scans / person / f"ADNI_{person}_I99{i}.nii", values, affine)
+            table.write(f"I99{i},{person},{label},F,50\n")
     import_scans(options)
-    assert next(r for r in manifest(options.out) if r["id"] == "I999")["split"] == "test"
+    rows = manifest(options.out)
+    assert len(rows) == 17
+    for row in rows:
+        assert row["split"] == before.get(row["participant"], row)["split"]
 
 
 def test_bad_input_writes_nothing(options: Import, tmp_path: Path):
