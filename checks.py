@@ -36,7 +36,7 @@ from dataset import (
 )
 from metrics import aligned, auc, distance_rows, in_parts, otsu
 from storage import save_figure
-from tables import Entry, EntryFinder, read_manifest
+from tables import RENAMED, Entry, EntryFinder, read_manifest
 from utils import ensure_writable, map_on_cores, say, shown
 
 SIDE = 96  # pixels of a slice in which its detail is compared
@@ -125,14 +125,21 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Fold
     entries, other = dict(read_manifest(root)), defaultdict(set)
     for files in splits.values():
         for row, file in enumerate(files):
-            if finder and file.scan not in entries and (entry := finder.named_in(file.scan)):
+            if finder and file.scan not in entries and (entry := named(finder, file.scan)):
                 entries[file.scan] = entry
             if entry := entries.get(file.scan):
-                if entry.label and entry.label != classes[file.label]:
-                    other[f"{entry.label}, lies in {classes[file.label]}"].add(file.scan)
+                says, lies = (RENAMED.get(n, n) for n in (entry.label, classes[file.label]))
+                if says and says != lies:
+                    other[f"{says}, lies in {lies}"].add(file.scan)
                 files[row] = file._replace(subject=entry.participant)
     describe(root, classes, splits)
     problems = shared_ids(splits)
+    if table:
+        ids = {file.scan for files in splits.values() for file in files}
+        known = len(ids & entries.keys())
+        say(f"{table} names {known} of {len(ids)} ids")
+        if not known:
+            problems.append(f"{table} names none of the ids: whose they are is not known")
     for what, scans in other.items():
         problems.append(f"of class {what}: {', '.join(sorted(scans)[:NAMED])} ({len(scans)} ids)")
     of_scan: dict[tuple, list[SliceFile]] = defaultdict(list)
@@ -149,6 +156,15 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Fold
     say_kinds(slices, [ranges for _, ranges, _ in found if ranges])
     pictures = np.array([s.picture for s in slices]).reshape(-1, SIDE, SIDE)
     return Folder(root, classes, slices, pictures, entries, problems)
+
+
+def named(finder: EntryFinder, scan: str) -> Entry | None:
+    """The entry of an id: of a mere number also that of ADNI's image, which has an I before it."""
+    try:
+        entry = finder.named_in(scan)
+        return finder.named_in(f"I{scan}") if entry is None and scan.isdigit() else entry
+    except ValueError:
+        return None
 
 
 def say_kinds(slices: list[Seen], ranges: list[list[float]]) -> None:

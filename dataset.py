@@ -13,6 +13,7 @@ its classes AD (Alzheimer's disease) and NC (normal control, CN in ADNI's own ta
 import hashlib
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -58,7 +59,11 @@ SAMPLE_FORMAT, PHOTOMETRIC = 339, 262  # tags of TIFF
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_SIDE = 8192  # pixels of a file
 TEST_SHARE = 0.2  # of the ids of each class, where the folder itself has no split
-CACHED = ("*-*.npy", "encoder*-*.safetensors", "demo-*", "fresh-*", "compiled", "*.lock")
+# Names of what a cache holds
+CACHED = re.compile(
+    r"([0-9a-f]{16}-\d+|features-[a-z0-9]+-[0-9a-f]{16})\.npy(\.lock)?|compiled|demo-\d+"
+    r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|fresh-\d+-\d+-\d+"
+)
 CACHE_VERSION = 2  # part of every cache key: raise it when decoding changes
 
 
@@ -120,7 +125,7 @@ def list_slices(folder: Path, label: int) -> list[SliceFile]:
     if not paths:
         raise UserError(f"class folder {folder} holds no image files")
     files = [SliceFile(p, p.stem.rpartition("_")[0] or p.stem, label) for p in paths]
-    return sorted(files, key=lambda f: (f.subject, len(f.path.name), f.path.name))
+    return sorted(files, key=lambda f: (f.subject, len(f.path.stem), f.path.name))
 
 
 def split_by_id(files: list[SliceFile]) -> dict[str, list[SliceFile]]:
@@ -617,7 +622,7 @@ def clean(cache: Path = Config.cache, days: float = 30) -> None:
     if not cache.is_dir():
         raise UserError(f"cache = {cache}: no such folder")
     sweep(cache)
-    found = {path for pattern in CACHED for path in cache.glob(pattern)}
+    found = [path for path in entries(cache) if CACHED.fullmatch(path.name)]
     old = sorted(p for p in found if p.stat().st_mtime <= time.time() - 86400 * days)
     freed = sum(map(size_of, old))
     for path in old:

@@ -5,6 +5,7 @@ here unpickles code. A run is a folder: config.json, log.jsonl, losses.csv, grid
 checkpoints/ and generator.safetensors.
 """
 
+import errno
 import json
 import os
 import platform
@@ -238,7 +239,7 @@ def try_lock(file: TextIO) -> bool:
         return False
 
 
-def lock(folder: Path) -> TextIO:
+def lock(folder: Path, doing: str = "training") -> TextIO:
     """Keep other processes out of a folder, on shared storage too, while the file is open.
 
     Raises:
@@ -248,7 +249,7 @@ def lock(folder: Path) -> TextIO:
     file = open(folder / ".lock", "a")
     try:  # of the process: it ends with it, and no worker of the loader inherits it
         if fcntl and not try_lock(file):
-            raise UserError(f"out = {folder}: another process is training there")
+            raise UserError(f"out = {folder}: another process is {doing} there")
     except OSError as error:  # a file system without locks
         say(f"note: {folder} cannot be locked ({error.strerror}): let nothing else train there")
     return file
@@ -275,9 +276,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             return state
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch raises a different type for each kind of damage
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place that cannot be
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise UserError(f"{path}: too little memory to read it") from error
         raise DamagedFile(f"{path} is truncated or no checkpoint ({first_line(error)})") from error

@@ -19,7 +19,7 @@ from utils import say
 MANIFEST = "manifest.csv"
 # Names of columns, in small letters and without signs; the first that is there is taken
 COLUMNS = {
-    "scan": ("image data id", "image id", "imageuid", "mri id", "scan id", "id"),
+    "scan": ("image data id", "image id", "imageuid", "mri id", "scan id", "scan", "id"),
     "participant": ("participant id", "subject id", "subject", "ptid", "participant"),
     "class": ("group", "research group", "dx group", "diagnosis", "dx", "class", "label", "cdr"),
     "age": ("age", "age at scan", "age years"),
@@ -107,9 +107,15 @@ def class_of(value: str, column: str) -> str:
 def number(value: str) -> float:
     """A finite number, or NaN."""
     try:
-        return float(value) if math.isfinite(float(value)) else math.nan
+        found = float(value.replace(",", "."))
+        return found if math.isfinite(found) else math.nan
     except ValueError:
         return math.nan
+
+
+def stem(name: str) -> str:
+    """The name of a volume without its endings."""
+    return re.sub(r"(\.nii)?(\.gz)?$", "", name, flags=re.IGNORECASE)
 
 
 def participant_in(name: str) -> str:
@@ -118,12 +124,13 @@ def participant_in(name: str) -> str:
     return found[0] if found else ""
 
 
-def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
+def read_table(path: Path, given: Mapping[str, str], renamed: bool = True) -> list[Entry]:
     """The entries of a spreadsheet that name a scan or a participant.
 
     Args:
         path: CSV or TSV.
         given: names of columns that are not found by themselves, by what they hold (`COLUMNS`).
+        renamed: whether CN becomes NC, and a rating a class.
 
     Raises:
         UserError: a file that is no table, a column that is not there, a class that is no plain
@@ -134,7 +141,8 @@ def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
     entries = []
     for row in rows:
         cell = {what: row[name] for what, name in column.items()}
-        scan, label = cell.get("scan", ""), class_of(cell.get("class", ""), column.get("class", ""))
+        scan, name = stem(cell.get("scan", "")), column.get("class", "")
+        label = class_of(cell.get("class", ""), name) if renamed else cell.get("class", "")
         participant = cell.get("participant") or participant_in(scan) or scan
         if label and not plain_name(label):
             raise UserError(f"{path}: {label[:40]!r} in column {column['class']!r} is no name")
@@ -149,18 +157,30 @@ def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
                     sex if sex in "FM" else "",
                 )
             )
-    without = len(rows) - sum(bool(entry.label) for entry in entries)
-    if without and "class" in column:
-        say(f"note: {path}: {without} of {len(rows)} rows have no class")
+    if renamed:  # a user's, not a manifest
+        say(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
+        for what, there in (
+            ("class", [bool(entry.label) for entry in entries]),
+            ("age", [not math.isnan(entry.age) for entry in entries]),
+            ("sex", [bool(entry.sex) for entry in entries]),
+        ):
+            if what in column and (without := len(rows) - sum(there)):
+                say(f"note: {path}: {without} of {len(rows)} rows have no {what} one can read")
     return entries
 
 
 def keys_in(path: Path) -> list[str]:
-    """All parts of a path that may name a scan or a participant, the longest first."""
+    """All parts of a path that may name a scan or a participant, the longest first.
+
+    A short one, or a mere number, which may be a date or a count, only as the whole name of a
+    folder or of the file, after a BIDS "sub-" too.
+    """
     parts = re.split(r"([^A-Za-z0-9]+)", str(path))
     words = range(0, len(parts), 2)
     found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
-    return sorted(found - {""}, key=len, reverse=True)
+    whole = {part.removeprefix("sub-") for part in path.parts} | set(path.parts)
+    telling = {key for key in found if len(key) > 3 and not key.isdigit()} | whole
+    return sorted(telling - {""}, key=lambda key: (-len(key), key))
 
 
 class EntryFinder:
@@ -171,27 +191,35 @@ class EntryFinder:
         self.scans: dict[str, Entry] = {}
         self.participants: dict[str, list[Entry]] = defaultdict(list)
         for entry in read_table(path, columns):
-            if entry.scan and self.scans.setdefault(entry.scan, entry)[1:3] != entry[1:3]:
-                raise UserError(f"{path}: {entry.scan} stands in two rows that differ")
+            numbered = [f"I{entry.scan}"] if entry.scan.isdigit() else []  # as ADNI's files say
+            for name in [entry.scan, *numbered] if entry.scan else ():
+                if self.scans.setdefault(name, entry)[1:3] != entry[1:3]:
+                    raise UserError(f"{path}: {entry.scan} stands in two rows that differ")
             self.participants[entry.participant].append(entry)
 
     def named_in(self, path: Path | str) -> Entry | None:
         """The entry that a path or an id names, None if none does.
 
+        Where it names a participant but no scan, what differs between scans is left open.
+
         Raises:
-            ValueError: it names a participant of several classes, and none of the scans.
+            ValueError: it names several participants.
         """
         keys = keys_in(Path(path))
-        for key in keys:
-            if key in self.scans:
-                return self.scans[key]
-        for key in keys:
-            if rows := self.participants.get(key):
-                labelled = [row for row in rows if row.label] or rows
-                if len({row.label for row in labelled}) > 1:
-                    raise ValueError(f"{key} has rows of several classes, and none names this scan")
-                return labelled[0]
-        return None
+        scans = [self.scans[key] for key in keys if key in self.scans][:1]
+        people = [self.participants[key] for key in keys if key in self.participants]
+        names = sorted({entry.participant for entry in scans + [rows[0] for rows in people]})
+        if len(names) > 1:
+            raise ValueError(f"names several participants of the table: {', '.join(names)}")
+        if scans or not people:
+            return scans[0] if scans else None
+        labelled = [row for row in people[0] if row.label] or people[0]
+        first, labels, ages = labelled[0], {r.label for r in labelled}, {r.age for r in labelled}
+        label, age = (
+            "" if len(labels) > 1 else first.label,
+            math.nan if len(ages) > 1 else first.age,
+        )
+        return first._replace(scan="", label=label, age=age)  # of no visit in particular
 
 
 def read_manifest(root: Path) -> dict[str, Entry]:
@@ -203,7 +231,8 @@ def read_manifest(root: Path) -> dict[str, Entry]:
     path = root / MANIFEST
     if not path.exists():
         return {}
-    entries = read_table(path, {"scan": "id", "participant": "participant", "class": "class"})
+    columns = {"scan": "id", "participant": "participant", "class": "class"}
+    entries = read_table(path, columns, renamed=False)
     found = {entry.scan: entry for entry in entries}
     if len(found) < len(entries):
         raise UserError(f"{path}: an id stands in two rows")

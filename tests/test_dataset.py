@@ -444,22 +444,23 @@ def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(config: C
     load_slices(config)
     (used,) = config.cache.glob("*.npy")
     old, mine, demo = (
-        config.cache / "0123-16.npy",
+        config.cache / f"{7:016x}-16.npy",
         config.cache / "mine.txt",
         config.cache / "demo-1",
     )
+    others = {config.cache / name for name in ("my-results.npy", "poetry.lock", "demo-videos")}
     demo.mkdir()
     (demo / "x").write_text("x")
-    for path in (old, mine):
+    for path in (old, mine, *others):
         path.write_text("x")
-    for path in (used, old, mine, demo):
+    for path in (used, old, mine, demo, *others):
         os.utime(path, (0, 0))
     load_slices(config)  # uses it again
     clean(config.cache)
     assert "2 of 3 entries deleted" in capsys.readouterr().out
-    assert set(config.cache.iterdir()) == {used, mine}
+    assert set(config.cache.iterdir()) == {used, mine} | others
     clean(config.cache, days=0)
-    assert set(config.cache.iterdir()) == {mine}
+    assert set(config.cache.iterdir()) == {mine} | others
     with pytest.raises(UserError, match="no such folder"):
         clean(config.cache / "none")
 

@@ -25,11 +25,11 @@ from dataset import decode_subject
 from evaluate import Options as EvaluateOptions
 from monitor import read_log, read_losses
 from predict import Options as PredictOptions
-from scans import Import, cut, read_volume
 from storage import load_checkpoint, packed, read_run_config, read_safetensors, write_run_config
 from tables import EntryFinder
 from train import parse_settings
 from utils import first_line
+from volumes import Import, cut, read_volume
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -131,7 +131,7 @@ def test_a_table_is_read_or_named(folder: Path, header, rows, edits, delimiter):
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
     except ValueError as error:
-        assert "several classes" in str(error)
+        assert "several participants" in str(error)
 
 
 @pytest.fixture(scope="module")

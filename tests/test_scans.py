@@ -4,6 +4,8 @@ import csv
 import gzip
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +23,15 @@ from PIL import Image
 
 import scans
 from config import Config, UserError
-from dataset import load_slices
-from scans import Import, Scan, cut, import_scans, read_volume, split_participants
-from tables import Entry
+from dataset import find_slices, load_slices
+from scans import Scan, id_of, import_scans, split_participants
+from tables import Entry, plain_name
+from volumes import Import, cut, read_volume, resample
 
 VOXEL = 3  # mm
 TOP = 85  # mm, of the head
+HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+HOLD += "print('held', flush=True); time.sleep(60)"
 
 
 def head(grey: float = 100, low: float = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +119,7 @@ def test_an_oblique_volume_is_cut_upright(tmp_path: Path):
     tilt[1:3, 1:3] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
     # the same head, sampled on a grid that is tilted by 20 degrees
     grid = tilt @ affine
-    tilted = scans.resample(values, affine, grid[:3, 3], grid[:3, :3], values.shape, order=1)
+    tilted = resample(values, affine, grid[:3, 3], grid[:3, :3], values.shape, order=1)
     options = Import(tmp_path, tmp_path, level=10.0, slices=1, size=200)
     a, b = (cut(v, m, options).images[0] for v, m in ((values, affine), (tilted, grid)))
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.98
@@ -171,6 +176,72 @@ def test_scans_become_a_training_set(options: Import, config: Config, capsys):
     assert set(splits["train"].subjects) >= {"000_S_0001"} - set(splits["test"].subjects)
     assert splits["train"].classes == ["AD", "NC"]
     assert "6 scans of 6 participants" in capsys.readouterr().out
+
+
+def test_a_folder_of_a_patient_is_the_participant(options: Import, tmp_path: Path):
+    values, affine = head()
+    root = tmp_path / "patients"
+    for label, person in (("AD", "a"), ("AD", "b"), ("CN", "c"), ("CN", "d")):
+        for visit in ("baseline", "followup"):
+            write(root / label / person / f"{visit}.nii", values, affine)
+        write(root / label / person / "brain_mask.nii", values, affine)
+        write(root / label / "derivatives" / person / "x.nii", values, affine)
+    import_scans(replace(options, scans=root, table=None, pattern="*.nii"))
+    rows = manifest(options.out)
+    assert len(rows) == 8 and {(r["class"], r["participant"]) for r in rows} == {
+        ("AD", "a"), ("AD", "b"), ("CN", "c"), ("CN", "d"),
+    }  # fmt: skip
+    assert find_slices(options.out)[0] == ["AD", "CN"]
+    with pytest.raises(UserError, match="no NIfTI file .* called \\*T1w\\*"):
+        import_scans(replace(options, scans=root, table=None, pattern="*T1w*"))
+
+
+def test_classes_may_be_called_as_in_the_table(options: Import, capsys):
+    import_scans(replace(options, classes=("AD", "CN")))
+    assert {row["class"] for row in manifest(options.out)} == {"AD", "NC"}
+    with pytest.raises(UserError, match="classes: no MCI; there are AD, NC"):
+        import_scans(replace(options, classes=("AD", "MCI"), out=options.out.with_name("b")))
+
+
+def test_names_of_any_script_and_length_become_ids():
+    assert [id_of(n) for n in ("Müller 1", "日本", "a/b", " x.", "sub-01_T1w")] == [
+        "Müller-1", "日本", "a-b", "x", "sub-01_T1w",
+    ]  # fmt: skip
+    long = [id_of("ADNI_" + "x" * 120 + end) for end in "ab"]
+    assert max(map(len, long)) == 80 and long[0] != long[1] and plain_name(long[0])
+
+
+def test_a_bad_volume_takes_no_place_in_test(options: Import):
+    import_scans(options)
+    for row in manifest(options.out):
+        if row["split"] == "test":  # were it drawn again, its class would have no test
+            (options.scans / row["source"]).write_bytes(b"junk")
+    again = replace(options, out=options.out.with_name("again"))
+    import_scans(again)
+    assert {(r["class"], r["split"]) for r in manifest(again.out)} == {
+        ("AD", "train"), ("AD", "test"), ("NC", "train"), ("NC", "test"),
+    }  # fmt: skip
+
+
+def test_a_second_import_on_the_folder_is_refused(options: Import):
+    options.out.mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLD, options.out / ".lock"], stdout=-1) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another process is importing there"):
+            import_scans(options)
+        other.kill()
+
+
+def test_slices_far_apart_are_as_sharp_as_near_ones_however_the_head_was_tilted(tmp_path: Path):
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    turn = np.radians(20)
+    affine[1:3, 1:3] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
+    y = (affine[:3, :3] @ np.indices((64, 64, 64)).reshape(3, -1))[1].reshape(64, 64, 64)
+    stripes = 40 * np.sin(2 * np.pi * y / 5).astype(np.float32)
+    for spacing in (1, 8):
+        steps = np.array([[0.0, 0, 1], [0, 1, 0], [spacing, 0, 0]])
+        found = resample(stripes, affine, np.array([20.0, 10, 25]), steps, (3, 24, 24))
+        assert found[1].std() > 0.95 * 40 / np.sqrt(2)
 
 
 def test_16_bits_keep_more_grey_levels(options: Import):
@@ -264,7 +335,7 @@ def test_an_import_goes_on_and_ends_the_same(options: Import, monkeypatch):
     monkeypatch.setattr(scans, "map_on_cores", lambda f, items, *_: [f(item) for item in items])
     with pytest.raises(KeyboardInterrupt):
         import_scans(options)
-    assert len(manifest(options.out)) == 2
+    assert [bool(row["sha256"]) for row in manifest(options.out)] == [True] * 2 + [False] * 4
     monkeypatch.setattr(scans, "write_slices", write_slices)
     read, asked = scans.read_volume, []
     monkeypatch.setattr(scans, "read_volume", lambda p, u: asked.append(p) or read(p, u))
@@ -322,9 +393,10 @@ def test_who_was_split_stays_on_that_side_when_scans_come(options: Import):
 def test_bad_input_writes_nothing(options: Import, tmp_path: Path):
     for change, words in (
         ({"scans": tmp_path / "none"}, "no such folder"),
-        ({"scans": tmp_path / "empty"}, "holds no NIfTI file"),
+        ({"scans": tmp_path / "empty"}, "no NIfTI file"),
         ({"table": tmp_path / "none.csv"}, "cannot be read"),
-        ({"classes": ("MCI",)}, "none of 6 volumes can be used"),
+        ({"classes": ("MCI",)}, "classes: no MCI; there are AD, NC"),
+        ({"table": None, "columns": {"class": "DX"}}, "columns: there is no --table"),
         ({"classes": ("AD",), "test_share": 0.2, "scans": options.scans / "000_S_0001"}, "too few"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)

@@ -97,18 +97,57 @@ def test_an_entry_is_found_by_the_longest_name_in_a_path(tmp_path: Path):
     finder = EntryFinder(write(tmp_path, ADNI), {})
     named = finder.named_in("002_S_0559/MPRAGE/ADNI_002_S_0559_MR_MP-RAGE_br_raw_I45113")
     assert (named.scan, named.age) == ("I45113", 80)
-    assert finder.named_in("x/002_S_0295.nii").scan == "I45108"
+    assert finder.named_in("x/002_S_0295.nii").participant == "002_S_0295"
     assert finder.named_in("I4510") is finder.named_in("I451080") is None
 
 
-def test_a_participant_of_two_classes_is_no_answer(tmp_path: Path):
+def test_a_participant_of_two_classes_has_none(tmp_path: Path):
     later = '"I9","002_S_0559","MCI","F","77","m06","MRI","x"\n'
     finder = EntryFinder(write(tmp_path, ADNI + later), {})
     assert finder.named_in("I9").label == "MCI"
-    with pytest.raises(ValueError, match="002_S_0559 has rows of several classes"):
-        finder.named_in("002_S_0559/I77")
+    assert finder.named_in("002_S_0559/I77")[1:3] == ("002_S_0559", "")
     finder = EntryFinder(write(tmp_path, ADNI + later.replace("MCI", "")), {})
     assert finder.named_in("002_S_0559/I77").label == "AD"
+
+
+def test_a_number_in_a_path_is_no_participant(tmp_path: Path):
+    rids = write(tmp_path, "RID,class\n3,AD\n12,NC\n500,NC\n")
+    finder = EntryFinder(rids, {"participant": "RID"})
+    assert finder.named_in("011_S_0003/MPRAGE/2005-10-12_10_12_00.0/I500_2") is None
+    assert finder.named_in("12/scan").participant == "12"
+    bids = write(tmp_path, "subject,class\n01,AD\n02,NC\n")
+    finder = EntryFinder(bids, {})
+    assert finder.named_in("sub-01/ses-02/anat/sub-01_ses-02_T1w").participant == "01"
+
+
+def test_a_path_of_two_participants_names_none(tmp_path: Path):
+    table = write(tmp_path, "id,subject,group\n1,sub-500,AD\n7,sub-103,CN\n")
+    finder = EntryFinder(table, {})
+    assert finder.named_in("sub-103/ses-1/T1w").participant == "sub-103"
+    with pytest.raises(ValueError, match="names several participants of the table: sub-103, sub-5"):
+        finder.named_in("sub-103/1/T1w")
+
+
+def test_scans_are_known_by_their_file_or_their_number(tmp_path: Path):
+    finder = EntryFinder(write(tmp_path, "scan,subject,class\na_1.nii.gz,p,AD\n45000,q,NC\n"), {})
+    assert finder.named_in("x/a_1").participant == "p"
+    assert finder.named_in("q/ADNI_q_I45000").participant == "q"
+
+
+def test_the_age_of_another_visit_is_not_taken(tmp_path: Path):
+    finder = EntryFinder(write(tmp_path, ADNI), {})
+    entry = finder.named_in("002_S_0559/first visit")
+    assert (entry.scan, entry.participant, entry.label, entry.sex) == ("", "002_S_0559", "AD", "F")
+    assert math.isnan(entry.age)
+    assert finder.named_in("002_S_0295/only visit").age == 84
+
+
+def test_what_is_not_understood_is_said(tmp_path: Path, capsys):
+    path = write(tmp_path, "subject;class;age;sex\na;AD;60,5;1\nb;NC;old;2\n")
+    assert [e.age for e in read_table(path, {})][0] == 60.5
+    out = capsys.readouterr().out
+    assert "participant = subject, class = class, age = age, sex = sex" in out
+    assert "1 of 2 rows have no age" in out and "2 of 2 rows have no sex" in out
 
 
 def test_two_rows_that_differ_are_an_error(tmp_path: Path):

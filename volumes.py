@@ -1,0 +1,286 @@
+"""Volumes and the slices that are cut of them, on a grid of millimetres.
+
+Places are in mm of a volume's affine: x to the right of the patient, y to the front, z up. Nothing
+is registered and no skull is stripped.
+"""
+
+import math
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import nibabel
+import numpy as np
+import tyro
+from scipy import ndimage
+
+from config import UserError
+from metrics import otsu
+
+MAX_VOXELS = 512**3
+MOST_DEFLATED = 1100  # times its size that a gzip file can hold
+VOXEL_MM, EXTENT_MM = (0.1, 12), (60, 600)  # of a volume: what may be a head
+DIAMETER_MM = (90, 260)  # of a head
+COARSE = 2  # mm, in which a head is looked for
+LEVEL_BELOW_TOP = 0.43  # of a head's diameter: the lateral ventricles, to about 6 mm
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+CONVERTER = "dcm2niix"
+CONVERT_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Import:
+    """What to cut. Raises UserError naming the option, its value and what is allowed."""
+
+    scans: tyro.conf.Positional[Path]
+    """Folder of NIfTI files or of folders of DICOM files, at any depth."""
+    out: Path
+    """Folder for OUT/{train,test}/CLASS/ID_SLICE.png and manifest.csv; the same command resumes."""
+    table: Path | None = None
+    """CSV or TSV of scans or participants (ADNI, OASIS, BIDS); None: SCANS/CLASS/ is the class."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns that are called otherwise, such as: class DX age AGE. Also scan, participant, sex."""
+    classes: tuple[str, ...] | None = None
+    """Classes to take; None: all."""
+    pattern: str = "*"
+    """Names of the files or DICOM folders to take, such as *T1w*; never masks and derivatives."""
+    axis: Literal["axial", "coronal", "sagittal"] = "axial"
+    """Across which the slices lie."""
+    level: float | None = None
+    """Middle of the slices, mm of the affine; None: the ventricles' by the size of the head."""
+    slices: int = 20
+    """Slices of a scan, 1 or more."""
+    spacing: float = 1.0
+    """mm from one to the next, above 0."""
+    size: int = 240
+    """Side of a slice in mm, of a pixel each, around the head: 64 to 512."""
+    window: tuple[float, float] | None = None
+    """Values that become black and white; None: 0 (or a percentile below 0), 99.9th percentile."""
+    bits: Literal[8, 16] = 8
+    """Of a pixel."""
+    test_share: float = 0.2
+    """Of the participants of each class, above 0, below 1."""
+    seed: int = 0
+    """Of the split."""
+    unoriented: bool = False
+    """Take volumes whose header gives no orientation, as they lie."""
+
+    def __post_init__(self) -> None:
+        for name, valid, allowed in (
+            ("slices", 1 <= self.slices <= 1000, "1 to 1000"),
+            ("spacing", 0 < self.spacing <= 100, "above 0, up to 100 mm"),
+            ("size", 64 <= self.size <= 512, "64 to 512"),
+            ("test_share", 0 < self.test_share < 1, "above 0, below 1"),
+            ("window", self.window is None or self.window[0] < self.window[1], "black below white"),
+        ):
+            if not valid:
+                raise UserError(f"{name} = {getattr(self, name)}: must be {allowed}")
+        if self.columns and self.table is None:
+            raise UserError("columns: there is no --table that has them")
+        if self.axis != "axial" and self.level is None:
+            raise UserError(f"axis = {self.axis}: needs a level in mm")
+
+
+# Reading volumes
+
+
+def read_volume(path: Path, unoriented: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Values float32 [X, Y, Z] and the affine [4, 4], voxel to mm. Raises ValueError with a reason.
+
+    What is not a number counts as 0.
+    """
+    if path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            return read_volume(convert_dicom(path, Path(folder)), unoriented)
+    volume = open_volume(path, unoriented)
+    values = np.asanyarray(volume.dataobj).reshape(volume.shape[:3]).astype(np.float32)
+    if np.isinf(values).any():
+        raise ValueError("holds values that are infinite")
+    return np.nan_to_num(values, copy=False, nan=0), volume.affine
+
+
+def open_volume(path: Path, unoriented: bool) -> nibabel.Nifti1Pair:
+    """A volume of which the header was read. Raises ValueError with a reason."""
+    if path.stat().st_size == 0:
+        raise ValueError("empty file")
+    volume = nibabel.load(path)
+    header = volume.header
+    if not isinstance(volume, nibabel.Nifti1Pair):  # NIfTI-2 too
+        raise ValueError(f"{type(volume).__name__} is not NIfTI")
+    shape = [n for i, n in enumerate(volume.shape) if i < 3 or n != 1]
+    if len(shape) != 3 or min(shape) < 2:
+        raise ValueError(f"is no volume but {' x '.join(map(str, volume.shape))}")
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise ValueError(f"holds values of type {dtype}, not numbers")
+    size, needed = path.stat().st_size, math.prod(shape) * dtype.itemsize
+    if math.prod(shape) > MAX_VOXELS or needed > size * MOST_DEFLATED:
+        raise ValueError(
+            f"{' x '.join(map(str, shape))} voxels: too many for a file of {size} bytes"
+        )
+    if path.suffix.lower() == ".nii" and needed > size:
+        raise ValueError(f"truncated: {size} bytes of {needed}")
+    if not unoriented and not header["sform_code"] and not header["qform_code"]:
+        raise ValueError("its header gives no orientation (sform and qform code 0): --unoriented")
+    affine = volume.affine
+    voxel = np.linalg.norm(affine[:3, :3], axis=0) if np.isfinite(affine).all() else np.zeros(3)
+    extent = voxel * shape
+    if not (VOXEL_MM[0] <= voxel.min() <= voxel.max() <= VOXEL_MM[1]):
+        raise ValueError(f"voxels of {' x '.join(f'{v:.3g}' for v in voxel)} mm")
+    if not (EXTENT_MM[0] <= extent.min() <= extent.max() <= EXTENT_MM[1]):
+        raise ValueError(f"is {' x '.join(f'{v:.0f}' for v in extent)} mm large: no head")
+    if abs(np.linalg.det(affine[:3, :3] / voxel)) < 0.5:
+        raise ValueError("its axes do not stand upright on each other")
+    return volume
+
+
+def find_converter() -> str:
+    """The program that reads DICOM. Raises ValueError that says how to get it."""
+    program = shutil.which(CONVERTER)
+    if program is None:
+        raise ValueError(f"DICOM needs {CONVERTER}: pip install {CONVERTER}")
+    return program
+
+
+def convert_dicom(folder: Path, out: Path) -> Path:
+    """The one series of a folder as a NIfTI file. Raises ValueError with a reason."""
+    command = [
+        find_converter(),
+        "-z",
+        "n",
+        "-b",
+        "n",
+        "-d",
+        "0",
+        "-f",
+        "series%s",
+        "-o",
+        out,
+        folder,
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=CONVERT_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{CONVERTER} took more than {CONVERT_SECONDS} s") from error
+    found = sorted(out.glob("*.nii"))
+    if len(found) != 1:
+        last = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines()[-1:]
+        raise ValueError(f"{CONVERTER} made {len(found)} volumes of it, not one: {' '.join(last)}")
+    return found[0]
+
+
+# Cutting
+
+
+def corners_of(shape: Sequence[int]) -> np.ndarray:
+    """Indices of the eight corners of a grid. -> [3, 8]."""
+    return np.indices((2, 2, 2)).reshape(3, 8) * (np.array(shape) - 1)[:, None]
+
+
+def resample(
+    values: np.ndarray,
+    affine: np.ndarray,
+    corner: np.ndarray,
+    steps: np.ndarray,
+    shape: Sequence[int],
+    order: int = 3,
+) -> np.ndarray:
+    """Values at the points corner + steps @ (i, j, k), in mm, by splines. -> float32 of `shape`.
+
+    Where voxels lie closer than the points, they are smoothed before. Outside is 0, or the least
+    value if that is lower.
+    """
+    to_voxel = np.linalg.inv(affine)
+    matrix, offset = to_voxel[:3, :3] @ steps, to_voxel[:3, :3] @ corner + to_voxel[:3, 3]
+    ends = offset[:, None] + matrix @ corners_of(shape)
+    length = np.linalg.norm(steps, axis=0)
+    within = matrix * np.minimum(1, length[1:].max() / length)  # apart slices may be as they are
+    spread = np.abs(within).max(1)  # voxels from one point to the next
+    margin = 8 + 2 * spread  # of which a spline, or the smoothing, sees nothing
+    low = np.clip(np.floor(ends.min(1) - margin), 0, values.shape).astype(int)
+    high = np.clip(np.ceil(ends.max(1) + margin), 0, values.shape).astype(int)
+    outside = float(min(values.min(), 0))
+    if (high - low < 2).any():
+        return np.full(shape, outside, np.float32)
+    part = values[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    part = ndimage.gaussian_filter(part, 0.5 * np.sqrt(np.maximum(spread**2 - 1, 0)))
+    found = ndimage.affine_transform(
+        part, matrix, offset - low, tuple(shape), np.float32, order, cval=outside
+    )
+    return found.clip(min(part.min(), outside), part.max())  # splines overshoot at edges
+
+
+class Head(NamedTuple):
+    """Where a head lies in mm, and the value above which it does."""
+
+    low: np.ndarray  # least x, y, z
+    high: np.ndarray
+    diameter: float  # of a disc as large as its largest axial section
+    threshold: float
+
+
+def find_head(values: np.ndarray, affine: np.ndarray) -> Head:
+    """The largest thing brighter than half of Otsu's threshold, down to 110 mm below its top.
+
+    Raises:
+        ValueError: nothing that may be a head.
+    """
+    ends = affine[:3, :3] @ corners_of(values.shape) + affine[:3, 3:]
+    low, high = ends.min(1), ends.max(1)
+    shape = np.ceil((high - low) / COARSE).astype(int) + 1
+    coarse = resample(values, affine, low, np.eye(3) * COARSE, shape, order=1)
+    black, white = np.percentile(coarse, [1, 99.9]).tolist()
+    if white <= black:
+        raise ValueError("all of it has one value")
+    limit = otsu(((coarse - black) / (white - black) * 255).clip(0, 255)) / 2
+    threshold = black + limit / 255 * (white - black)
+    parts, count = ndimage.label(ndimage.binary_opening(coarse > threshold, iterations=2))
+    if count == 0:
+        raise ValueError("holds nothing that may be a head")
+    head = ndimage.binary_fill_holes(parts == 1 + np.bincount(parts.ravel())[1:].argmax())
+    top = np.flatnonzero(head.any((0, 1)))[-1]
+    head[:, :, : max(0, top - round(110 / COARSE))] = False
+    diameter = 2 * math.sqrt(head.sum((0, 1)).max() * COARSE**2 / math.pi)
+    if not DIAMETER_MM[0] <= diameter <= DIAMETER_MM[1]:
+        raise ValueError(f"its largest thing is {diameter:.0f} mm wide: no head")
+    places = np.argwhere(head)
+    return Head(low + places.min(0) * COARSE, low + places.max(0) * COARSE, diameter, threshold)
+
+
+class Cut(NamedTuple):
+    """Slices of a volume, lowest first."""
+
+    images: np.ndarray  # float32 [slices, size, size]
+    levels: np.ndarray  # mm [slices]
+    black: float
+    white: float
+
+
+def cut(values: np.ndarray, affine: np.ndarray, options: Import) -> Cut:
+    """The slices asked for. Raises ValueError with a reason.
+
+    In a picture the patient's left is left, or the front is right (sagittal); front or top is up.
+    """
+    head, axis = find_head(values, affine), AXES[options.axis]
+    middle = options.level
+    if middle is None:
+        middle = head.high[2] - LEVEL_BELOW_TOP * head.diameter
+    levels = middle + (np.arange(options.slices) - (options.slices - 1) / 2) * options.spacing
+    column, row = [i for i in range(3) if i != axis]
+    corner, steps, half = (head.low + head.high) / 2, np.zeros((3, 3)), (options.size - 1) / 2
+    corner += np.eye(3)[row] * half - np.eye(3)[column] * half
+    corner[axis] = levels[0]
+    steps[axis, 0], steps[row, 1], steps[column, 2] = options.spacing, -1, 1
+    images = resample(values, affine, corner, steps, (options.slices, options.size, options.size))
+    inside = images[images > head.threshold]
+    if len(inside) < 0.05 * images.size:
+        raise ValueError(f"shows no head from {levels[0]:.0f} to {levels[-1]:.0f} mm")
+    low = float(np.percentile(images, 0.1)) if values.min() < 0 else 0.0
+    black, white = options.window or (low, float(np.percentile(inside, 99.9)))
+    if white <= black:
+        raise ValueError(f"values from {black:g} to {white:g}: no contrast")
+    return Cut(images, levels, black, white)
