@@ -2,11 +2,11 @@
 
     python dataset.py import SCANS --out AD_NC --table subjects.csv
 
-A volume is a NIfTI file or, with the program dcm2niix, a folder of DICOM files, at any depth. Its row
-of the table is the one whose scan or, if there is none, whose participant is a part of its path: not
-a mere number within a name, which may be a date. Without a table SCANS/CLASS/... is the class, and
-whose it is stands in the path (sub-01, 002_S_0295, OAS1_0001), or is the folder in that of the
-class, or the file. CN becomes NC as a class of a table, and a CDR above 0 becomes AD.
+A volume is a NIfTI file or, with the program dcm2niix, a folder of DICOM files, at any depth. Its
+row of the table is the one whose scan or, if there is none, whose participant is a part of its
+path: not a mere number within a name, which may be a date. Without a table SCANS/CLASS/... is the
+class, and whose it is stands in the path (sub-01, 002_S_0295, OAS1_0001), or is the folder in that
+of the class, or the file. CN becomes NC as a class of a table, and a CDR above 0 becomes AD.
 """
 
 import csv
