@@ -3,7 +3,7 @@
     python dataset.py check AD_NC --table subjects.csv
 
 What it cannot see: slices of one person under two ids that no table joins, unless they show the
-same picture, and whatever the scans went through before.
+same picture; pictures upside down; whatever the scans went through before.
 """
 
 import hashlib
@@ -34,13 +34,14 @@ from dataset import (
     read_splits,
     shared_ids,
 )
-from metrics import aligned, auc, distance_rows, in_parts, otsu
+from metrics import auc, distance_rows, in_parts, moments, otsu
 from storage import save_figure
 from tables import RENAMED, Entry, EntryFinder, read_manifest
 from utils import ensure_writable, map_on_cores, say, shown
 
 SIDE = 96  # pixels of a slice in which its detail is compared
 HASH_SIDE = 24  # and its whole
+HEAD = 0.28  # deviation of a head's pixels from its middle, in sides of a picture, when upright
 NEIGHBOURS = 3  # of the same whole, whose detail is compared
 SAME_DETAIL = 0.7  # correlation from which two slices show one picture
 TELLING = 0.65  # AUC from which a single number is said to tell the class
@@ -232,13 +233,41 @@ def best_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return fft.irfft2(product, a.shape[1:]).max((1, 2))
 
 
+def upright(pictures: np.ndarray) -> np.ndarray:
+    """Heads turned upright, moved to the middle and scaled to one size. uint8 [n, SIDE, SIDE].
+
+    By the moments of what is brighter than a seventh of the bright: not by how it is lit.
+    """
+
+    def work(part: np.ndarray) -> np.ndarray:
+        black = np.percentile(part, 5, (1, 2), keepdims=True)
+        grey = (part - black).clip(0).astype(np.float32)
+        mask = grey > 0.15 * np.percentile(grey, 99, (1, 2), keepdims=True)
+        x, y, tilt, _ = moments(mask)
+        at, share = (
+            np.arange(SIDE) - (SIDE - 1) / 2,
+            mask / np.maximum(mask.sum((1, 2)), 1)[:, None, None],
+        )
+        spread = share.sum(1) @ at**2 - x**2 + share.sum(2) @ at**2 - y**2
+        scale = np.sqrt(np.maximum(spread, 1)) / (HEAD * SIDE)
+        cos, sin = scale * np.cos(np.radians(tilt)), scale * np.sin(np.radians(tilt))
+        rows = [[cos, -sin, x * 2 / SIDE], [sin, cos, y * 2 / SIDE]]
+        theta = torch.from_numpy(np.array(rows, np.float32)).movedim(2, 0)
+        grid = F.affine_grid(theta, [len(part), 1, SIDE, SIDE], align_corners=False)
+        turned = F.grid_sample(torch.from_numpy(grey)[:, None], grid, align_corners=False)
+        return turned[:, 0].round().clamp(0, 255).byte().numpy()
+
+    return in_parts(work, pictures)
+
+
 def wholes(pictures: np.ndarray) -> np.ndarray:
-    """A perceptual hash: heads upright, in the middle, lit alike, small. -> [n, HASH_SIDE^2]."""
+    """A perceptual hash of upright pictures: small, lit alike. -> float32 [n, HASH_SIDE^2]."""
     size = SIDE // HASH_SIDE
 
     def work(part: np.ndarray) -> np.ndarray:
-        small = aligned(part).reshape(-1, HASH_SIDE, size, HASH_SIDE, size).mean((2, 4))
-        return small.reshape(len(part), -1)
+        small = part.reshape(-1, HASH_SIDE, size, HASH_SIDE, size).mean((2, 4), dtype=np.float32)
+        small = small.reshape(len(part), -1)
+        return small * (50 / np.maximum(small.mean(1, keepdims=True), 1))
 
     return in_parts(work, pictures)
 
@@ -262,14 +291,19 @@ def near_duplicates(folder: Folder) -> tuple[list[Pair], float]:
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
     if not min(map(len, rows.values())):
         return [], 0.0
-    train = wholes(folder.pictures[rows["train"]])
-    best: dict[int, tuple[float, int, bool]] = {}
+    train = folder.pictures[rows["train"]]
+    train_up = upright(train)
+    hashes, best = wholes(train_up), {}
     for mirrored in (False, True):
         test = folder.pictures[rows["test"]][:, :, :: -1 if mirrored else 1]
-        for part, distances in distance_rows(wholes(test), train):
+        test_up = upright(test)
+        for part, distances in distance_rows(wholes(test_up), hashes):
             count = min(NEIGHBOURS, len(train))
             for column in np.argpartition(distances, count - 1, axis=1)[:, :count].T:
-                scores = best_correlation(test[part], folder.pictures[rows["train"][column]])
+                scores = np.maximum(
+                    best_correlation(test[part], train[column]),
+                    best_correlation(test_up[part], train_up[column]),
+                )
                 for i, score, j in zip(rows["test"][part], scores, column, strict=True):
                     best[i] = max(best.get(i, (-1.0, 0, False)), (float(score), int(j), mirrored))
     pairs = [

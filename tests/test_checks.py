@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 
 from checks import SAME_DETAIL, best_correlation, check, most_telling
@@ -96,8 +96,23 @@ def test_an_honest_folder_passes(root: Path, capsys):
         (lambda image: image.rotate(2, Image.Resampling.BILINEAR), "one picture in test and train"),
         (lambda image: image.point(lambda v: int(0.8 * v)), "one picture in test and train"),
         (lambda image: image.resize((96, 105)), "one picture in test and train"),
+        (lambda image: image.rotate(9, Image.Resampling.BICUBIC), "one picture in test and train"),
+        (lambda image: image.crop((6, 2, 104, 118)), "one picture in test and train"),
+        (lambda image: ImageOps.expand(image, 12), "one picture in test and train"),
     ],
-    ids=["file", "pixels", "encoded", "shifted", "mirrored", "turned", "darkened", "resized"],
+    ids=[
+        "file",
+        "pixels",
+        "encoded",
+        "shifted",
+        "mirrored",
+        "turned",
+        "darkened",
+        "resized",
+        "turned far",
+        "cropped",
+        "framed",
+    ],
 )
 def test_a_training_slice_in_test_is_found(root: Path, change, words):
     save(change(load(root / "train", "3_1.png")), root)
@@ -123,6 +138,21 @@ def test_a_participant_under_two_ids_is_found(root: Path, source):
     path.write_text(text)
     problem = run(root, table=None if source == "manifest" else path)
     assert "1 id(s) on both sides of the split: p3" in problem
+
+
+def test_a_table_that_names_nobody_is_no_proof(root: Path, capsys):
+    table = root.parent / "table.csv"
+    table.write_text("subject,class\nsomeone,NC\n")
+    assert "names none of the ids" in run(root, table=table)
+    table.write_text("Image Data ID,Subject,Group\nI3,p,AD\nI13,p,AD\n")  # of 18 ids
+    assert "1 id(s) on both sides of the split: p" in run(root, table=table)
+    assert "names 2 of 18 ids" in capsys.readouterr().out
+
+
+def test_a_table_of_changing_classes_still_joins(root: Path):
+    table = root.parent / "table.csv"
+    table.write_text("subject,visit,class\n3,bl,NC\n3,m12,AD\n4,bl,NC\n")
+    assert run(root, table=table) == ""
 
 
 def test_a_class_that_the_table_denies_is_found(root: Path):
