@@ -244,15 +244,13 @@ def upright(pictures: np.ndarray) -> np.ndarray:
         grey = (part - black).clip(0).astype(np.float32)
         mask = grey > 0.15 * np.percentile(grey, 99, (1, 2), keepdims=True)
         x, y, tilt, _ = moments(mask)
-        at, share = (
-            np.arange(SIDE) - (SIDE - 1) / 2,
-            mask / np.maximum(mask.sum((1, 2)), 1)[:, None, None],
-        )
-        spread = share.sum(1) @ at**2 - x**2 + share.sum(2) @ at**2 - y**2
+        at, count = np.arange(SIDE) - (SIDE - 1) / 2, np.maximum(mask.sum((1, 2)), 1)
+        columns, rows = (mask.sum(axis) / count[:, None] for axis in (1, 2))
+        spread = columns @ at**2 - x**2 + rows @ at**2 - y**2
         scale = np.sqrt(np.maximum(spread, 1)) / (HEAD * SIDE)
         cos, sin = scale * np.cos(np.radians(tilt)), scale * np.sin(np.radians(tilt))
-        rows = [[cos, -sin, x * 2 / SIDE], [sin, cos, y * 2 / SIDE]]
-        theta = torch.from_numpy(np.array(rows, np.float32)).movedim(2, 0)
+        turn = np.array([[cos, -sin, x * 2 / SIDE], [sin, cos, y * 2 / SIDE]], np.float32)
+        theta = torch.from_numpy(turn).movedim(2, 0)
         grid = F.affine_grid(theta, [len(part), 1, SIDE, SIDE], align_corners=False)
         turned = F.grid_sample(torch.from_numpy(grey)[:, None], grid, align_corners=False)
         return turned[:, 0].round().clamp(0, 255).byte().numpy()
