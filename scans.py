@@ -255,12 +255,19 @@ def row_of(scan: Scan, side: str, made: Cut | None, options: Import) -> dict[str
     }
 
 
+def slice_paths(scan: Scan, side: str, options: Import) -> list[Path]:
+    """The files of a scan's slices, lowest first."""
+    folder = options.out / side / scan.entry.label
+    return [folder / f"{scan.name}_{number}.png" for number in range(options.slices)]
+
+
 def write_slices(scan: Scan, side: str, made: Cut, options: Import) -> None:
     """One PNG for each slice."""
     top = 2**options.bits - 1
     grey = (made.images - made.black) * (top / (made.white - made.black))
-    for number, image in enumerate(grey.round().clip(0, top).astype(f"uint{options.bits}")):
-        save_grey(image, options.out / side / scan.entry.label / f"{scan.name}_{number}.png")
+    images = grey.round().clip(0, top).astype(f"uint{options.bits}")
+    for image, path in zip(images, slice_paths(scan, side, options), strict=True):
+        save_grey(image, path)
 
 
 def write_manifest(rows: dict[str, dict[str, str]], path: Path) -> None:
@@ -304,9 +311,8 @@ def is_done(scan: Scan, row: dict[str, str] | None, options: Import) -> bool:
     """Whether all slices of a scan are there, of a file that is still the same."""
     if row is None or not row.get("sha256"):
         return False
-    folder = options.out / row["split"] / scan.entry.label
-    whole = all((folder / f"{scan.name}_{i}.png").exists() for i in range(options.slices))
-    return whole and row.get("sha256") == sha256_of(scan.path)
+    whole = all(path.exists() for path in slice_paths(scan, row["split"], options))
+    return whole and row["sha256"] == sha256_of(scan.path)
 
 
 def import_scans(options: Annotated[Import, tyro.conf.arg(name="")]) -> None:
@@ -332,6 +338,8 @@ def import_scans(options: Annotated[Import, tyro.conf.arg(name="")]) -> None:
         say_problems(problems)
         raise
     with lock(options.out, "importing"):
+        if rows_before(scans, options) != rows:
+            raise UserError(f"{options.out}: another process imported there; run this again")
         sweep(options.out)
         cut_all(scans, split, rows, problems, options)
     if gone := sorted(rows.keys() - {scan.name for scan in scans}):
@@ -353,8 +361,8 @@ def cut_all(
     """
     todo = [scan for scan in scans if not is_done(scan, rows.get(scan.name), options)]
     rows |= {s.name: row_of(s, split[s.entry.participant], None, options) for s in todo}
-    path, guard = options.out / MANIFEST, threading.Lock()
-    write_manifest(rows, path)
+    manifest, guard = options.out / MANIFEST, threading.Lock()
+    write_manifest(rows, manifest)
     written = time.monotonic()
 
     def work(scan: Scan) -> None:
@@ -365,6 +373,8 @@ def cut_all(
             row = row_of(scan, side, made, options)
         except Exception as error:  # nibabel's are of many types
             problems[str(scan.path.relative_to(options.scans))] = first_line(error)
+            for path in slice_paths(scan, side, options):  # of the file as it was before
+                path.unlink(missing_ok=True)
             with guard:
                 del rows[scan.name]
             return
@@ -372,13 +382,13 @@ def cut_all(
         with guard:
             rows[scan.name] = row
             if time.monotonic() > written + MANIFEST_SECONDS:
-                write_manifest(rows, path)
+                write_manifest(rows, manifest)
                 written = time.monotonic()
 
     try:
         map_on_cores(work, todo, "scans", "scan")
     finally:
-        write_manifest(rows, path)
+        write_manifest(rows, manifest)
 
 
 def has_header(scan: Scan, problems: dict[str, str], options: Import) -> bool:

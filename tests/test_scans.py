@@ -356,6 +356,15 @@ def test_a_volume_that_changed_is_cut_again(options: Import, monkeypatch):
     assert {re.sub(r"_.*", "", name.split("/")[-1]) for name in changed} == {"I100", "manifest.csv"}
 
 
+def test_a_volume_that_became_unreadable_leaves_no_slices(options: Import):
+    import_scans(options)
+    values, affine = head()
+    write(options.scans / "000_S_0001" / "ADNI_000_S_0001_I100.nii.gz", values * 0, affine)
+    import_scans(options)
+    assert "I100" not in {row["id"] for row in manifest(options.out)}
+    assert not list(options.out.rglob("I100_*"))
+
+
 def test_other_choices_on_the_same_folder_are_refused(options: Import, tmp_path: Path):
     import_scans(options)
     before = files(options.out)
