@@ -269,7 +269,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as parts:  # torch does not look at the checksums
             if part := parts.testzip():
-                raise DamagedFile(f"{path} is damaged: {part} is not what was written")
+                raise DamagedFile(f"{path} is damaged: {part!r} is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
         kinds = {"G_ema": dict, "settings": dict, "cur_nimg": int}
         if all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
