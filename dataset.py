@@ -10,6 +10,7 @@ id. The id, one scan or one subject, is the file name up to its last underscore.
 its classes AD (Alzheimer's disease) and NC (normal control, CN in ADNI's own tables).
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -370,6 +371,21 @@ def data_identity(files: Iterable[SliceFile], root: Path) -> str:
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
+def allocate(path: Path) -> None:
+    """Take the space of a file: a disk that fills while it is mapped would end the process.
+
+    Raises:
+        OSError: no space left, or allowed. On file systems that cannot do it nothing happens.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+
+
 def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
     """Decode every file into one uint8 array [n, R, R] on disk, with a progress bar.
 
@@ -380,9 +396,7 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
     if needed > shutil.disk_usage(target.parent).free:
         raise UserError(f"cache = {target.parent}: {needed / 1e9:.1f} GB needed, less is free")
     images = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), *[resolution] * 2))
-    if hasattr(os, "posix_fallocate"):  # a disk that fills while it is mapped ends the process
-        with open(target, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
+    allocate(target)
     groups = defaultdict(list)
     for row, file in enumerate(files):
         groups[file.path.parent, file.scan].append(row)
