@@ -30,11 +30,13 @@ from dataset import (
     decode_id,
     describe,
     doubtful_classes,
+    join_participants,
     pad_to_square,
     read_splits,
+    rows_by_scan,
     shared_ids,
 )
-from metrics import auc, distance_rows, in_parts, moments, otsu
+from metrics import auc, distance_rows, in_parts, moments, otsu, spread, turned
 from storage import save_figure
 from tables import RENAMED, Entry, EntryFinder, read_manifest
 from utils import ensure_writable, map_on_cores, say, shown
@@ -71,10 +73,6 @@ class Folder(NamedTuple):
     pictures: np.ndarray  # uint8 [n, SIDE, SIDE]
     entries: dict[str, Entry]  # by scan, where a table or a manifest has it
     problems: list[str]
-
-    def column(self, name: str) -> np.ndarray:
-        """Something of each slice's file. -> [n]."""
-        return np.array([getattr(s.file, name) for s in self.slices])
 
 
 # Reading
@@ -125,14 +123,14 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Fold
     classes, splits = read_splits(root, any_classes=True)
     entries, other = dict(read_manifest(root)), defaultdict(set)
     for files in splits.values():
-        for row, file in enumerate(files):
+        for file in files:
             if finder and file.scan not in entries and (entry := named(finder, file.scan)):
                 entries[file.scan] = entry
             if entry := entries.get(file.scan):
                 says, lies = (RENAMED.get(n, n) for n in (entry.label, classes[file.label]))
                 if says and says != lies:
                     other[f"{says}, lies in {lies}"].add(file.scan)
-                files[row] = file._replace(subject=entry.participant)
+        join_participants(files, entries)
     describe(root, classes, splits)
     problems = shared_ids(splits)
     if table:
@@ -143,13 +141,12 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Fold
             problems.append(f"{table} names none of the ids: whose they are is not known")
     for what, scans in other.items():
         problems.append(f"of class {what}: {', '.join(sorted(scans)[:NAMED])} ({len(scans)} ids)")
-    of_scan: dict[tuple, list[SliceFile]] = defaultdict(list)
-    for split, files in splits.items():
-        for file in files:
-            of_scan[split, file.path.parent, file.scan].append(file)
-    found = map_on_cores(
-        lambda item: look(item[1], item[0][0]), list(of_scan.items()), shown(root), "id"
-    )
+    of_scans = [
+        (split, [files[row] for row in rows])
+        for split, files in splits.items()
+        for rows in rows_by_scan(files)
+    ]
+    found = map_on_cores(lambda item: look(item[1], item[0]), of_scans, shown(root), "id")
     slices = [seen for part, _, _ in found for seen in part]
     problems += [line for _, _, bad in found for line in bad]
     if doubt := doubtful_classes(classes, splits["train"]):
@@ -217,9 +214,8 @@ def exact_duplicates(folder: Folder) -> None:
 def detail(pictures: np.ndarray) -> np.ndarray:
     """Edges of pictures [n, S, S], with zero mean and unit norm. -> float32 [n, S, S]."""
     grey = pictures.astype(np.float32)
-    fine = ndimage.gaussian_filter(grey, (0, 0.7, 0.7)) - ndimage.gaussian_filter(
-        grey, (0, 1.5, 1.5)
-    )
+    near, far = (ndimage.gaussian_filter(grey, (0, width, width)) for width in (0.7, 1.5))
+    fine = near - far
     fine -= fine.mean((1, 2), keepdims=True)
     return fine / np.maximum(np.linalg.norm(fine, axis=(1, 2), keepdims=True), 1e-3)
 
@@ -246,14 +242,9 @@ def upright(pictures: np.ndarray) -> np.ndarray:
         x, y, tilt, _ = moments(mask)
         at, count = np.arange(SIDE) - (SIDE - 1) / 2, np.maximum(mask.sum((1, 2)), 1)
         columns, rows = (mask.sum(axis) / count[:, None] for axis in (1, 2))
-        spread = columns @ at**2 - x**2 + rows @ at**2 - y**2
-        scale = np.sqrt(np.maximum(spread, 1)) / (HEAD * SIDE)
-        cos, sin = scale * np.cos(np.radians(tilt)), scale * np.sin(np.radians(tilt))
-        turn = np.array([[cos, -sin, x * 2 / SIDE], [sin, cos, y * 2 / SIDE]], np.float32)
-        theta = torch.from_numpy(turn).movedim(2, 0)
-        grid = F.affine_grid(theta, [len(part), 1, SIDE, SIDE], align_corners=False)
-        turned = F.grid_sample(torch.from_numpy(grey)[:, None], grid, align_corners=False)
-        return turned[:, 0].round().clamp(0, 255).byte().numpy()
+        variance = columns @ at**2 - x**2 + rows @ at**2 - y**2
+        scale = np.sqrt(np.maximum(variance, 1)) / (HEAD * SIDE)
+        return turned(grey, x, y, tilt, scale)
 
     return in_parts(work, pictures)
 
@@ -383,7 +374,8 @@ def most_telling(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 def draw_sheet(folder: Folder, path: Path) -> None:
     """A row of slices for each class; at its end the darkest, brightest, smallest and largest."""
-    rows = [np.flatnonzero(folder.column("label") == i) for i in range(len(folder.classes))]
+    labels = np.array([seen.file.label for seen in folder.slices])
+    rows = [np.flatnonzero(labels == i) for i in range(len(folder.classes))]
     rows = [row for row in rows if len(row)]
     figure = Figure(figsize=(COLUMNS + 4 * EXTREMES, 1.15 * len(rows) + 0.5))
     axes = figure.subplots(len(rows), COLUMNS + 4 * EXTREMES, squeeze=False)
@@ -391,8 +383,7 @@ def draw_sheet(folder: Folder, path: Path) -> None:
         pictures = folder.pictures[row]
         grey = pictures.mean((1, 2))
         size = np.array([(p > otsu(p) / 2).mean() for p in pictures])
-        shown_at = np.linspace(0, len(row) - 1, COLUMNS).round().astype(int)
-        at = {"": shown_at}
+        at = {"": spread(len(row), COLUMNS)}
         for name, values in (("dark", grey), ("bright", -grey), ("small", size), ("large", -size)):
             at[name] = np.argsort(values, kind="stable")[:EXTREMES]
         titles = [name for name, chosen in at.items() for _ in chosen]

@@ -19,7 +19,7 @@ import shutil
 import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 from assets.demo_brains import write_demo, write_fresh
 from config import Config, UserError
 from storage import make_array_once, mark_used, partial_path, size_of, sweep
-from tables import MANIFEST, read_manifest
+from tables import MANIFEST, Entry, read_manifest
 from utils import (
     StopRequest,
     conditions,
@@ -78,7 +78,7 @@ class SliceFile(NamedTuple):
     @property
     def scan(self) -> str:
         """The id in its name: slices of one scan have one scale of grey."""
-        return self.path.stem.rpartition("_")[0] or self.path.stem
+        return scan_of(self.path)
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,26 @@ class Slices:
 # Finding
 
 
+def scan_of(path: Path) -> str:
+    """The id in the name of a slice: up to its last underscore."""
+    return path.stem.rpartition("_")[0] or path.stem
+
+
+def rows_by_scan(files: list[SliceFile]) -> list[list[int]]:
+    """The rows of the slices of each scan, in their order."""
+    rows_of = defaultdict(list)
+    for row, file in enumerate(files):
+        rows_of[file.path.parent, file.scan].append(row)
+    return list(rows_of.values())
+
+
+def join_participants(files: list[SliceFile], entries: Mapping[str, Entry]) -> None:
+    """Put whose scan it is in the place of the id, where entries say so."""
+    for row, file in enumerate(files):
+        if entry := entries.get(file.scan):
+            files[row] = file._replace(subject=entry.participant)
+
+
 def subfolders(folder: Path) -> list[Path]:
     return sorted(p for p in entries(folder) if p.is_dir())
 
@@ -125,7 +145,7 @@ def list_slices(folder: Path, label: int) -> list[SliceFile]:
     paths = [p for p in entries(folder) if p.suffix.lower() in suffixes]
     if not paths:
         raise UserError(f"class folder {folder} holds no image files")
-    files = [SliceFile(p, p.stem.rpartition("_")[0] or p.stem, label) for p in paths]
+    files = [SliceFile(p, scan_of(p), label) for p in paths]
     return sorted(files, key=lambda f: (f.subject, len(f.path.stem), f.path.name))
 
 
@@ -196,9 +216,7 @@ def read_splits(root: Path, any_classes: bool) -> tuple[list[str], dict[str, lis
         raise UserError(f"{root}: {doubt}; if they are right, say --any-classes")
     manifest = read_manifest(root)
     for files in found:
-        for row, file in enumerate(files):
-            if entry := manifest.get(file.scan):
-                files[row] = file._replace(subject=entry.participant)
+        join_participants(files, manifest)
     splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0])
     return names[0], splits
 
@@ -397,9 +415,6 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
         raise UserError(f"cache = {target.parent}: {needed / 1e9:.1f} GB needed, less is free")
     images = np.lib.format.open_memmap(target, "w+", np.uint8, (len(files), *[resolution] * 2))
     allocate(target)
-    groups = defaultdict(list)
-    for row, file in enumerate(files):
-        groups[file.path.parent, file.scan].append(row)
     problems: list[str] = []
 
     def work(rows: list[int]) -> None:
@@ -408,7 +423,7 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
         if result is not None:
             images[rows] = result.numpy()
 
-    map_on_cores(work, list(groups.values()), "decoding", "id")
+    map_on_cores(work, rows_by_scan(files), "decoding", "id")
     if problems:
         table = "\n  ".join(sorted(problems))
         raise UserError(f"{len(problems)} of {len(files)} files cannot be used:\n  {table}")
@@ -420,17 +435,14 @@ def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) ->
     times = [file_stamp(f.path)[1] for f in files]
     stamp = repr((CACHE_VERSION, resolution, data_identity(files, root), times))
     path = cache / f"{hashlib.sha256(stamp.encode()).hexdigest()[:16]}-{resolution}.npy"
-    sweep(cache)
     return make_array_once(path, lambda partial: decode_all(files, resolution, partial))
 
 
-def find_levels(files: list[SliceFile]) -> np.ndarray:
-    """Where each slice lies among those of its scan, 0 lowest number to 1 highest. -> [n]."""
-    rows_of = defaultdict(list)
-    for row, file in enumerate(files):  # in the order of their numbers
-        rows_of[file.path.parent, file.scan].append(row)
-    levels = np.full(len(files), 0.5)
-    for rows in rows_of.values():
+def find_levels(ids: np.ndarray) -> np.ndarray:
+    """Place of each slice among those of its id, 0 lowest to 1: slices are in order. -> [n]."""
+    levels = np.full(len(ids), 0.5)
+    for name in np.unique(ids):
+        rows = np.flatnonzero(ids == name)
         if len(rows) > 1:
             levels[rows] = np.linspace(0, 1, len(rows))
     return levels
@@ -447,7 +459,8 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     images = decoded(files, root, config.img_resolution, config.cache)
     labels = np.array([f.label for f in files])
     subjects = np.array([f.subject for f in files])
-    levels = find_levels(files) if config.condition_level else None
+    scans = np.array([str(f.path.parent / f.scan) for f in files])
+    levels = find_levels(scans) if config.condition_level else None
     parts = {"train": slice(len(splits["train"])), "test": slice(len(splits["train"]), None)}
     slices = {
         k: Slices(images[s], labels[s], subjects[s], classes, None if levels is None else levels[s])

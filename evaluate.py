@@ -49,7 +49,6 @@ from features import (
     load_inception,
     planted_copies,
     sample_fakes,
-    sha256_of,
     spread_labels,
     trained_encoder,
 )
@@ -92,6 +91,7 @@ from storage import (
     output_folder,
     read_run_config,
     run_folder,
+    sha256_of,
 )
 from utils import ensure_writable, one_hot, resolve_device, run_command, say, stream_seed
 

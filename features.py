@@ -24,10 +24,18 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import Config, UserError
-from dataset import Slices, augment
+from dataset import Slices, augment, find_levels
 from metrics import Features, segment, spread
 from modules import MEMORY_FORMAT, Generator
-from storage import is_whole, make_array_once, make_once, packed, read_safetensors, to_uint8
+from storage import (
+    is_whole,
+    make_array_once,
+    make_once,
+    packed,
+    read_safetensors,
+    sha256_of,
+    to_uint8,
+)
 from utils import LEVELS, conditions, map_on_cores, one_hot, say, stream_seed
 
 BATCH = 50  # images through a network at a time
@@ -118,10 +126,6 @@ def averaged(images: np.ndarray, size: int = 64) -> Tensor:
         for i in range(0, len(images), BATCH)
     ]
     return torch.cat(parts)
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Weights(NamedTuple):
@@ -320,15 +324,6 @@ def principal_components(x: Tensor) -> Tensor:
     return F.pad(u, (0, COMPONENTS))[:, :COMPONENTS]
 
 
-def level_of_slices(subjects: np.ndarray) -> np.ndarray:
-    """Place of each slice among those of its id, 0 to 1: the levels, where names are in order."""
-    level = np.zeros(len(subjects))
-    for name in np.unique(subjects):
-        rows = np.flatnonzero(subjects == name)
-        level[rows] = np.linspace(0, 1, len(rows)) if len(rows) > 1 else 0.5
-    return level
-
-
 def trained_encoder(
     train: Slices, data: str, cache: Path, own: Path | None = None
 ) -> tuple[Encoder, str]:
@@ -351,7 +346,7 @@ def trained_encoder(
 
     def write(path: Path) -> None:
         say("training the encoder on the training slices")
-        x, level = averaged(train.images), level_of_slices(train.subjects)
+        x, level = averaged(train.images), find_levels(train.subjects)
         targets = [one_hot(train.labels, num_classes), torch.from_numpy(level)[:, None]]
         targets = torch.cat([*targets, principal_components(x)], 1).float()
         encoder = fit_encoder(x, targets, loss, seed=0, apart=1)

@@ -515,15 +515,25 @@ def aligned(images: np.ndarray) -> np.ndarray:
         black = np.percentile(part, 5, (1, 2), keepdims=True)
         grey = (part - black).clip(0).astype(np.float32)
         grey *= 50 / np.maximum(grey.mean((1, 2), keepdims=True), 1)
-        x, y, tilt, _ = moments(grey)
-        cos, sin, scale = np.cos(np.radians(tilt)), np.sin(np.radians(tilt)), 2 / part.shape[-1]
-        rows = [[cos, -sin, x * scale], [sin, cos, y * scale]]
-        theta = torch.from_numpy(np.array(rows, np.float32)).movedim(2, 0)
-        grid = F.affine_grid(theta, [len(part), 1, *part.shape[1:]], align_corners=False)
-        turned = F.grid_sample(torch.from_numpy(grey)[:, None], grid, align_corners=False)
-        return turned[:, 0].round().clamp(0, 255).byte().numpy()
+        return turned(grey, *moments(grey)[:3])
 
     return in_parts(work, images)
+
+
+def turned(
+    grey: np.ndarray, x: np.ndarray, y: np.ndarray, tilt: np.ndarray, scale: np.ndarray | float = 1
+) -> np.ndarray:
+    """Pictures [n, R, R] with what lies at x and y in the middle, its tilt taken back. -> uint8.
+
+    One pixel shows `scale` pixels of before.
+    """
+    cos, sin = scale * np.cos(np.radians(tilt)), scale * np.sin(np.radians(tilt))
+    sides = grey.shape[-1] / 2
+    rows = np.array([[cos, -sin, x / sides], [sin, cos, y / sides]], np.float32)
+    shape = [len(grey), 1, *grey.shape[1:]]
+    grid = F.affine_grid(torch.from_numpy(rows).movedim(2, 0), shape, align_corners=False)
+    found = F.grid_sample(torch.from_numpy(grey)[:, None], grid, align_corners=False)
+    return found[:, 0].round().clamp(0, 255).byte().numpy()
 
 
 def leaks(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:

@@ -29,7 +29,7 @@ import tyro
 
 from config import UserError
 from dataset import SPLITS
-from storage import lock, save_grey, sweep, write_atomically
+from storage import lock, save_grey, sha256_of, sweep, write_atomically
 from tables import (
     MANIFEST,
     RENAMED,
@@ -181,11 +181,17 @@ def split_participants(
         drawn = set(edges[:-1] + (rng.random(count) * np.diff(edges)).astype(int))
         split |= {name: "test" if i in drawn else "train" for i, name in enumerate(names)}
     split |= before
-    for label in sorted({s.entry.label for s in scans}):
-        sides = {split[s.entry.participant] for s in scans if s.entry.label == label}
-        if len(sides) < 2:
-            raise UserError(f"class {label}: too few participants to split them")
+    for label, _ in one_sided(scans, split):
+        raise UserError(f"class {label}: too few participants to split them")
     return split
+
+
+def one_sided(scans: list[Scan], split: dict[str, str]) -> list[tuple[str, str]]:
+    """Classes that are on one side of the split only, and on which."""
+    sides: dict[str, set[str]] = defaultdict(set)
+    for scan in scans:
+        sides[scan.entry.label].add(split[scan.entry.participant])
+    return [(label, *there) for label, there in sorted(sides.items()) if len(there) == 1]
 
 
 def balance(scans: Iterable[Scan], split: dict[str, str]) -> list[str]:
@@ -209,16 +215,6 @@ def balance(scans: Iterable[Scan], split: dict[str, str]) -> list[str]:
 # Writing
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file, or of the files of a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def choices(options: Import) -> dict[str, str]:
     """Every choice that concerns all scans, for the manifest."""
     window = "percentile" if options.window is None else " ".join(f"{v:g}" for v in options.window)
@@ -235,6 +231,17 @@ def choices(options: Import) -> dict[str, str]:
     }
 
 
+def measured(scan: Scan, made: Cut) -> dict[str, str]:
+    """What is known of a scan once it is cut."""
+    return {
+        "sha256": sha256_of(scan.path),
+        "lowest_mm": f"{made.levels[0]:.2f}",
+        "highest_mm": f"{made.levels[-1]:.2f}",
+        "black": f"{made.black:g}",
+        "white": f"{made.white:g}",
+    }
+
+
 def row_of(scan: Scan, side: str, made: Cut | None, options: Import) -> dict[str, str]:
     """A scan's row of the manifest, before it is cut or after."""
     entry = scan.entry
@@ -246,11 +253,8 @@ def row_of(scan: Scan, side: str, made: Cut | None, options: Import) -> dict[str
         "sex": entry.sex,
         "split": side,
         "source": shown(scan.path.relative_to(options.scans)),
-        "sha256": sha256_of(scan.path) if made else "",
-        "lowest_mm": f"{made.levels[0]:.2f}" if made else "",
-        "highest_mm": f"{made.levels[-1]:.2f}" if made else "",
-        "black": f"{made.black:g}" if made else "",
-        "white": f"{made.white:g}" if made else "",
+        **dict.fromkeys(("sha256", "lowest_mm", "highest_mm", "black", "white"), ""),
+        **(measured(scan, made) if made else {}),
         **choices(options),
     }
 
@@ -418,11 +422,9 @@ def report(
     say_problems(problems)
     if not scans:
         raise UserError(f"{options.scans}: no volume could be used")
-    for label in sorted({scan.entry.label for scan in scans}):
-        sides = {split[s.entry.participant] for s in scans if s.entry.label == label}
-        if len(sides) < 2:
-            text = f"all volumes of class {label} that could be read are in {sides.pop()}/"
-            raise UserError(f"{text}; use another --out, without those that could not")
+    for label, side in one_sided(scans, split):
+        text = f"all volumes of class {label} that could be read are in {side}/"
+        raise UserError(f"{text}; use another --out, without those that could not")
     people = len({scan.entry.participant for scan in scans})
     say(f"{len(scans)} scans of {people} participants in {options.out}")
     say(f"look at them: python dataset.py check {options.out}")

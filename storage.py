@@ -6,6 +6,7 @@ checkpoints/ and generator.safetensors.
 """
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -177,6 +178,7 @@ def make_once(
         ensure_writable(path.parent)
         with alone(path):
             if not whole(path):  # else another process was faster
+                sweep(path.parent)
                 if path.exists():
                     say(f"note: {path} is damaged, and made anew")
                 write_atomically(path, write)
@@ -187,6 +189,16 @@ def mark_used(path: Path) -> None:
     """Note the time, for `clean`; in a cache of someone else it stays as it is."""
     with suppress(OSError):
         os.utime(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, or of the files of a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def size_of(path: Path) -> int:

@@ -147,16 +147,8 @@ def read_table(path: Path, given: Mapping[str, str], renamed: bool = True) -> li
         if label and not plain_name(label):
             raise UserError(f"{path}: {label[:40]!r} in column {column['class']!r} is no name")
         if participant:
-            sex = cell.get("sex", "")[:1].upper()
-            entries.append(
-                Entry(
-                    scan,
-                    participant,
-                    label,
-                    number(cell.get("age", "")),
-                    sex if sex in "FM" else "",
-                )
-            )
+            age, sex = number(cell.get("age", "")), cell.get("sex", "")[:1].upper()
+            entries.append(Entry(scan, participant, label, age, sex if sex in "FM" else ""))
     if renamed:  # a user's, not a manifest
         say(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
         for what, there in (
@@ -215,10 +207,8 @@ class EntryFinder:
             return scans[0] if scans else None
         labelled = [row for row in people[0] if row.label] or people[0]
         first, labels, ages = labelled[0], {r.label for r in labelled}, {r.age for r in labelled}
-        label, age = (
-            "" if len(labels) > 1 else first.label,
-            math.nan if len(ages) > 1 else first.age,
-        )
+        label = first.label if len(labels) == 1 else ""
+        age = first.age if len(ages) == 1 else math.nan
         return first._replace(scan="", label=label, age=age)  # of no visit in particular
 
 

@@ -26,7 +26,7 @@ MOST_DEFLATED = 1100  # times its size that a gzip file can hold
 VOXEL_MM, EXTENT_MM = (0.1, 12), (60, 600)  # of a volume: what may be a head
 DIAMETER_MM = (90, 260)  # of a head
 COARSE = 2  # mm, in which a head is looked for
-LEVEL_BELOW_TOP = 0.43  # of a head's diameter: the lateral ventricles, to about 6 mm
+LEVEL_BELOW_TOP = 0.43  # of a head's diameter: the lateral ventricles, to about 7 mm
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 CONVERTER = "dcm2niix"
 CONVERT_SECONDS = 600
@@ -148,20 +148,8 @@ def find_converter() -> str:
 
 def convert_dicom(folder: Path, out: Path) -> Path:
     """The one series of a folder as a NIfTI file. Raises ValueError with a reason."""
-    command = [
-        find_converter(),
-        "-z",
-        "n",
-        "-b",
-        "n",
-        "-d",
-        "0",
-        "-f",
-        "series%s",
-        "-o",
-        out,
-        folder,
-    ]
+    flags = ["-z", "n", "-b", "n", "-d", "0", "-f", "series%s"]
+    command = [find_converter(), *flags, "-o", out, folder]
     try:
         done = subprocess.run(command, capture_output=True, timeout=CONVERT_SECONDS)
     except subprocess.TimeoutExpired as error:

@@ -9,6 +9,7 @@ import torch
 from conftest import fixed_generator, make_slices
 from safetensors.torch import save
 
+import dataset
 import features
 from assets.demo_brains import write_demo
 from config import CPU, Config, UserError
@@ -147,7 +148,7 @@ def test_the_encoder_tells_level_and_is_kept_by_its_run(demo, tmp_path):
     splits, encoder, _ = demo
     with torch.no_grad():
         outputs = encoder(averaged(splits["test"].images) / 127.5 - 1).numpy()
-    level = features.level_of_slices(splits["test"].subjects)
+    level = dataset.find_levels(splits["test"].subjects)
     assert np.corrcoef(outputs[:, 2], level)[0, 1] > 0.8
     own = tmp_path / "own.safetensors"
     own.write_bytes(save({"head.weight": torch.zeros(2)}))
