@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import same_tensors, tiny, write_folder
+from tqdm import tqdm
 
 import dataset
 import monitor
@@ -32,6 +34,13 @@ from train import train
 
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 TIMES = ("seconds", "img_per_s", "data_wait", "upkeep")  # of a line, differ from run to run
+
+
+@pytest.fixture(autouse=True)
+def own_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tqdm's lock is shared with forks: one that is killed while it writes would keep it."""
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)
+    monkeypatch.setattr(tqdm, "_lock", threading.RLock(), raising=False)
 
 
 def left_over(folder: Path) -> list[Path]:
