@@ -36,10 +36,20 @@ from dataset import (
     rows_by_scan,
     shared_ids,
 )
-from metrics import auc, distance_rows, in_parts, moments, otsu, spread, turned
-from storage import save_figure
+from metrics import auc, distance_rows
 from tables import RENAMED, Entry, EntryFinder, read_manifest
-from utils import ensure_writable, map_on_cores, say, shown
+from utils import (
+    ensure_writable,
+    in_parts,
+    map_on_cores,
+    moments,
+    otsu,
+    save_figure,
+    say,
+    shown,
+    spread,
+    turned,
+)
 
 SIDE = 96  # pixels of a slice in which its detail is compared
 HASH_SIDE = 24  # and its whole

@@ -36,19 +36,23 @@ from torchvision.transforms import v2
 
 from assets.demo_brains import write_demo, write_fresh
 from config import Config, UserError
-from storage import make_array_once, mark_used, partial_path, size_of, sweep
 from tables import MANIFEST, Entry, read_manifest
 from utils import (
-    StopRequest,
+    SIGNALS,
     conditions,
     ensure_writable,
     first_line,
+    make_array_once,
     map_on_cores,
+    mark_used,
     num_ranks,
+    partial_path,
     rank,
     run_command,
     say,
+    size_of,
     stream_seed,
+    sweep,
     width_of_c,
 )
 
@@ -580,7 +584,7 @@ class TrainingSlices(Dataset):
 
 def ignore_signals(_: int) -> None:
     """In a worker: signals reach the whole process group, but only training answers."""
-    for number in StopRequest.SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

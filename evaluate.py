@@ -78,12 +78,12 @@ from metrics import (
     nearest,
     participation_ratio,
     similarity,
-    spread,
     without_ids,
 )
 from modules import Generator
 from report import Rows, as_markdown, as_table, draw_pairs_of, draw_report, plain, write_text
-from storage import (
+from training.process import resolve_device
+from training.runs import (
     cache_of,
     load_checkpoint,
     load_generator,
@@ -91,9 +91,8 @@ from storage import (
     output_folder,
     read_run_config,
     run_folder,
-    sha256_of,
 )
-from utils import ensure_writable, one_hot, resolve_device, run_command, say, stream_seed
+from utils import ensure_writable, one_hot, run_command, say, sha256_of, spread, stream_seed
 
 Group = Literal["distribution", "diversity", "labels", "anatomy", "memorisation", "calibration"]
 LEAST = 10  # slices, below which a set is not compared

@@ -25,18 +25,24 @@ from tqdm import tqdm
 
 from config import Config, UserError
 from dataset import Slices, augment, find_levels
-from metrics import Features, segment, spread
+from metrics import Features, segment
 from modules import MEMORY_FORMAT, Generator
-from storage import (
+from utils import (
+    LEVELS,
+    conditions,
     is_whole,
     make_array_once,
     make_once,
+    map_on_cores,
+    one_hot,
     packed,
     read_safetensors,
+    say,
     sha256_of,
+    spread,
+    stream_seed,
     to_uint8,
 )
-from utils import LEVELS, conditions, map_on_cores, one_hot, say, stream_seed
 
 BATCH = 50  # images through a network at a time
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue

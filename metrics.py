@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
+
+from utils import in_parts, moments, otsu, spread, turned
 
 ROWS = 500  # of a distance matrix, or images, at a time
 NUM_DRAWS = 200  # of a bootstrap
@@ -249,11 +250,6 @@ def codes_of(ids: np.ndarray) -> np.ndarray:
     return np.unique(ids, return_inverse=True)[1]
 
 
-def spread(n: int, most: int) -> np.ndarray:
-    """Up to `most` indices out of n, at even distances."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
-
-
 def mean_by_id(
     values: np.ndarray, subjects: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -421,16 +417,6 @@ def effect_interval(
     return bootstrap_interval(lambda i: effect_size(values[i], labels[i]), ids, labels, seed)
 
 
-def otsu(values: np.ndarray) -> float:
-    """The threshold that parts grey values best: most variance between the two sides."""
-    counts = np.bincount(values.astype(np.uint8).ravel(), minlength=256).astype(float)
-    below, mass = counts.cumsum(), (counts * np.arange(256)).cumsum()
-    above = below[-1] - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (mass / below - (mass[-1] - mass) / above) ** 2
-    return float(np.nan_to_num(between).argmax())
-
-
 def segment(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Masks of brain and ventricles of a slice [R, R], uint8.
 
@@ -465,31 +451,6 @@ def histogram(sets: dict[str, np.ndarray], bins: int = 40) -> dict[str, list[flo
     return {k: v.tolist() for k, v in (found | {"edges": edges}).items()}
 
 
-# Pose and leaks
-
-
-def moments(grey: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of pictures [n, R, R]: centre x and y from the middle in pixels, tilt in degrees, side [n].
-
-    Tilt is that of the long axis to the right; side the grey of the right half minus the left, as a
-    share of all.
-    """
-    at = np.arange(grey.shape[-1]) - (grey.shape[-1] - 1) / 2
-    grey = grey.astype(np.float32) + 1e-3
-    grey /= grey.sum((1, 2), keepdims=True)
-    columns, rows = grey.sum(1), grey.sum(2)  # each [n, R]
-    x, y = columns @ at, rows @ at
-    xx, yy = columns @ at**2 - x**2, rows @ at**2 - y**2
-    xy = np.einsum("nyx,y,x->n", grey, at, at) - x * y
-    return x, y, np.degrees(0.5 * np.arctan2(-2 * xy, yy - xx)), columns @ np.sign(at)
-
-
-def in_parts(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
-    """What a function makes of images, which need much memory in float, some at a time."""
-    parts = range(0, max(1, len(images)), ROWS)
-    return np.concatenate([function(np.array(images[i : i + ROWS])) for i in parts])
-
-
 def pose(images: np.ndarray) -> np.ndarray:
     """How each head lies in its picture, to see whether augmentation leaks. [n, R, R] -> [n, 3].
 
@@ -518,22 +479,6 @@ def aligned(images: np.ndarray) -> np.ndarray:
         return turned(grey, *moments(grey)[:3])
 
     return in_parts(work, images)
-
-
-def turned(
-    grey: np.ndarray, x: np.ndarray, y: np.ndarray, tilt: np.ndarray, scale: np.ndarray | float = 1
-) -> np.ndarray:
-    """Pictures [n, R, R] with what lies at x and y in the middle, its tilt taken back. -> uint8.
-
-    One pixel shows `scale` pixels of before.
-    """
-    cos, sin = scale * np.cos(np.radians(tilt)), scale * np.sin(np.radians(tilt))
-    sides = grey.shape[-1] / 2
-    rows = np.array([[cos, -sin, x / sides], [sin, cos, y / sides]], np.float32)
-    shape = [len(grey), 1, *grey.shape[1:]]
-    grid = F.affine_grid(torch.from_numpy(rows).movedim(2, 0), shape, align_corners=False)
-    found = F.grid_sample(torch.from_numpy(grey)[:, None], grid, align_corners=False)
-    return found[:, 0].round().clamp(0, 255).byte().numpy()
 
 
 def leaks(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:

@@ -49,11 +49,21 @@ from metrics import (
     kernel_distance,
     leaks,
     pose,
-    spread,
 )
 from modules import AdaptiveAugment, Discriminator, Generator
-from storage import save_figure, save_grey, tile, to_uint8, write_atomically
-from utils import conditions, most_of_ranks, rank, say, stream_seed
+from training.process import most_of_ranks
+from utils import (
+    conditions,
+    rank,
+    save_figure,
+    save_grey,
+    say,
+    spread,
+    stream_seed,
+    tile,
+    to_uint8,
+    write_atomically,
+)
 
 # Statistics of each step, in the order in which they arise
 STATS = (

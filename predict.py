@@ -39,10 +39,11 @@ from tqdm import tqdm
 from config import Config, UserError
 from dataset import Slices, load_slices
 from features import averaged
-from metrics import mean_by_id, spread
+from metrics import mean_by_id
 from modules import Generator
 from monitor import draw_loss, read_log, read_square
-from storage import (
+from training.process import resolve_device
+from training.runs import (
     FREE_TO_CHANGE,
     cache_of,
     load_generator,
@@ -50,19 +51,19 @@ from storage import (
     output_folder,
     plain_settings,
     read_run_config,
-    save_figure,
-    save_grey,
-    tile,
-    to_uint8,
 )
 from utils import (
     compiled_folder,
     conditions,
     ensure_writable,
-    resolve_device,
     run_command,
+    save_figure,
+    save_grey,
     say,
     shown,
+    spread,
+    tile,
+    to_uint8,
 )
 
 PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)

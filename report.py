@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dataset import Slices
-from storage import save_figure, tile, write_atomically
-from utils import shown
+from utils import save_figure, shown, tile, write_atomically
 
 Rows = list[dict[str, Any]]  # of a table
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of ratios

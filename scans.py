@@ -29,7 +29,6 @@ import tyro
 
 from config import UserError
 from dataset import SPLITS
-from storage import lock, save_grey, sha256_of, sweep, write_atomically
 from tables import (
     MANIFEST,
     RENAMED,
@@ -41,7 +40,18 @@ from tables import (
     read_rows,
     stem,
 )
-from utils import ensure_writable, first_line, map_on_cores, say, shown
+from utils import (
+    ensure_writable,
+    first_line,
+    lock,
+    map_on_cores,
+    save_grey,
+    say,
+    sha256_of,
+    shown,
+    sweep,
+    write_atomically,
+)
 from volumes import Cut, Import, cut, find_converter, open_volume, read_volume
 
 SUFFIXES = (".nii", ".nii.gz")

@@ -21,13 +21,11 @@ References:
 
 import argparse
 import math
-import multiprocessing
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,40 +52,34 @@ from monitor import (
     plot_curves,
     read_history,
 )
-from storage import (
-    checkpoints,
-    load_checkpoint,
-    open_run,
-    plain_settings,
-    read_run_config,
-    read_safetensors,
-    save_generator,
-    start_run,
-    write_atomically,
-)
-from utils import (
+from training.process import (
     STOP,
     Stopped,
     average_over_ranks,
     broadcast_from_rank_0,
     feature_dtype,
-    first_line,
     keep_freed_memory,
+    leave,
+    lost_workers_named,
     most_of_ranks,
-    num_ranks,
-    rank,
     rank_0_first,
     resolve_device,
-    run_command,
-    say,
-    stream_seed,
     tune,
 )
+from training.runs import (
+    NETWORK,
+    adopt,
+    checkpoints,
+    open_run,
+    plain_settings,
+    read_run_config,
+    save_generator,
+    source_of_weights,
+    start_run,
+)
+from utils import first_line, num_ranks, rank, run_command, say, stream_seed, write_atomically
 
 KEPT_CHECKPOINTS = 2
-NETWORK = (  # settings that decide which weights there are
-    "img_resolution", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "noise",
-)  # fmt: skip
 
 
 # Losses
@@ -351,51 +343,6 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
     return torch.stack([stats.get(name, missing) for name in STATS])
 
 
-# Checkpoints
-
-
-def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]]:
-    """Weights of G, D and G_ema in the newest checkpoint of `init_from`. Raises UserError.
-
-    Where there is none, those of its generator.safetensors and discriminator.safetensors. They may
-    be of other classes, or of none where this run has some.
-    """
-    source, D = config.init_from, config.init_from / "discriminator.safetensors"
-    if found := checkpoints(source):
-        state = load_checkpoint(found[-1])
-        settings = state["settings"]
-    elif D.exists():
-        settings, G = vars(read_run_config(source)[0]), read_safetensors(D.with_stem("generator"))
-        state = {"G": G, "D": read_safetensors(D), "G_ema": G}
-    else:
-        raise UserError(f"init_from = {source}: holds no checkpoint, and no {D.name}")
-    for name in NETWORK:
-        theirs = settings.get(name, getattr(Config, name))  # earlier versions had fewer settings
-        if theirs != (ours := getattr(config, name)) and name != "noise":  # left out, or begins
-            raise UserError(f"init_from = {source}: has {name} = {theirs}, now {ours}")
-    if not c_dim and "mapping.embed.weight" in state["G"]:
-        raise UserError(f"init_from = {source}: has classes, this run has none")
-    return {name: state[name] for name in ("G", "D", "G_ema")}
-
-
-@torch.no_grad()
-def adopt(net: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Start from weights trained with other classes, or none: the same function for a label of 0.
-
-    What is new keeps its random start: the part of the label, which learns as slowly as all of the
-    mapping, would hardly leave zero. `label_ramp_kimg` brings it in smoothly.
-    """
-    own, first = net.state_dict(), "mapping.layers.0.weight"
-    fitting = {
-        k: v for k, v in weights.items()
-        if k in own and own[k].shape == v.shape and not k.startswith("augment.")  # p starts anew
-    }  # fmt: skip
-    net.load_state_dict(fitting, strict=False)
-    if first in own and first not in fitting:  # [w_dim, z_dim] into [w_dim, 2 z_dim]
-        z_dim = weights[first].shape[1]
-        own[first][:, :z_dim] = weights[first] * math.sqrt(own[first].shape[1] / z_dim)
-
-
 def write_checkpoint(state: TrainingState, path: Path) -> None:
     """Raises UserError for weights that are not finite; the last good checkpoint stays."""
     for name in ("G", "D", "G_ema"):
@@ -630,33 +577,6 @@ def work(
     say(f"done: {images}" if done else stopped_line(images))
 
 
-def kill_workers() -> None:
-    """End the loader's processes, which ignore SIGTERM: else this one would wait for them."""
-    told = getattr(signal, "SIGCHLD", None)  # by which PyTorch would raise again
-    before = told and signal.signal(told, signal.SIG_DFL)
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join(5)
-    if told:
-        signal.signal(told, before)
-
-
-@contextmanager
-def lost_workers_named(config: Config) -> Iterator[None]:
-    """Raises UserError where a worker of the loader died, or sent nothing for long.
-
-    PyTorch raises the first from a signal, wherever the main process is.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        kill_workers()
-        advice = f"num_workers = {config.num_workers}: 0 loads without other processes"
-        raise UserError(f"the loader lost a worker: {first_line(error)}. {advice}") from error
-
-
 def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -> None:
     """Steps up to `total` images, or until any rank is asked to stop."""
     config, n = state.config, len(slices.images)
@@ -724,3 +644,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     run_command(main)
+    leave()

@@ -1,34 +1,45 @@
-"""Devices, seeds, labels, ranks, signals and folders: what the other modules share."""
+"""What all modules share: files that outlive kills, seeds, labels, cores, pictures."""
 
-import ctypes
 import hashlib
+import json
 import os
+import platform
+import re
+import secrets
+import shutil
 import signal
 import sys
 import tempfile
 import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load, save
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import Config, UserError
-from modules import channels
+from config import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+except ImportError:
+    fcntl = None
 
+
+CHUNK = 500  # images that are worked on at a time
+SIGNALS = [  # that ask a process to end
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 LEVELS = 5  # of which a slice's place is a mixture
 
 
@@ -44,11 +55,6 @@ def run_command(main: Callable[[], None]) -> None:
     threading.excepthook = end_of_thread
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if STOP.name:
-            sys.stdout.flush()
-            os._exit(0)  # the compiler's threads would be waited for, which may take long
     except (UserError, OSError) as error:  # of the system: no permission, no space, a lost disk
         print(shown(f"rank {rank()}: " * (rank() > 0) + f"error: {error}"), file=sys.stderr)
         sys.exit(2)
@@ -63,143 +69,6 @@ def end_of_thread(end: threading.ExceptHookArgs) -> None:
         say(f"warning: {end.exc_value}")
     else:
         threading.__excepthook__(end)
-
-
-class Stopped(KeyboardInterrupt):
-    """Raised where a request to stop is answered at once."""
-
-
-class StopRequest:
-    """Context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the work in good order.
-
-    They raise Stopped at once, and again after some seconds if that was lost, as it is in a
-    finalizer, but wait where `waiting` says so. A second one kills a single process; of many, each
-    may get one from torchrun and one from Slurm. What the parent of this process had it ignore, as
-    nohup does, stays ignored.
-    """
-
-    SECONDS = 3  # from one attempt to end the work to the next
-
-    SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]  # fmt: skip
-
-    def __init__(self) -> None:
-        self.name, self.waits = "", False
-        self.before: dict[int, Any] = {}  # the handlers that it stands in for
-
-    def __enter__(self) -> "StopRequest":
-        self.name, self.waits = "", False
-        self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-        heard = [s for s in self.SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.ask) for number in heard}
-        if hasattr(signal, "SIGALRM"):
-            self.before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.stop)
-        return self
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.name and num_ranks() == 1:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-        if self.name == "SIGHUP":  # nobody reads any more, and writing would be an error
-            for stream in self.terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        if hasattr(signal, "SIGALRM"):
-            signal.setitimer(signal.ITIMER_REAL, self.SECONDS, self.SECONDS)
-        self.stop(number, frame)
-
-    def stop(self, number: int, frame: FrameType | None) -> None:
-        if not self.waits:
-            raise Stopped
-
-    @contextmanager
-    def waiting(self, waits: bool) -> Iterator[None]:
-        """Whether a request within waits for whoever looks at `name`, or is answered at once."""
-        before, self.waits = self.waits, waits
-        try:
-            if self.name and not waits:
-                raise Stopped
-            yield
-        finally:
-            self.waits = before
-
-    @contextmanager
-    def deaf(self) -> Iterator[None]:
-        """A request within ends the process: it waits where Python cannot answer."""
-        before = {number: signal.signal(number, signal.SIG_DFL) for number in self.before}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        self.waits = True
-        if hasattr(signal, "SIGALRM"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
-
-STOP = StopRequest()  # one a process, as its signals are
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device to compute on; `auto` takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        UserError: a device that is not there, or more ranks on a machine than it has GPUs.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next((device for device, there in available.items() if there), "cpu")
-    elif not available.get(name, True):
-        raise UserError(f"device = {name}: torch {torch.__version__} finds none on this machine")
-    if name == "cuda" and num_ranks() > 1:
-        if "LOCAL_RANK" not in os.environ:
-            raise UserError("WORLD_SIZE is set but LOCAL_RANK is not: start with torchrun")
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
-            raise UserError(f"--nproc-per-node: more than the {gpus} GPU(s) of this machine")
-        torch.cuda.set_device(local)
-    return torch.device(name)
-
-
-def feature_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The type of the features in high-resolution blocks.
-
-    auto is bfloat16 where it is native and, on a CPU, the last layer has 32 maps or more: with
-    fewer it was measured no faster.
-    """
-    if config.precision != "auto":
-        return getattr(torch, config.precision)
-    maps = channels(config.img_resolution, config.channel_base, config.channel_max)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and maps >= 32 and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On Linux CPUs: reuse freed memory rather than ask the system for zeroed pages again.
-
-    In wide networks a step was measured to take 1.2 to 1.5 times as long without (bfloat16).
-    """
-    if device.type == "cpu" and sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc: M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1
-            libc.mallopt(-4, 0)
-            libc.mallopt(-1, -1)
-
-
-def tune(device: torch.device, cache: Path) -> None:
-    """PyTorch's own settings: convolutions tried out, TF32, compiled code kept under `cache`."""
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # not the user's
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_folder(cache)
 
 
 def num_cores() -> int:
@@ -285,44 +154,6 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-@contextmanager
-def rank_0_first(device: torch.device) -> Iterator[None]:
-    """The other ranks enter when rank 0 has left: they find the files it wrote, or end with it."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if rank() > 0:
-        with STOP.deaf():
-            dist.init_process_group(backend)
-    yield
-    if rank() == 0 and num_ranks() > 1:
-        dist.init_process_group(backend)
-
-
-def average_over_ranks(tensors: list[Tensor]) -> None:
-    """Replace each float32 tensor by its mean over the ranks, in one flat all-reduce."""
-    if num_ranks() == 1:
-        return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = (flat / num_ranks()).split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
-
-
-@torch.no_grad()
-def broadcast_from_rank_0(tensors: list[Tensor]) -> None:
-    """Give every rank the values of rank 0: random numbers may differ between kinds of CPU."""
-    for tensor in tensors if num_ranks() > 1 else ():
-        dist.broadcast(tensor, 0)
-
-
-def most_of_ranks(value: int) -> int:
-    """The largest value on any rank; waits for all of them, but not for their GPUs."""
-    if num_ranks() == 1:
-        return value
-    most = torch.tensor(value)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
-
-
 def say(text: str) -> None:
     """Print, on rank 0 only, above a progress bar."""
     if rank() == 0:
@@ -356,3 +187,330 @@ def ensure_writable(folder: Path) -> None:
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def machine() -> str:
+    """Where a process number means this process: containers of one host name count anew."""
+    space = Path("/proc/self/ns/pid")
+    return f"{platform.node()}-{space.stat().st_ino if space.exists() else 0}"
+
+
+def partial_path(path: Path) -> Path:
+    """A name of its own under which this process writes a file or folder until it is whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}@{machine()}.{secrets.token_hex(4)}.partial")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what processes that were killed left half written, here or in a subfolder.
+
+    Of this machine that is known of the process; of another, what is older than a day is left over.
+    """
+    for path in folder.rglob("*.partial"):
+        if not (writer := re.search(r"\.(\d+)@(.*?)(\.[0-9a-f]{8})?\.partial$", path.name)):
+            continue  # not of this project
+        try:
+            dead = writer[2] == machine() and not is_running(int(writer[1]))
+            if dead or path.stat().st_mtime < time.time() - 86400:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError:
+            continue  # gone meanwhile, or not ours to delete
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process on this machine; on Windows asking would end it."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is someone else's
+    return True
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name, sync it, rename it: readers see the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a full disk none is told
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+SEAL = b"CRC:"  # at the end of a cached array, before its checksum
+
+
+def seal(path: Path) -> None:
+    """Append a checksum to a file, of which readers of arrays know nothing."""
+    checksum = crc_of(path, path.stat().st_size)
+    with open(path, "ab") as file:
+        file.write(SEAL + checksum.to_bytes(4, "little"))
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is there, with the checksum of what it holds: no byte of it has changed."""
+    try:
+        size = path.stat().st_size - len(SEAL) - 4
+        with open(path, "rb") as file:
+            file.seek(max(size, 0))
+            return file.read() == SEAL + crc_of(path, size).to_bytes(4, "little")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def crc_of(path: Path, size: int) -> int:
+    """CRC-32 of the first `size` bytes of a file."""
+    crc, left = 0, size
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 24))):
+            crc, left = zlib.crc32(block, crc), left - len(block)
+    return crc
+
+
+def make_once(
+    path: Path, write: Callable[[Path], Any], whole: Callable[[Path], bool] = Path.exists
+) -> Path:
+    """The path of a file of a cache, which one process writes where it is not there, or not whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if whole(path):
+        mark_used(path)
+    else:
+        ensure_writable(path.parent)
+        with alone(path):
+            if not whole(path):  # else another process was faster
+                sweep(path.parent)
+                if path.exists():
+                    say(f"note: {path} is damaged, and made anew")
+                write_atomically(path, write)
+    return path
+
+
+def mark_used(path: Path) -> None:
+    """Note the time, for `clean`; in a cache of someone else it stays as it is."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, or of the files of a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def make_array_once(path: Path, write: Callable[[Path], Any]) -> np.ndarray:
+    """An array of a cache, as a read-only map of its file, made by one process. Raises UserError.
+
+    A byte that changed since, which would go unseen, is found.
+    """
+
+    def write_sealed(partial: Path) -> None:
+        write(partial)
+        seal(partial)
+
+    make_once(path, write_sealed, is_sealed)
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise UserError(f"{path} is no array: delete it ({first_line(error)})") from error
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is making this file, on file systems that know locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.with_name(f"{path.name}.lock")
+    with open(name, "a") as file:
+        try:
+            if fcntl and not try_lock(file):
+                say(f"waiting for another process, which makes {path}")
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # no locks here: both make it, and the last one stays
+        try:
+            yield
+        finally:
+            name.unlink(missing_ok=True)  # whoever waits for it finds the file made
+
+
+def try_lock(file: TextIO) -> bool:
+    """Whether this process has the lock of a file now. Raises OSError where there are no locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+
+
+def lock(folder: Path, doing: str = "training") -> TextIO:
+    """Keep other processes out of a folder, on shared storage too, while the file is open.
+
+    Raises:
+        UserError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")
+    try:  # of the process: it ends with it, and no worker of the loader inherits it
+        if fcntl and not try_lock(file):
+            raise UserError(f"out = {folder}: another process is {doing} there")
+    except OSError as error:  # a file system without locks
+        say(f"note: {folder} cannot be locked ({error.strerror}): let nothing else train there")
+    return file
+
+
+class DamagedFile(UserError):
+    """A checkpoint that was written whole, and is no longer."""
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name stays in the folder that it is joined to."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def packed(state: dict[str, Tensor], **metadata: str) -> bytes:
+    """Tensors as a safetensors file, with a checksum of their values."""
+    state = {k: v.contiguous().cpu() for k, v in state.items()}
+    content = save(state, metadata | {"crc32": crc_of_tensors(state)})
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])  # the library leaves the order to chance
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    return content[:8] + text + content[8 + length :]
+
+
+def write_safetensors(path: Path, state: dict[str, Tensor], cur_nimg: int) -> None:
+    """Write tensors, with the number of images seen."""
+    content = packed(state, cur_nimg=str(cur_nimg))
+    # the library's own way to a file would leave it readable to its owner only
+    write_atomically(path, lambda partial: partial.write_bytes(content))
+
+
+def crc_of_tensors(state: dict[str, Tensor]) -> str:
+    """CRC-32 of all values, in the order of their names."""
+    crc = 0
+    for name in sorted(state):
+        crc = zlib.crc32(state[name].flatten().view(torch.uint8).numpy(), crc)
+    return str(crc)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Its tensors. Raises DamagedFile or, where it cannot be read, UserError."""
+    try:
+        content = path.read_bytes()
+        state = load(content)
+        length = int.from_bytes(content[:8], "little")
+        expected = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get("crc32")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # safetensors has its own exception, not a ValueError
+        raise DamagedFile(f"{path} is truncated or no safetensors file") from error
+    if expected not in (None, crc_of_tensors(state)):  # earlier versions kept none
+        raise DamagedFile(f"{path} is damaged: its values are not what was written")
+    return state
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there, of which no value has changed."""
+    try:
+        return path.exists() and bool(read_safetensors(path))
+    except DamagedFile:
+        return False
+
+
+# Pictures
+
+
+def to_uint8(img: Tensor) -> np.ndarray:
+    """Images [N, 1, H, W] in [-1, 1] -> uint8 [N, H, W], rounded and clipped."""
+    return ((img[:, 0].float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images [N, H, W], N a multiple of columns -> one picture [rows * H, columns * W]."""
+    N, H, W = images.shape
+    rows = images.reshape(N // columns, columns, H, W)
+    return rows.transpose(0, 2, 1, 3).reshape(-1, columns * W)
+
+
+def save_grey(picture: np.ndarray, path: Path) -> None:
+    """Write uint8 [H, W] as an 8-bit grey PNG."""
+    write_atomically(path, lambda partial: Image.fromarray(picture).save(partial, format="png"))
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a matplotlib figure as PNG."""
+    write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
+
+
+def spread(n: int, most: int) -> np.ndarray:
+    """Up to `most` indices out of n, at even distances."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
+def otsu(values: np.ndarray) -> float:
+    """The threshold that parts grey values best: most variance between the two sides."""
+    counts = np.bincount(values.astype(np.uint8).ravel(), minlength=256).astype(float)
+    below, mass = counts.cumsum(), (counts * np.arange(256)).cumsum()
+    above = below[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (mass / below - (mass[-1] - mass) / above) ** 2
+    return float(np.nan_to_num(between).argmax())
+
+
+# Pose and leaks
+
+
+def moments(grey: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of pictures [n, R, R]: centre x and y from the middle in pixels, tilt in degrees, side [n].
+
+    Tilt is that of the long axis to the right; side the grey of the right half minus the left, as a
+    share of all.
+    """
+    at = np.arange(grey.shape[-1]) - (grey.shape[-1] - 1) / 2
+    grey = grey.astype(np.float32) + 1e-3
+    grey /= grey.sum((1, 2), keepdims=True)
+    columns, rows = grey.sum(1), grey.sum(2)  # each [n, R]
+    x, y = columns @ at, rows @ at
+    xx, yy = columns @ at**2 - x**2, rows @ at**2 - y**2
+    xy = np.einsum("nyx,y,x->n", grey, at, at) - x * y
+    return x, y, np.degrees(0.5 * np.arctan2(-2 * xy, yy - xx)), columns @ np.sign(at)
+
+
+def turned(
+    grey: np.ndarray, x: np.ndarray, y: np.ndarray, tilt: np.ndarray, scale: np.ndarray | float = 1
+) -> np.ndarray:
+    """Pictures [n, R, R] with what lies at x and y in the middle, its tilt taken back. -> uint8.
+
+    One pixel shows `scale` pixels of before.
+    """
+    cos, sin = scale * np.cos(np.radians(tilt)), scale * np.sin(np.radians(tilt))
+    sides = grey.shape[-1] / 2
+    rows = np.array([[cos, -sin, x / sides], [sin, cos, y / sides]], np.float32)
+    shape = [len(grey), 1, *grey.shape[1:]]
+    grid = F.affine_grid(torch.from_numpy(rows).movedim(2, 0), shape, align_corners=False)
+    found = F.grid_sample(torch.from_numpy(grey)[:, None], grid, align_corners=False)
+    return found[:, 0].round().clamp(0, 255).byte().numpy()
+
+
+def in_parts(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
+    """What a function makes of images, which need much memory in float, some at a time."""
+    parts = range(0, max(1, len(images)), CHUNK)
+    return np.concatenate([function(np.array(images[i : i + CHUNK])) for i in parts])

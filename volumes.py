@@ -19,7 +19,7 @@ import tyro
 from scipy import ndimage
 
 from config import UserError
-from metrics import otsu
+from utils import otsu
 
 MAX_VOXELS = 512**3
 MOST_DEFLATED = 1100  # times its size that a gzip file can hold

@@ -18,7 +18,7 @@ from matplotlib.patches import FancyBboxPatch
 from config import CPU, Config
 from dataset import SPLITS, Slices, TrainingSlices, load_slices, normalize
 from modules import AdaptiveAugment
-from storage import save_figure, save_grey, tile, to_uint8
+from utils import save_figure, save_grey, tile, to_uint8
 
 FOLDER = Path(__file__).parent
 NUM_SUBJECTS, NUM_LEVELS, NUM_DRAWS = 3, 5, 6

@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config, UserError
-from storage import (
+from training.runs import (
     DEMO_GENERATOR,
     checkpoints,
     load_checkpoint,
     read_run_config,
     write_run_config,
-    write_safetensors,
 )
-from utils import run_command, say
+from utils import run_command, say, write_safetensors
 
 
 def share(run: Path, out: Path) -> None:

@@ -42,7 +42,8 @@ import modules
 import train
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, make_loader
-from utils import feature_dtype, keep_freed_memory, resolve_device, run_command, tune
+from training.process import feature_dtype, keep_freed_memory, resolve_device, tune
+from utils import run_command
 
 PHASES = tuple(phase.__name__ for phase in train.PHASES)
 

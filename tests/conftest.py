@@ -29,10 +29,10 @@ from dataset import Slices
 from modules import Discriminator, Generator
 from monitor import read_log
 from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path, main
-from utils import StopRequest, run_command
+from utils import SIGNALS, run_command
 
 ROOT = Path(__file__).parents[1]
-for number in StopRequest.SIGNALS:  # under nohup or & some are ignored, in what tests start too
+for number in SIGNALS:  # under nohup or & some are ignored, in what tests start too
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmark import FORMS, PHASES, Options, matrix_rate, measure_row, our_phases
 
 from config import GPU, Config
-from utils import resolve_device, run_command, tune
+from training.process import resolve_device, tune
+from utils import run_command
 
 
 @dataclass(frozen=True)

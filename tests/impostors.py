@@ -43,7 +43,7 @@ from evaluate import (
 )
 from features import blurred, planted_copies, spread_labels
 from metrics import halves_by_id
-from storage import run_folder
+from training.runs import run_folder
 from utils import run_command
 
 SHOWN = ("fid_train", "kid_train", "precision", "recall", "coverage")

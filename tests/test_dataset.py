@@ -34,8 +34,7 @@ from dataset import (
     normalize,
     pad_to_square,
 )
-from storage import machine
-from utils import LEVELS, conditions, run_command
+from utils import LEVELS, conditions, machine, run_command
 
 
 @pytest.fixture

@@ -17,20 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import storage
 import torch
 from conftest import same_tensors, tiny, write_folder
 from tqdm import tqdm
 
 import dataset
 import monitor
-import storage
 import train as training
+import utils
 from config import Config, UserError
 from dataset import load_slices, make_loader
 from monitor import STATS, all_numbers, losses_text, read_log, read_losses
 from predict import Options, predict
-from storage import checkpoints, is_sealed, load_checkpoint, load_generator, make_array_once, seal
 from train import train
+from training.runs import checkpoints, load_checkpoint, load_generator
+from utils import is_sealed, make_array_once, seal
 
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 TIMES = ("seconds", "img_per_s", "data_wait", "upkeep")  # of a line, differ from run to run
@@ -443,7 +445,7 @@ def test_a_sealed_array_is_an_array_for_others(tmp_path: Path):
 
 
 def test_two_processes_of_one_number_write_under_two_names(tmp_path: Path):
-    assert storage.partial_path(tmp_path / "a") != storage.partial_path(tmp_path / "a")
+    assert utils.partial_path(tmp_path / "a") != utils.partial_path(tmp_path / "a")
 
 
 @pytest.mark.skipif(FORK is None or storage.fcntl is None, reason="forks, and locks files")

@@ -25,10 +25,10 @@ from dataset import decode_subject
 from evaluate import Options as EvaluateOptions
 from monitor import read_log, read_losses
 from predict import Options as PredictOptions
-from storage import load_checkpoint, packed, read_run_config, read_safetensors, write_run_config
 from tables import EntryFinder
 from train import parse_settings
-from utils import first_line
+from training.runs import load_checkpoint, read_run_config, write_run_config
+from utils import first_line, packed, read_safetensors
 from volumes import Import, cut, read_volume
 
 hypothesis = pytest.importorskip("hypothesis")

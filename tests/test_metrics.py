@@ -37,13 +37,13 @@ from metrics import (
     manifold_figures,
     mean_by_id,
     membership,
-    otsu,
     participation_ratio,
     pose,
     resampled_ids,
     similarity,
     without_ids,
 )
+from utils import otsu
 
 
 def gaussians(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:

@@ -32,8 +32,8 @@ from monitor import (
     read_log,
     read_losses,
 )
-from storage import checkpoints, load_checkpoint, load_generator
 from train import train
+from training.runs import checkpoints, load_checkpoint, load_generator
 
 # Rules, each on a made-up log of the illness it is named for
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import predict as prediction
-import storage
 from config import Config, UserError
 from dataset import Slices
 from predict import (
@@ -24,8 +23,9 @@ from predict import (
     sample_class,
     spread,
 )
-from storage import load_generator, newest_run, run_folder
 from train import train
+from training import runs
+from training.runs import load_generator, newest_run, run_folder
 from utils import one_hot
 
 ABSENT = "cuda" if not torch.cuda.is_available() else "mps"
@@ -77,7 +77,7 @@ def test_sampling_equals_the_generator(run: Path):
 
 @pytest.mark.drawn
 def test_every_figure_is_drawn_from_the_newest_run(run: Path, monkeypatch):
-    monkeypatch.setattr(storage, "RUNS", run.parent)
+    monkeypatch.setattr(runs, "RUNS", run.parent)
     assert newest_run() == run
     out = predict(Options(count=3, device="cpu"))
     names = {str(p.relative_to(out)) for p in out.rglob("*.png")}
@@ -118,13 +118,13 @@ def test_a_shared_generator_needs_its_config_only(run: Path, tmp_path, config: C
 
 
 def test_without_a_run_the_demo_generator_is_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(storage, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(prediction, "real_slices", lambda *_: None)
-    before = sorted(storage.DEMO_GENERATOR.rglob("*"))
+    before = sorted(runs.DEMO_GENERATOR.rglob("*"))
     out = predict(Options(count=8, device="cpu"))
     assert out == tmp_path / "runs" / "demo_generator" / "predict"
     assert capsys.readouterr().out.startswith("No run under ")
-    assert sorted(storage.DEMO_GENERATOR.rglob("*")) == before
+    assert sorted(runs.DEMO_GENERATOR.rglob("*")) == before
     images = np.stack([np.asarray(Image.open(p)) for p in (out / "images" / "AD").iterdir()])
     assert images.shape == (8, 64, 64)
     centre, edge = images[:, 16:48, 16:48], images[:, :4]

@@ -15,8 +15,8 @@ from conftest import ROOT, as_flags, same_tensors, wait_for_epoch
 
 from config import Config, UserError
 from monitor import read_log, read_losses
-from storage import checkpoints, load_checkpoint
 from train import train
+from training.runs import checkpoints, load_checkpoint
 
 WATCHED_RANK = """
 import sys, torch

@@ -25,7 +25,8 @@ from config import CPU, GPU, Config
 from modules import Discriminator, Generator
 from monitor import STATS, read_log
 from train import PHASES, Phases, TrainingState, d_r1, g_main, g_path, train, train_step
-from utils import feature_dtype, run_command, tune
+from training.process import feature_dtype, tune
+from utils import run_command
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,9 +22,9 @@ import train as training
 from assets import demo_brains
 from config import Config
 from monitor import read_log, read_losses
-from storage import checkpoints, load_checkpoint
 from train import train
-from utils import Stopped, StopRequest
+from training.process import Stopped, StopRequest
+from training.runs import checkpoints, load_checkpoint
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 

@@ -30,7 +30,6 @@ from torch import nn
 import dataset
 import features
 import monitor
-import storage
 import train as training
 from assets.make_demo_generator import share
 from config import CPU, GPU, Config, UserError
@@ -38,14 +37,6 @@ from dataset import TrainingSlices
 from metrics import pose
 from modules import Discriminator, Generator
 from monitor import STATS, read_log, read_losses
-from storage import (
-    DEMO_GENERATOR,
-    checkpoints,
-    load_checkpoint,
-    load_generator,
-    read_run_config,
-    to_uint8,
-)
 from train import (
     Phases,
     TrainingState,
@@ -60,6 +51,15 @@ from train import (
     train,
     train_step,
 )
+from training import runs
+from training.runs import (
+    DEMO_GENERATOR,
+    checkpoints,
+    load_checkpoint,
+    load_generator,
+    read_run_config,
+)
+from utils import to_uint8
 
 pytestmark = pytest.mark.usefixtures("short_encoder")
 
@@ -313,8 +313,8 @@ def test_an_unconditional_run_goes_on_with_labels(config: Config):
     old = TrainingState(plain, 0, torch.device("cpu"))
     old.load_state_dict(load_checkpoint(checkpoints(plain.out)[-1]))
     new = TrainingState(labelled, 2, torch.device("cpu"))
-    for name, weights in training.source_of_weights(labelled, 2).items():
-        training.adopt(getattr(new, name), weights)
+    for name, weights in runs.source_of_weights(labelled, 2).items():
+        runs.adopt(getattr(new, name), weights)
     z, c, none = torch.randn(4, 8), torch.eye(2)[[0, 1, 1, 0]], torch.zeros(4, 0)
     for name in ("G", "G_ema"):
         a, b = getattr(old, name), getattr(new, name)
@@ -346,10 +346,10 @@ def test_a_run_starts_from_a_generator_and_a_discriminator_that_are_shared(confi
     assert (settings.out, settings.init_from) == (Config.out, None)  # whose machine it was
     other = replace(config, init_from=source, out=config.out.with_name("other"))
     old = load_generator(source)[0]
-    weights = training.source_of_weights(other, 2)
+    weights = runs.source_of_weights(other, 2)
     new = TrainingState(other, 2, torch.device("cpu"))
     for name in ("G", "D", "G_ema"):
-        training.adopt(getattr(new, name), weights[name])
+        runs.adopt(getattr(new, name), weights[name])
     z, c = torch.randn(4, 8), torch.eye(2)[[0, 1, 1, 0]]
     for name in ("G", "G_ema"):
         images = getattr(new, name)(z, c, noise_mode="const")
@@ -372,7 +372,7 @@ def test_noise_inputs_may_be_left_out_or_begin_in_a_run_that_starts_from_another
         train(source)
         other = replace(config, noise=not noise, init_from=source.out)
         G = Generator(other, 2)
-        training.adopt(G, training.source_of_weights(other, 2)["G_ema"])
+        runs.adopt(G, runs.source_of_weights(other, 2)["G_ema"])
         expected = load_generator(source.out)[0](z, c, noise_mode="none")
         torch.testing.assert_close(G(z, c), expected)  # what begins has no strength yet
 
@@ -382,7 +382,7 @@ def test_a_run_can_start_from_the_demo_generator():
     assert files < 4e6
     config = training.parse_settings(["--device", "cpu", "--init-from", str(DEMO_GENERATOR)])
     state = TrainingState(config, 2, torch.device("cpu"))
-    for name, weights in training.source_of_weights(config, 2).items():
+    for name, weights in runs.source_of_weights(config, 2).items():
         getattr(state, name).load_state_dict(weights)  # all of them, of these shapes
 
 
@@ -393,7 +393,7 @@ def test_the_sizes_of_the_networks_come_from_the_run_to_start_from(config, tmp_p
     train(wide)
     for flag in ("--init-from", "--init_from"):
         found = training.parse_settings(["--device", "cpu", flag, str(wide.out)])
-        assert [getattr(found, name) for name in training.NETWORK] == [16, 12, 10, 3, 64, 5, False]
+        assert [getattr(found, name) for name in runs.NETWORK] == [16, 12, 10, 3, 64, 5, False]
         assert (found.init_from, found.epochs) == (wide.out, CPU["epochs"])
     assert training.parse_settings(["--init-from", "None"]).init_from is None
     assert command("--init-from", tmp_path / "nothing") == 2
@@ -759,7 +759,7 @@ def test_a_second_process_on_the_same_folder_is_refused(config: Config, tmp_path
 def test_a_run_that_another_process_moved_on_is_not_overwritten(config: Config):
     train(config)
     with pytest.raises(UserError, match="another process trained there; the same command goes on"):
-        storage.start_run(config, ["AD", "NC"], read_run_config(config.out)[2], {"cur_nimg": 16})
+        runs.start_run(config, ["AD", "NC"], read_run_config(config.out)[2], {"cur_nimg": 16})
 
 
 def test_what_is_shared_can_be_read_by_others(config: Config):
@@ -802,7 +802,7 @@ def test_an_error_of_reading_says_what_the_system_said(config: Config, monkeypat
     ],
 )
 def test_a_damaged_config_is_named(config: Config, change, words):
-    storage.write_run_config(config.out, config, ["AD", "NC"], "data")
+    runs.write_run_config(config.out, config, ["AD", "NC"], "data")
     path = config.out / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=words):
