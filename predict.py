@@ -41,8 +41,10 @@ from dataset import Slices, load_slices
 from features import averaged
 from metrics import mean_by_id
 from modules import Generator
-from monitor import draw_loss, read_log, read_square
+from training.diagnosis import draw_loss
+from training.logs import read_log
 from training.process import resolve_device
+from training.recorder import read_square
 from training.runs import (
     FREE_TO_CHANGE,
     cache_of,

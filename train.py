@@ -41,17 +41,8 @@ from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader, normalize
 from features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
-from monitor import (
-    FLUSH_STEPS,
-    STATS,
-    Recorder,
-    TrainingFigures,
-    counted_fid,
-    diagnose,
-    due_statistics,
-    plot_curves,
-    read_history,
-)
+from training.diagnosis import diagnose, plot_curves
+from training.logs import STATS, counted_fid, due_statistics, read_history
 from training.process import (
     STOP,
     Stopped,
@@ -66,6 +57,7 @@ from training.process import (
     resolve_device,
     tune,
 )
+from training.recorder import FLUSH_STEPS, Recorder, TrainingFigures
 from training.runs import (
     NETWORK,
     adopt,

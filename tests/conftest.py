@@ -27,8 +27,8 @@ import features
 from config import CPU, Config
 from dataset import Slices
 from modules import Discriminator, Generator
-from monitor import read_log
 from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path, main
+from training.logs import read_log
 from utils import SIGNALS, run_command
 
 ROOT = Path(__file__).parents[1]

@@ -33,9 +33,9 @@ from evaluate import (
 )
 from features import planted_copies
 from metrics import audit, pose
-from monitor import read_log
 from predict import predict
 from train import train
+from training.logs import read_log
 
 # Labels
 

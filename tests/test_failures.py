@@ -17,20 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import storage
 import torch
 from conftest import same_tensors, tiny, write_folder
 from tqdm import tqdm
 
 import dataset
-import monitor
 import train as training
 import utils
 from config import Config, UserError
 from dataset import load_slices, make_loader
-from monitor import STATS, all_numbers, losses_text, read_log, read_losses
 from predict import Options, predict
 from train import train
+from training import logs, recorder
+from training.logs import STATS, all_numbers, losses_text, read_log, read_losses
 from training.runs import checkpoints, load_checkpoint, load_generator
 from utils import is_sealed, make_array_once, seal
 
@@ -99,7 +98,7 @@ def test_a_kill_at_the_worst_moment_loses_nothing(whole, config: Config, monkeyp
     owner, name, at_call = {
         "decoding": (dataset, "decode_subject", 3),
         "writing a checkpoint": (torch, "save", 2),
-        "writing a line": (monitor, "append_losses", 2),
+        "writing a line": (recorder, "append_losses", 2),
     }[moment]
     function, calls = getattr(owner, name), itertools.count(1)
 
@@ -489,7 +488,7 @@ def test_losses_are_read_fast_or_carefully_with_the_same_result(tmp_path: Path):
     (tmp_path / "losses.csv").write_text(",".join(("nimg", *STATS)) + "\n" + losses_text(rows))
     fast = all_numbers(lines, len(STATS) + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, "all_numbers", lambda *_: None)
+        patch.setattr(logs, "all_numbers", lambda *_: None)
         np.testing.assert_array_equal(read_losses(tmp_path), fast)
     for bad in ("x" + lines[3], lines[3] + ",1", lines[3][5:], lines[2], "", ","):
         assert all_numbers([*lines[:3], bad, *lines[3:]], len(STATS) + 1) is None

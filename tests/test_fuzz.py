@@ -23,10 +23,10 @@ import dataset
 from config import Config, UserError
 from dataset import decode_subject
 from evaluate import Options as EvaluateOptions
-from monitor import read_log, read_losses
 from predict import Options as PredictOptions
 from tables import EntryFinder
 from train import parse_settings
+from training.logs import read_log, read_losses
 from training.runs import load_checkpoint, read_run_config, write_run_config
 from utils import first_line, packed, read_safetensors
 from volumes import Import, cut, read_volume

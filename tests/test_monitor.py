@@ -14,25 +14,15 @@ from conftest import ROOT, fixed_generator, make_slices, tiny
 from PIL import Image
 
 import features
-import monitor
 import train as training
 from config import Config
 from features import Fakes
 from modules import Discriminator
-from monitor import (
-    PANELS,
-    RULES,
-    STATS,
-    TrainingFigures,
-    append_losses,
-    cut_logs,
-    grid_interval,
-    plot_curves,
-    read_history,
-    read_log,
-    read_losses,
-)
 from train import train
+from training import diagnosis
+from training.diagnosis import PANELS, RULES, plot_curves
+from training.logs import STATS, append_losses, cut_logs, read_history, read_log, read_losses
+from training.recorder import TrainingFigures, grid_interval
 from training.runs import checkpoints, load_checkpoint, load_generator
 
 # Rules, each on a made-up log of the illness it is named for
@@ -40,7 +30,7 @@ from training.runs import checkpoints, load_checkpoint, load_generator
 
 def diagnose(run: Path, **settings) -> dict[str, str]:
     """What the rules say of the logs in a folder, of a run with these settings."""
-    return monitor.diagnose(read_history(run), Config(**settings))
+    return diagnosis.diagnose(read_history(run), Config(**settings))
 
 
 HEALTHY = {
@@ -191,7 +181,7 @@ def test_plots_need_no_column(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"epoch": 1, "nimg": 100}\n{"epoch": 2, "nimg": 200}\n')
     (tmp_path / "losses.csv").write_text("nimg\n")
     assert diagnose(tmp_path) == {}
-    monitor.plot_losses(tmp_path, tmp_path / "losses.png")
+    diagnosis.plot_losses(tmp_path, tmp_path / "losses.png")
     plot_curves(tmp_path, tmp_path / "curves.png", Config())
     assert (tmp_path / "losses.png").exists()
 

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, as_flags, same_tensors, wait_for_epoch
 
 from config import Config, UserError
-from monitor import read_log, read_losses
 from train import train
+from training.logs import read_log, read_losses
 from training.runs import checkpoints, load_checkpoint
 
 WATCHED_RANK = """

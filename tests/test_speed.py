@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train as training
 from config import CPU, GPU, Config
 from modules import Discriminator, Generator
-from monitor import STATS, read_log
 from train import PHASES, Phases, TrainingState, d_r1, g_main, g_path, train, train_step
+from training.logs import STATS, read_log
 from training.process import feature_dtype, tune
 from utils import run_command
 

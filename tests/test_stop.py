@@ -17,12 +17,12 @@ from conftest import ROOT, as_flags, same_tensors, wait_for_epoch
 
 import dataset
 import features
-import monitor
 import train as training
 from assets import demo_brains
 from config import Config
-from monitor import read_log, read_losses
 from train import train
+from training import recorder
+from training.logs import read_log, read_losses
 from training.process import Stopped, StopRequest
 from training.runs import checkpoints, load_checkpoint
 
@@ -49,14 +49,14 @@ MOMENTS = {
     "writing demo brains": (demo_brains, "write_subject", 3),
     "decoding": (dataset, "decode_subject", 3),
     "training the encoder": (features.Encoder, "embedding", 3),
-    "features of the training slices": (monitor, "features_of", 1),
+    "features of the training slices": (recorder, "features_of", 1),
     "compiling": (training.Phases, "backward", 2),
     "waiting for the loader": (dataset.TrainingSlices, "__getitem__", 3),
     "a step": (training, "ema_step", 3),
-    "measuring": (monitor.TrainingFigures, "measure", 1),
-    "drawing a grid": (monitor.Recorder, "save_grid", 1),
+    "measuring": (recorder.TrainingFigures, "measure", 1),
+    "drawing a grid": (recorder.Recorder, "save_grid", 1),
     "writing a checkpoint": (torch, "save", 1),
-    "measuring at the end": (monitor.TrainingFigures, "measure", 2),
+    "measuring at the end": (recorder.TrainingFigures, "measure", 2),
 }
 
 

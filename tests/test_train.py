@@ -29,14 +29,12 @@ from torch import nn
 
 import dataset
 import features
-import monitor
 import train as training
 from assets.make_demo_generator import share
 from config import CPU, GPU, Config, UserError
 from dataset import TrainingSlices
 from metrics import pose
 from modules import Discriminator, Generator
-from monitor import STATS, read_log, read_losses
 from train import (
     Phases,
     TrainingState,
@@ -51,7 +49,8 @@ from train import (
     train,
     train_step,
 )
-from training import runs
+from training import recorder, runs
+from training.logs import STATS, read_log, read_losses
 from training.runs import (
     DEMO_GENERATOR,
     checkpoints,
@@ -823,7 +822,7 @@ def test_a_run_measures_with_its_own_encoder_wherever_it_goes_on(config: Config,
 
 def test_a_lost_log_does_not_cost_the_best_checkpoint(config: Config, monkeypatch):
     figures = iter([{"fid": fid, "vary_z": 0.4, "vary_noise": 0.1} for fid in (1, 3, 2, 0.5)])
-    monkeypatch.setattr(monitor.TrainingFigures, "measure", lambda *_: next(figures))
+    monkeypatch.setattr(recorder.TrainingFigures, "measure", lambda *_: next(figures))
     config = replace(config, fid_kimg=0.001, fid_images=100)
     train(replace(config, epochs=1))
     (config.out / "log.jsonl").unlink()
