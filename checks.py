@@ -36,7 +36,7 @@ from dataset import (
     rows_by_scan,
     shared_ids,
 )
-from metrics import auc, distance_rows
+from evaluation.metrics import auc, distance_rows
 from tables import RENAMED, Entry, EntryFinder, read_manifest
 from utils import (
     ensure_writable,

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from assets.demo_brains import write_demo, write_fresh
+from assets.demo_brains import write_demo
 from config import Config, UserError
 from tables import MANIFEST, Entry, read_manifest
 from utils import (
@@ -476,19 +476,6 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
 def demo_root(cache: Path) -> Path:
     """Folder of the demo brains, written at the first call. Raises UserError if it cannot be."""
     return folder_once(cache / f"demo-{CACHE_VERSION}", write_demo)
-
-
-def fresh_slices(like: Slices, cache: Path, count: int, seed: int = 0) -> Slices:
-    """A slice each of `count` subjects that no demo set has: what a perfect generator draws.
-
-    Of the size and the classes of `like`, slices of a demo set.
-    """
-    name = f"fresh-{CACHE_VERSION}-{count}-{seed}"
-    root = folder_once(cache / name, lambda folder: write_fresh(folder, count, seed))
-    classes, files = find_class_folders(root)
-    images = decoded(files, root, like.images.shape[-1], cache)
-    labels, subjects = (np.array([getattr(f, k) for f in files]) for k in ("label", "subject"))
-    return Slices(images, labels * (like.classes == classes), subjects, like.classes)
 
 
 def folder_once(root: Path, write: Callable[[Path], None]) -> Path:

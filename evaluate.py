@@ -33,8 +33,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import UserError
-from dataset import Slices, decoded, find_class_folders, fresh_slices, load_slices
-from features import (
+from dataset import Slices, decoded, find_class_folders, load_slices
+from evaluation.features import (
     DEGRADATIONS,
     PIXELS,
     Extractor,
@@ -45,6 +45,7 @@ from features import (
     extract,
     features_of,
     fit_encoder,
+    fresh_slices,
     load_dinov2,
     load_inception,
     planted_copies,
@@ -52,7 +53,7 @@ from features import (
     spread_labels,
     trained_encoder,
 )
-from metrics import (
+from evaluation.metrics import (
     Features,
     Gaussian,
     aligned,
@@ -80,8 +81,16 @@ from metrics import (
     similarity,
     without_ids,
 )
+from evaluation.report import (
+    Rows,
+    as_markdown,
+    as_table,
+    draw_pairs_of,
+    draw_report,
+    plain,
+    write_text,
+)
 from modules import Generator
-from report import Rows, as_markdown, as_table, draw_pairs_of, draw_report, plain, write_text
 from training.process import resolve_device
 from training.runs import (
     cache_of,

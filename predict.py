@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from config import Config, UserError
 from dataset import Slices, load_slices
-from features import averaged
-from metrics import mean_by_id
+from evaluation.features import averaged
+from evaluation.metrics import mean_by_id
 from modules import Generator
 from training.diagnosis import draw_loss
 from training.logs import read_log

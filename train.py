@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader, normalize
-from features import INCEPTION, find_weights
+from evaluation.features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from training.diagnosis import diagnose, plot_curves
 from training.logs import STATS, counted_fid, due_statistics, read_history

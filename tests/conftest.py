@@ -23,9 +23,9 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 from matplotlib.figure import Figure
 from PIL import Image
 
-import features
 from config import CPU, Config
 from dataset import Slices
+from evaluation import features
 from modules import Discriminator, Generator
 from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path, main
 from training.logs import read_log

@@ -29,7 +29,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError
-from dataset import Slices, fresh_slices
+from dataset import Slices
 from evaluate import (
     Bench,
     Options,
@@ -41,8 +41,8 @@ from evaluate import (
     prepare,
     write_text,
 )
-from features import blurred, planted_copies, spread_labels
-from metrics import halves_by_id
+from evaluation.features import blurred, fresh_slices, planted_copies, spread_labels
+from evaluation.metrics import halves_by_id
 from training.runs import run_folder
 from utils import run_command
 

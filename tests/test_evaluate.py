@@ -15,7 +15,6 @@ from PIL import Image
 from scipy import ndimage
 
 import evaluate as evaluation
-import metrics
 import predict as prediction
 from assets.demo_brains import write_demo
 from config import Config, UserError
@@ -31,8 +30,9 @@ from evaluate import (
     measure_labels,
     measure_memorisation,
 )
-from features import planted_copies
-from metrics import audit, pose
+from evaluation import metrics
+from evaluation.features import planted_copies
+from evaluation.metrics import audit, pose
 from predict import predict
 from train import train
 from training.logs import read_log

@@ -447,7 +447,7 @@ def test_two_processes_of_one_number_write_under_two_names(tmp_path: Path):
     assert utils.partial_path(tmp_path / "a") != utils.partial_path(tmp_path / "a")
 
 
-@pytest.mark.skipif(FORK is None or storage.fcntl is None, reason="forks, and locks files")
+@pytest.mark.skipif(FORK is None or utils.fcntl is None, reason="forks, and locks files")
 def test_of_many_processes_one_decodes(tmp_path: Path, monkeypatch):
     root = write_folder(tmp_path / "data", {"train": 10, "test": 4})
     config, decode = replace(tiny(tmp_path), data_root=root), dataset.decode_subject

@@ -10,11 +10,11 @@ from conftest import fixed_generator, make_slices
 from safetensors.torch import save
 
 import dataset
-import features
 from assets.demo_brains import write_demo
 from config import CPU, Config, UserError
 from dataset import Slices, load_slices
-from features import (
+from evaluation import features
+from evaluation.features import (
     DEGRADATIONS,
     Encoder,
     Extractor,
@@ -32,7 +32,7 @@ from features import (
     spread_labels,
     trained_encoder,
 )
-from metrics import gaussian, gaussian_distance, participation_ratio
+from evaluation.metrics import gaussian, gaussian_distance, participation_ratio
 
 
 def test_features_are_cached_by_content_and_extractor(tmp_path):

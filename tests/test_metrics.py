@@ -11,11 +11,11 @@ from conftest import ids, make_slices
 from scipy import ndimage
 from scipy.stats import spearmanr
 
-import metrics
 from assets.demo_brains import write_demo
 from config import Config
 from dataset import load_slices
-from metrics import (
+from evaluation import metrics
+from evaluation.metrics import (
     Features,
     aligned,
     areas,

@@ -13,10 +13,10 @@ import torch
 from conftest import ROOT, fixed_generator, make_slices, tiny
 from PIL import Image
 
-import features
 import train as training
 from config import Config
-from features import Fakes
+from evaluation import features
+from evaluation.features import Fakes
 from modules import Discriminator
 from train import train
 from training import diagnosis

@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT, as_flags, same_tensors, wait_for_epoch
 
 import dataset
-import features
 import train as training
 from assets import demo_brains
 from config import Config
+from evaluation import features
 from train import train
 from training import recorder
 from training.logs import read_log, read_losses

@@ -28,12 +28,12 @@ from PIL import Image
 from torch import nn
 
 import dataset
-import features
 import train as training
 from assets.make_demo_generator import share
 from config import CPU, GPU, Config, UserError
 from dataset import TrainingSlices
-from metrics import pose
+from evaluation import features
+from evaluation.metrics import pose
 from modules import Discriminator, Generator
 from train import (
     Phases,

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from config import Config
 from dataset import Slices
-from features import (
+from evaluation.features import (
     Fakes,
     averaged,
     class_scores,
@@ -36,7 +36,7 @@ from features import (
     to_tensor,
     trained_encoder,
 )
-from metrics import (
+from evaluation.metrics import (
     frechet_distance,
     gaussian,
     gaussian_distance,

@@ -23,9 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from assets.demo_brains import write_fresh
 from config import Config, UserError
-from dataset import Slices, augment, find_levels
-from metrics import Features, segment
+from dataset import (
+    CACHE_VERSION,
+    Slices,
+    augment,
+    decoded,
+    find_class_folders,
+    find_levels,
+    folder_once,
+)
+from evaluation.metrics import Features, segment
 from modules import MEMORY_FORMAT, Generator
 from utils import (
     LEVELS,
@@ -492,3 +501,16 @@ def planted_copies(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         "darkened": to_grey(images * 0.9),
         "augmented": to_grey(255 * augment(grey, draws.float(), config)[:, 0].numpy()),
     }
+
+
+def fresh_slices(like: Slices, cache: Path, count: int, seed: int = 0) -> Slices:
+    """A slice each of `count` subjects that no demo set has: what a perfect generator draws.
+
+    Of the size and the classes of `like`, slices of a demo set.
+    """
+    name = f"fresh-{CACHE_VERSION}-{count}-{seed}"
+    root = folder_once(cache / name, lambda folder: write_fresh(folder, count, seed))
+    classes, files = find_class_folders(root)
+    images = decoded(files, root, like.images.shape[-1], cache)
+    labels, subjects = (np.array([getattr(f, k) for f in files]) for k in ("label", "subject"))
+    return Slices(images, labels * (like.classes == classes), subjects, like.classes)
