@@ -1,23 +1,17 @@
 """Brain slices in class folders: finding, checking, decoding once, augmenting; and the demo brains.
 
-    python dataset.py import SCANS --out ROOT --table subjects.csv    # slices of volumes
-    python dataset.py check ROOT    # what is in a folder, and whether training would be honest
-    python dataset.py demo ROOT     # write the synthetic demo brains
-    python dataset.py clean         # delete what the cache holds and nothing has used for a month
-
 Layout: ROOT/{train,test}/CLASS/ID_SLICE.jpeg, or ROOT/CLASS/ID_SLICE.jpeg, which is then split by
 id. The id, one scan or one subject, is the file name up to its last underscore. ADNI's set calls
 its classes AD (Alzheimer's disease) and NC (normal control, CN in ADNI's own tables).
 """
 
+import csv
 import errno
 import hashlib
 import math
 import os
-import re
 import shutil
 import signal
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +29,6 @@ from torchvision.transforms import v2
 
 from assets.demo_brains import write_demo
 from config import Config, UserError
-from tables import MANIFEST, Entry, read_manifest
 from utils import (
     SIGNALS,
     conditions,
@@ -48,11 +40,8 @@ from utils import (
     num_ranks,
     partial_path,
     rank,
-    run_command,
     say,
-    size_of,
     stream_seed,
-    sweep,
     width_of_c,
 )
 
@@ -64,11 +53,7 @@ SAMPLE_FORMAT, PHOTOMETRIC = 339, 262  # tags of TIFF
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_SIDE = 8192  # pixels of a file
 TEST_SHARE = 0.2  # of the ids of each class, where the folder itself has no split
-# Names of what a cache holds
-CACHED = re.compile(
-    r"([0-9a-f]{16}-\d+|features-[a-z0-9]+-[0-9a-f]{16})\.npy(\.lock)?|compiled|demo-\d+"
-    r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|fresh-\d+-\d+-\d+"
-)
+MANIFEST = "manifest.csv"
 CACHE_VERSION = 2  # part of every cache key: raise it when decoding changes
 
 
@@ -108,7 +93,66 @@ class Slices:
         return conditions(self.labels, self.levels, self.c_dim)
 
 
+class Entry(NamedTuple):
+    """What a table says of a scan or, where `scan` is empty, of all scans of a participant."""
+
+    scan: str
+    participant: str
+    label: str  # class, "" if unknown
+    age: float  # years, NaN if unknown
+    sex: str  # F, M or ""
+
+
 # Finding
+
+
+def finite_number(text: str) -> float:
+    """The number that a cell holds; NaN if it holds none, or an infinite one."""
+    try:
+        value = float(text.replace(",", "."))
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def manifest_rows(root: Path) -> dict[str, dict[str, str]]:
+    """The rows of ROOT/manifest.csv by scan, each by column; none where there is no manifest.
+
+    Raises:
+        UserError: a file that is no table, lacks a column, or has two rows for one scan.
+    """
+    path, rows = root / MANIFEST, {}
+    if not path.exists():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file, strict=True):
+                if None in row or None in row.values():
+                    raise ValueError(f"row {len(rows) + 2} is longer or shorter than the header")
+                if row["id"] in rows:
+                    raise ValueError(f"an id stands in two rows: {row['id']}")
+                if not row["participant"]:
+                    raise ValueError(f"id {row['id']} has no participant")
+                rows[row["id"]] = row
+    except KeyError as error:
+        raise UserError(f"{path} has no column {error}") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+    return rows
+
+
+def read_manifest(root: Path) -> dict[str, Entry]:
+    """The entry of each scan in ROOT/manifest.csv. Raises UserError as `manifest_rows` does."""
+    return {
+        name: Entry(
+            name,
+            row["participant"],
+            row.get("class", ""),
+            finite_number(row.get("age", "")),
+            row.get("sex", ""),
+        )
+        for name, row in manifest_rows(root).items()
+    }
 
 
 def scan_of(path: Path) -> str:
@@ -612,50 +656,3 @@ def make_loader(slices: Slices, config: Config, start: int, stop: int) -> DataLo
         worker_init_fn=ignore_signals,
         timeout=WAIT_SECONDS if config.num_workers else 0,
     )
-
-
-# Command line
-
-
-def demo(root: tyro.conf.Positional[Path], /) -> None:
-    """Write the demo brains: synthetic, template-derived slices in the layout of the real set.
-
-    Args:
-        root: folder to write; it must not hold anything yet.
-    """
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} is not empty")
-    ensure_writable(root)
-    write_demo(root)
-    say(f"demo brains in {root}; what each subject drew is in {root / 'subjects.csv'}")
-
-
-def clean(cache: Path = Config.cache, days: float = 30) -> None:
-    """Delete what a cache holds and no command has used for some time.
-
-    Args:
-        cache: folder of decoded images, features, encoders and demo brains; all can be made anew.
-        days: of the last use; 0 deletes everything.
-    """
-    if not cache.is_dir():
-        raise UserError(f"cache = {cache}: no such folder")
-    sweep(cache)
-    found = [path for path in entries(cache) if CACHED.fullmatch(path.name)]
-    old = sorted(p for p in found if p.stat().st_mtime <= time.time() - 86400 * days)
-    freed = sum(map(size_of, old))
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    say(f"{cache}: {len(old)} of {len(found)} entries deleted, {freed / 1e6:.1f} MB")
-
-
-def main() -> None:
-    """Command line of this module."""
-    from checks import check  # of which training needs nothing
-    from scans import import_scans
-
-    commands = {"import": import_scans, "check": check, "demo": demo, "clean": clean}
-    tyro.extras.subcommand_cli_from_dict(commands)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from checks import SAME_DETAIL, best_correlation, check, most_telling
 from config import UserError
+from scans.checks import SAME_DETAIL, best_correlation, check, most_telling
 
 
 def textured(seed: int, slices: int = 2) -> list[np.ndarray]:

@@ -19,14 +19,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 import dataset
+import prepare
 from assets import demo_brains
 from assets.demo_brains import draw_subject, load_template, subject_rng, write_demo
-from checks import check
 from config import Config, UserError
 from dataset import (
     TrainingSlices,
     augment,
-    clean,
     decode,
     find_slices,
     load_slices,
@@ -34,6 +33,8 @@ from dataset import (
     normalize,
     pad_to_square,
 )
+from prepare import clean
+from scans.checks import check
 from utils import LEVELS, conditions, machine, run_command
 
 
@@ -704,9 +705,9 @@ def test_demo_never_writes_into_a_folder_in_use(
     data_root: Path, tmp_path: Path, monkeypatch, capsys
 ):
     with pytest.raises(UserError, match="is not empty"):
-        dataset.demo(data_root)
+        prepare.demo(data_root)
     monkeypatch.setattr(dataset, "write_demo", lambda root: write_demo(root, 2, 2))
-    dataset.demo(tmp_path / "brains")
+    prepare.demo(tmp_path / "brains")
     assert "subjects.csv" in capsys.readouterr().out
     assert len(find_slices(tmp_path / "brains")[1]["train"]) == 40
 

@@ -19,17 +19,17 @@ from conftest import draw_slice
 from PIL import Image
 from test_scans import head
 
-import dataset
+import prepare
 from config import Config, UserError
 from dataset import decode_subject
 from evaluate import Options as EvaluateOptions
 from predict import Options as PredictOptions
-from tables import EntryFinder
+from scans.tables import EntryFinder
+from scans.volumes import Import, cut, read_volume
 from train import parse_settings
 from training.logs import read_log, read_losses
 from training.runs import load_checkpoint, read_run_config, write_run_config
 from utils import first_line, packed, read_safetensors
-from volumes import Import, cut, read_volume
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -222,7 +222,7 @@ def test_a_command_line_is_taken_or_refused(capsys, folder: Path, name, args):
         "train": parse_settings,
         "predict": lambda args: tyro.cli(PredictOptions, args=args),
         "evaluate": lambda args: tyro.cli(EvaluateOptions, args=args),
-        "dataset": lambda args: dataset.main(),
+        "dataset": lambda args: prepare.main(),
     }[name]
     before = Path.cwd(), sys.argv
     os.chdir(folder)

@@ -21,12 +21,12 @@ from nibabel.orientations import (
 )
 from PIL import Image
 
-import scans
 from config import Config, UserError
-from dataset import find_slices, load_slices
-from scans import Scan, id_of, import_scans, split_participants
-from tables import Entry, plain_name
-from volumes import Import, cut, read_volume, resample
+from dataset import Entry, find_slices, load_slices
+from scans import slicing
+from scans.slicing import Scan, id_of, import_scans, split_participants
+from scans.tables import plain_name
+from scans.volumes import Import, cut, read_volume, resample
 
 VOXEL = 3  # mm
 TOP = 85  # mm, of the head
@@ -323,7 +323,7 @@ def test_what_is_not_a_number_is_background(tmp_path: Path):
 def test_an_import_goes_on_and_ends_the_same(options: Import, monkeypatch):
     whole = replace(options, out=options.out.with_name("whole"))
     import_scans(whole)
-    write_slices, count = scans.write_slices, [0]
+    write_slices, count = slicing.write_slices, [0]
 
     def stop(*args: object) -> None:
         count[0] += 1
@@ -331,14 +331,14 @@ def test_an_import_goes_on_and_ends_the_same(options: Import, monkeypatch):
             raise KeyboardInterrupt
         write_slices(*args)
 
-    monkeypatch.setattr(scans, "write_slices", stop)
-    monkeypatch.setattr(scans, "map_on_cores", lambda f, items, *_: [f(item) for item in items])
+    monkeypatch.setattr(slicing, "write_slices", stop)
+    monkeypatch.setattr(slicing, "map_on_cores", lambda f, items, *_: [f(item) for item in items])
     with pytest.raises(KeyboardInterrupt):
         import_scans(options)
     assert [bool(row["sha256"]) for row in manifest(options.out)] == [True] * 2 + [False] * 4
-    monkeypatch.setattr(scans, "write_slices", write_slices)
-    read, asked = scans.read_volume, []
-    monkeypatch.setattr(scans, "read_volume", lambda p, u: asked.append(p) or read(p, u))
+    monkeypatch.setattr(slicing, "write_slices", write_slices)
+    read, asked = slicing.read_volume, []
+    monkeypatch.setattr(slicing, "read_volume", lambda p, u: asked.append(p) or read(p, u))
     import_scans(options)
     assert len(asked) == 4 and files(options.out) == files(whole.out)
     import_scans(options)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from tables import EntryFinder, class_of, plain_name, read_manifest, read_table
+from dataset import read_manifest
+from scans.tables import EntryFinder, class_of, plain_name, read_table
 
 ADNI = """"Image Data ID","Subject","Group","Sex","Age","Visit","Modality","Description"
 "I45108","002_S_0295","CN","M","84","sc","MRI","MP-RAGE"

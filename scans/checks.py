@@ -1,6 +1,6 @@
 """Would training on a folder of slices be honest? A page in words, a contact sheet, an exit code.
 
-    python dataset.py check AD_NC --table subjects.csv
+    python prepare.py check AD_NC --table subjects.csv
 
 What it cannot see: slices of one person under two ids that no table joins, unless they show the
 same picture; pictures upside down; whatever the scans went through before.
@@ -26,18 +26,20 @@ from config import UserError
 from dataset import (
     FORMATS,
     SPLITS,
+    Entry,
     SliceFile,
     decode_id,
     describe,
     doubtful_classes,
     join_participants,
     pad_to_square,
+    read_manifest,
     read_splits,
     rows_by_scan,
     shared_ids,
 )
 from evaluation.metrics import auc, distance_rows
-from tables import RENAMED, Entry, EntryFinder, read_manifest
+from scans.tables import RENAMED, EntryFinder
 from utils import (
     ensure_writable,
     in_parts,

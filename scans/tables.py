@@ -11,12 +11,11 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from config import UserError
+from dataset import Entry, finite_number
 from utils import say
 
-MANIFEST = "manifest.csv"
 # Names of columns, in small letters and without signs; the first that is there is taken
 COLUMNS = {
     "scan": ("image data id", "image id", "imageuid", "mri id", "scan id", "scan", "id"),
@@ -29,16 +28,6 @@ RENAMED = {"CN": "NC", "Control": "NC"}  # as the slices that circulate call ADN
 # How a name says whose scan it is: BIDS, ADNI, OASIS-1 with its number of the visit, OASIS-2 and 3
 PARTICIPANT = re.compile(r"sub-[A-Za-z0-9]+|\d{3}_S_\d{4,5}|OAS1_\d{4}|OAS[23]_?\d{4}")
 MAX_TABLE = 200_000_000  # bytes
-
-
-class Entry(NamedTuple):
-    """What a table says of a scan or, where `scan` is empty, of all scans of a participant."""
-
-    scan: str
-    participant: str
-    label: str  # class, "" if unknown
-    age: float  # years, NaN if unknown
-    sex: str  # F, M or ""
 
 
 def plain_name(name: str) -> bool:
@@ -100,17 +89,8 @@ def class_of(value: str, column: str) -> str:
     """The class that a cell stands for; a clinical dementia rating is NC at 0 and AD above."""
     if column.lower() != "cdr":
         return RENAMED.get(value, value)
-    rating = number(value)
+    rating = finite_number(value)
     return "" if math.isnan(rating) else "NC" if rating == 0 else "AD"
-
-
-def number(value: str) -> float:
-    """A finite number, or NaN."""
-    try:
-        found = float(value.replace(",", "."))
-        return found if math.isfinite(found) else math.nan
-    except ValueError:
-        return math.nan
 
 
 def stem(name: str) -> str:
@@ -124,13 +104,12 @@ def participant_in(name: str) -> str:
     return found[0] if found else ""
 
 
-def read_table(path: Path, given: Mapping[str, str], renamed: bool = True) -> list[Entry]:
+def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
     """The entries of a spreadsheet that name a scan or a participant.
 
     Args:
         path: CSV or TSV.
         given: names of columns that are not found by themselves, by what they hold (`COLUMNS`).
-        renamed: whether CN becomes NC, and a rating a class.
 
     Raises:
         UserError: a file that is no table, a column that is not there, a class that is no plain
@@ -142,22 +121,21 @@ def read_table(path: Path, given: Mapping[str, str], renamed: bool = True) -> li
     for row in rows:
         cell = {what: row[name] for what, name in column.items()}
         scan, name = stem(cell.get("scan", "")), column.get("class", "")
-        label = class_of(cell.get("class", ""), name) if renamed else cell.get("class", "")
+        label = class_of(cell.get("class", ""), name)
         participant = cell.get("participant") or participant_in(scan) or scan
         if label and not plain_name(label):
             raise UserError(f"{path}: {label[:40]!r} in column {column['class']!r} is no name")
         if participant:
-            age, sex = number(cell.get("age", "")), cell.get("sex", "")[:1].upper()
+            age, sex = finite_number(cell.get("age", "")), cell.get("sex", "")[:1].upper()
             entries.append(Entry(scan, participant, label, age, sex if sex in "FM" else ""))
-    if renamed:  # a user's, not a manifest
-        say(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
-        for what, there in (
-            ("class", [bool(entry.label) for entry in entries]),
-            ("age", [not math.isnan(entry.age) for entry in entries]),
-            ("sex", [bool(entry.sex) for entry in entries]),
-        ):
-            if what in column and (without := len(rows) - sum(there)):
-                say(f"note: {path}: {without} of {len(rows)} rows have no {what} one can read")
+    say(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
+    for what, there in (
+        ("class", [bool(entry.label) for entry in entries]),
+        ("age", [not math.isnan(entry.age) for entry in entries]),
+        ("sex", [bool(entry.sex) for entry in entries]),
+    ):
+        if what in column and (without := len(rows) - sum(there)):
+            say(f"note: {path}: {without} of {len(rows)} rows have no {what} one can read")
     return entries
 
 
@@ -210,20 +188,3 @@ class EntryFinder:
         label = first.label if len(labels) == 1 else ""
         age = first.age if len(ages) == 1 else math.nan
         return first._replace(scan="", label=label, age=age)  # of no visit in particular
-
-
-def read_manifest(root: Path) -> dict[str, Entry]:
-    """The entries of the manifest of a folder of slices by scan; none where there is no manifest.
-
-    Raises:
-        UserError: a manifest that cannot be read, or says two things of a scan.
-    """
-    path = root / MANIFEST
-    if not path.exists():
-        return {}
-    columns = {"scan": "id", "participant": "participant", "class": "class"}
-    entries = read_table(path, columns, renamed=False)
-    found = {entry.scan: entry for entry in entries}
-    if len(found) < len(entries):
-        raise UserError(f"{path}: an id stands in two rows")
-    return found

@@ -1,6 +1,6 @@
 """Scans and a spreadsheet in, a training set out: volumes become slices in class folders.
 
-    python dataset.py import SCANS --out AD_NC --table subjects.csv
+    python prepare.py import SCANS --out AD_NC --table subjects.csv
 
 A volume is a NIfTI file or, with the program dcm2niix, a folder of DICOM files, at any depth. Its
 row of the table is the one whose scan or, if there is none, whose participant is a part of its
@@ -28,18 +28,9 @@ import numpy as np
 import tyro
 
 from config import UserError
-from dataset import SPLITS
-from tables import (
-    MANIFEST,
-    RENAMED,
-    Entry,
-    EntryFinder,
-    participant_in,
-    plain_name,
-    read_manifest,
-    read_rows,
-    stem,
-)
+from dataset import MANIFEST, SPLITS, Entry, manifest_rows
+from scans.tables import RENAMED, EntryFinder, participant_in, plain_name, stem
+from scans.volumes import Cut, Import, cut, find_converter, open_volume, read_volume
 from utils import (
     ensure_writable,
     first_line,
@@ -52,7 +43,6 @@ from utils import (
     sweep,
     write_atomically,
 )
-from volumes import Cut, Import, cut, find_converter, open_volume, read_volume
 
 SUFFIXES = (".nii", ".nii.gz")
 MOST_LETTERS = 80  # of an id
@@ -305,8 +295,7 @@ def rows_before(scans: list[Scan], options: Import) -> dict[str, dict[str, str]]
         if options.out.is_dir() and any(p.name[0] != "." for p in options.out.iterdir()):
             raise UserError(f"out = {options.out}: is not empty, and has no {MANIFEST}")
         return {}
-    read_manifest(options.out)
-    rows = {row["id"]: row for row in read_rows(path)[1]}
+    rows = manifest_rows(options.out)
     wanted = {scan.name: scan.entry for scan in scans}
     for name, row in rows.items():
         entry = wanted.get(name)
@@ -437,4 +426,4 @@ def report(
         raise UserError(f"{text}; use another --out, without those that could not")
     people = len({scan.entry.participant for scan in scans})
     say(f"{len(scans)} scans of {people} participants in {options.out}")
-    say(f"look at them: python dataset.py check {options.out}")
+    say(f"look at them: python prepare.py check {options.out}")

@@ -1,0 +1,71 @@
+"""Prepare slices for training: import volumes, check a folder, write the demo brains, clean up.
+
+python prepare.py import SCANS --out ROOT --table subjects.csv    # slices of volumes
+python prepare.py check ROOT    # what is in a folder, and whether training would be honest
+python prepare.py demo ROOT     # write the synthetic demo brains
+python prepare.py clean         # delete what the cache holds and nothing has used for a month
+"""
+
+import re
+import shutil
+import time
+from pathlib import Path
+
+import tyro
+
+from assets.demo_brains import write_demo
+from config import Config, UserError
+from dataset import entries
+from scans.checks import check
+from scans.slicing import import_scans
+from utils import ensure_writable, run_command, say, size_of, sweep
+
+# Names of what a cache holds
+CACHED = re.compile(
+    r"([0-9a-f]{16}-\d+|features-[a-z0-9]+-[0-9a-f]{16})\.npy(\.lock)?|compiled|demo-\d+"
+    r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|fresh-\d+-\d+-\d+"
+)
+
+
+# Command line
+
+
+def demo(root: tyro.conf.Positional[Path], /) -> None:
+    """Write the demo brains: synthetic, template-derived slices in the layout of the real set.
+
+    Args:
+        root: folder to write; it must not hold anything yet.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{root} is not empty")
+    ensure_writable(root)
+    write_demo(root)
+    say(f"demo brains in {root}; what each subject drew is in {root / 'subjects.csv'}")
+
+
+def clean(cache: Path = Config.cache, days: float = 30) -> None:
+    """Delete what a cache holds and no command has used for some time.
+
+    Args:
+        cache: folder of decoded images, features, encoders and demo brains; all can be made anew.
+        days: of the last use; 0 deletes everything.
+    """
+    if not cache.is_dir():
+        raise UserError(f"cache = {cache}: no such folder")
+    sweep(cache)
+    found = [path for path in entries(cache) if CACHED.fullmatch(path.name)]
+    old = sorted(p for p in found if p.stat().st_mtime <= time.time() - 86400 * days)
+    freed = sum(map(size_of, old))
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    say(f"{cache}: {len(old)} of {len(found)} entries deleted, {freed / 1e6:.1f} MB")
+
+
+def main() -> None:
+    """Command line of this module."""
+    commands = {"import": import_scans, "check": check, "demo": demo, "clean": clean}
+    tyro.extras.subcommand_cli_from_dict(commands)
+
+
+if __name__ == "__main__":
+    run_command(main)

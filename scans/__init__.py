@@ -1,0 +1,1 @@
+"""From volumes and spreadsheets to class folders."""
