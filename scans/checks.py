@@ -20,6 +20,8 @@ import tyro
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import fft, ndimage
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from config import UserError
@@ -38,9 +40,9 @@ from dataset import (
     rows_by_scan,
     shared_ids,
 )
-from evaluation.metrics import auc, distance_rows
 from scans.tables import RENAMED, EntryFinder
 from utils import (
+    CHUNK,
     ensure_writable,
     in_parts,
     map_on_cores,
@@ -294,13 +296,14 @@ def near_duplicates(folder: Folder) -> tuple[list[Pair], float]:
         return [], 0.0
     train = folder.pictures[rows["train"]]
     train_up = upright(train)
-    hashes, best = wholes(train_up), {}
+    finder, best = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(train))), {}
+    finder.fit(wholes(train_up))
     for mirrored in (False, True):
         test = folder.pictures[rows["test"]][:, :, :: -1 if mirrored else 1]
         test_up = upright(test)
-        for part, distances in distance_rows(wholes(test_up), hashes):
-            count = min(NEIGHBOURS, len(train))
-            for column in np.argpartition(distances, count - 1, axis=1)[:, :count].T:
+        alike = finder.kneighbors(wholes(test_up), return_distance=False)  # [tests, NEIGHBOURS]
+        for part in np.array_split(np.arange(len(test)), math.ceil(len(test) / CHUNK)):
+            for column in alike[part].T:
                 scores = np.maximum(
                     best_correlation(test[part], train[column]),
                     best_correlation(test_up[part], train_up[column]),
@@ -374,7 +377,7 @@ def most_telling(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     found = [(math.nan, math.nan)]
     for a, b in itertools.combinations(np.unique(labels), 2):
         chosen = (labels == a) | (labels == b)
-        value = auc(labels[chosen] == b, np.stack([-values[chosen], values[chosen]], 1))
+        value = roc_auc_score(labels[chosen] == b, values[chosen])
         n, m = (labels == a).sum(), (labels == b).sum()
         deviation = math.sqrt((n + m + 1) / (12 * n * m))  # of the AUC of a number without meaning
         found.append((max(value, 1 - value), 0.5 + 2 * deviation))

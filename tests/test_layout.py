@@ -1,0 +1,56 @@
+"""Who may import whom: no circle, no folder that needs a command, no room that is too large."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {"train", "predict", "evaluate", "prepare"}
+FOLDERS = ("training", "evaluation", "scans")
+MAX_LINES = 650
+
+
+def rooms() -> dict[str, Path]:
+    """Every module of the product by its dotted name."""
+    paths = [p for name in ("", *FOLDERS, "assets") for p in (ROOT / name).glob("*.py")]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+
+
+def imports() -> dict[str, set[str]]:
+    """The modules of the product that each of them imports, anywhere in its text."""
+    found: dict[str, set[str]] = {}
+    for name, path in rooms().items():
+        wanted = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted |= {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom) and node.module:
+                wanted |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[name] = wanted & rooms().keys()
+    return found
+
+
+def test_no_file_is_part_of_a_circle():
+    TopologicalSorter(imports()).prepare()
+
+
+def folder_of(name: str) -> str:
+    """The folder of a module, or the module itself; each script in assets/ is a command."""
+    folder, _, _ = name.partition(".")
+    return folder if folder in FOLDERS else name
+
+
+def test_no_folder_is_part_of_a_circle():
+    arrows: dict[str, set[str]] = {}
+    for name, wanted in imports().items():
+        others = {folder_of(other) for other in wanted} - {folder_of(name)}
+        arrows.setdefault(folder_of(name), set()).update(others)
+    TopologicalSorter(arrows).prepare()
+
+
+def test_nothing_imports_a_command():
+    assert not {name: wanted & COMMANDS for name, wanted in imports().items() if wanted & COMMANDS}
+
+
+def test_no_room_is_too_large():
+    assert max(len(path.read_text().splitlines()) for path in rooms().values()) <= MAX_LINES
