@@ -13,14 +13,15 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load, save
@@ -29,12 +30,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import UserError
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
-
 
 CHUNK = 500  # images that are worked on at a time
 SIGNALS = [  # that ask a process to end
@@ -285,7 +280,7 @@ def make_once(
         mark_used(path)
     else:
         ensure_writable(path.parent)
-        with alone(path):
+        with wait_for_lock(path):
             if not whole(path):  # else another process was faster
                 sweep(path.parent)
                 if path.exists():
@@ -333,47 +328,33 @@ def make_array_once(path: Path, write: Callable[[Path], Any]) -> np.ndarray:
         raise UserError(f"{path} is no array: delete it ({first_line(error)})") from error
 
 
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is making this file, on file systems that know locks."""
+def wait_for_lock(path: Path) -> FileLock:
+    """Take the lock that belongs to a file, once no other process has it. -> the held lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.with_name(f"{path.name}.lock")
-    with open(name, "a") as file:
-        try:
-            if fcntl and not try_lock(file):
-                say(f"waiting for another process, which makes {path}")
-                fcntl.lockf(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # no locks here: both make it, and the last one stays
-        try:
-            yield
-        finally:
-            name.unlink(missing_ok=True)  # whoever waits for it finds the file made
-
-
-def try_lock(file: TextIO) -> bool:
-    """Whether this process has the lock of a file now. Raises OSError where there are no locks."""
+    lock = FileLock(f"{path}.lock")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except (BlockingIOError, PermissionError):
-        return False
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that writes {path}")
+        lock.acquire()
+    return lock
 
 
-def lock(folder: Path, doing: str = "training") -> TextIO:
-    """Keep other processes out of a folder, on shared storage too, while the file is open.
+def lock_folder(folder: Path, doing: str = "training") -> FileLock:
+    """Keep other processes out of a folder until the lock is released. -> the held lock.
+
+    The lock ends with the process, also when the process is killed.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a")
-    try:  # of the process: it ends with it, and no worker of the loader inherits it
-        if fcntl and not try_lock(file):
-            raise UserError(f"out = {folder}: another process is {doing} there")
-    except OSError as error:  # a file system without locks
-        say(f"note: {folder} cannot be locked ({error.strerror}): let nothing else train there")
-    return file
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"out = {folder}: another process is {doing} there") from error
+    return lock
 
 
 class DamagedFile(UserError):

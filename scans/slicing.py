@@ -34,7 +34,7 @@ from scans.volumes import Cut, Import, cut, find_converter, open_volume, read_vo
 from utils import (
     ensure_writable,
     first_line,
-    lock,
+    lock_folder,
     map_on_cores,
     save_grey,
     say,
@@ -340,7 +340,7 @@ def import_scans(options: Annotated[Import, tyro.conf.arg(name="")]) -> None:
     except UserError:
         say_problems(problems)
         raise
-    with lock(options.out, "importing"):
+    with lock_folder(options.out, "importing"):
         if rows_before(scans, options) != rows:
             raise UserError(f"{options.out}: another process imported there; run this again")
         sweep(options.out)

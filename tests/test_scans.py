@@ -30,7 +30,7 @@ from scans.volumes import Import, cut, read_volume, resample
 
 VOXEL = 3  # mm
 TOP = 85  # mm, of the head
-HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
 HOLD += "print('held', flush=True); time.sleep(60)"
 
 

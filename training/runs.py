@@ -6,9 +6,10 @@ import math
 import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from config import Config, UserError
@@ -18,7 +19,7 @@ from utils import (
     ensure_writable,
     first_line,
     is_file_name,
-    lock,
+    lock_folder,
     read_safetensors,
     say,
     sweep,
@@ -175,8 +176,8 @@ def open_run(config: Config) -> dict[str, Any] | None:
 
 def start_run(
     config: Config, classes: list[str], data: str, saved: dict[str, Any] | None
-) -> TextIO:
-    """Take the folder for this process and write config.json. -> the lock, open while it trains.
+) -> FileLock:
+    """Take the folder for this process and write config.json. -> the held lock.
 
     Raises:
         UserError: the run was trained on other data, or another process trains there, or did since
@@ -185,7 +186,7 @@ def start_run(
     if (config.out / "config.json").exists():
         if read_run_config(config.out)[1:] != (classes, data):
             raise UserError(f"{config.out} was trained on other data; use another --out")
-    file = lock(config.out)
+    lock = lock_folder(config.out)
     nimg = saved["cur_nimg"] if saved else 0
     for path in checkpoints(config.out):
         if path.stem > f"{nimg:010d}":
@@ -198,7 +199,7 @@ def start_run(
                 raise UserError(f"{config.out}: {text}")
     sweep(config.out)
     write_run_config(config.out, config, classes, data)
-    return file
+    return lock
 
 
 def save_generator(run: Path, G_ema: Generator, cur_nimg: int) -> None:
