@@ -15,15 +15,14 @@ import tyro
 
 from assets.demo_brains import write_demo
 from config import Config, UserError
-from dataset import entries
 from scans.checks import check
 from scans.slicing import import_scans
 from utils import ensure_writable, run_command, say, size_of, sweep
 
 # Names of what a cache holds
 CACHED = re.compile(
-    r"([0-9a-f]{16}-\d+|features-[a-z0-9]+-[0-9a-f]{16})\.npy(\.lock)?|compiled|demo-\d+"
-    r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|fresh-\d+-\d+-\d+"
+    r"\.?(?:([0-9a-f]{16}-\d+|features-[a-z0-9]+-[0-9a-f]{16})\.npy(\.lock)?|compiled|demo-\d+"
+    r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|fresh-\d+-\d+-\d+)"
 )
 
 
@@ -53,7 +52,7 @@ def clean(cache: Path = Config.cache, days: float = 30) -> None:
     if not cache.is_dir():
         raise UserError(f"cache = {cache}: no such folder")
     sweep(cache)
-    found = [path for path in entries(cache) if CACHED.fullmatch(path.name)]
+    found = [path for path in cache.iterdir() if CACHED.fullmatch(path.name)]
     old = sorted(p for p in found if p.stat().st_mtime <= time.time() - 86400 * days)
     freed = sum(map(size_of, old))
     for path in old:

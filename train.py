@@ -428,7 +428,7 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
 
     If it is asked to stop while it measures, the resumed run does all of it.
     """
-    started, config, last = time.perf_counter(), state.config, epoch == state.config.epochs
+    config, last = state.config, epoch == state.config.epochs
     weight = label_weight(config, state.cur_nimg)
     line = recorder.summary(epoch, state.pl_mean.item())
     try:
@@ -438,7 +438,7 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
                     line |= recorder.figures.measure(state.G_ema, state.D)
     except Stopped:
         return
-    recorder.write_line(line | {"upkeep": recorder.upkeep_share(started)})
+    recorder.write_line(line)
     if improved := (fid := counted_fid(line)) < state.best_fid:
         state.best_fid = fid
         write_checkpoint(state, config.out / "best.pt")
@@ -446,7 +446,7 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
         recorder.save_grid(state.G_ema, epoch, weight)
     if last or improved or recorder.comes_due(config.checkpoint_kimg):
         save(state, recorder, anew=improved)
-    recorder.end_upkeep(started)
+    recorder.end_epoch()
 
 
 def save(state: TrainingState, recorder: Recorder, anew: bool = False) -> None:

@@ -331,7 +331,7 @@ def make_array_once(path: Path, write: Callable[[Path], Any]) -> np.ndarray:
 def wait_for_lock(path: Path) -> FileLock:
     """Take the lock that belongs to a file, once no other process has it. -> the held lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -457,7 +457,7 @@ def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(config: C
         os.utime(path, (0, 0))
     load_slices(config)  # uses it again
     clean(config.cache)
-    assert "2 of 3 entries deleted" in capsys.readouterr().out
+    assert "2 of 4 entries deleted" in capsys.readouterr().out
     assert set(config.cache.iterdir()) == {used, mine} | others
     clean(config.cache, days=0)
     assert set(config.cache.iterdir()) == {mine} | others

@@ -334,7 +334,6 @@ def test_images_decide_what_is_done_at_the_end_of_an_epoch(config: Config, monke
     log = read_log(config.out)
     assert [line["epoch"] for line in log if "kid" in line] == [3, 5, 6] and len(measured) == 3
     assert saved == [48, 80, 96, 96]  # the last one, not written here, is asked for at the end
-    assert all(0 < line["upkeep"] < 1 for line in log[1:])
     assert len(list((config.out / "grids").iterdir())) == 6
 
 

@@ -96,7 +96,7 @@ def test_a_stop_at_any_moment_loses_nothing(run_config, monkeypatch, capsys, mom
         del state["settings"]["out"]
     assert same_tensors(whole, joined) == []
     assert (config.out / "losses.csv").read_text() == (cut.out / "losses.csv").read_text()
-    times = ("seconds", "img_per_s", "data_wait", "upkeep")
+    times = ("seconds", "img_per_s", "data_wait")
     logs = [[{k: v for k, v in line.items() if k not in times} for line in read_log(c.out)]
             for c in (config, cut)]  # fmt: skip
     assert logs[0] == logs[1] and [line["epoch"] for line in logs[0]] == [1, 2]

@@ -471,7 +471,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(config, monkeypat
         del state["settings"]["out"]
     assert same_tensors(whole, joined) == []
     assert (config.out / "losses.csv").read_text() == (parted.out / "losses.csv").read_text()
-    times = ("seconds", "img_per_s", "data_wait", "upkeep")
+    times = ("seconds", "img_per_s", "data_wait")
     logs = [
         [{k: v for k, v in line.items() if k not in times} for line in read_log(c.out)]
         for c in (config, parted)

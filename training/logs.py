@@ -16,9 +16,7 @@ STATS = (
     "g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1", "real_sign", "fake_sign",
     "g_main_grad", "d_main_grad", "ada_p",
 )  # fmt: skip
-
-
-# Logs
+VALUE = r",(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf)?"  # of losses.csv; none: it was not due
 
 
 def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
@@ -44,41 +42,21 @@ def number(value: Any) -> float:
 
 
 def read_losses(run: Path) -> np.ndarray:
-    """Rows (nimg, *STATS) of losses.csv; NaN where one was not due.
+    """Rows (nimg, *STATS) of losses.csv; NaN where a statistic was not due.
 
-    Only lines that are whole count: as many numbers as there are names, at a later image each.
+    Lines that are damaged, or not at a later image than all before them, are left out.
     """
     header, *lines = whole_lines(run / "losses.csv") or [""]
-    names, rows = header.split(","), []  # those of earlier versions had fewer
-    if names == ["nimg", *STATS] and (found := all_numbers(lines, len(names))) is not None:
-        return found
-    for line in lines if names[0] == "nimg" else ():
-        try:
-            values = [float(value or "nan") for value in line.split(",")]
-            row = dict(zip(names, values, strict=True))
-        except ValueError:
-            continue
-        if (rows[-1][0] if rows else -1) < row["nimg"] < math.inf:
-            rows.append([row.get(name, math.nan) for name in ("nimg", *STATS)])
-    return np.array(rows).reshape(-1, 1 + len(STATS))
-
-
-def all_numbers(lines: list[str], width: int) -> np.ndarray | None:
-    """Lines of numbers, at a later image each, as rows; None where one is damaged. Fast."""
-    text = ",\n".join(lines) + ","
-    for _ in range(2):
-        text = text.replace(",,", ",nan,")
-    if re.search(r"[^-+0-9.e,na\n]", text) or any(x.count(",") != width - 1 for x in lines):
-        return None
-    try:
-        values = np.fromstring(text, sep=",")
-    except ValueError:
-        return None
-    if not lines or values.size != len(lines) * width:
-        return None
-    rows = values.reshape(-1, width)
-    later = np.diff(rows[:, 0], prepend=-1) > 0
-    return rows if later.all() and np.isfinite(rows[:, 0]).all() else None
+    names = header.split(",")
+    row = re.compile(r"\d+" + VALUE * (len(names) - 1))
+    lines = [line for line in lines if row.fullmatch(line)] if names[0] == "nimg" else []
+    text = ",".join([*lines, ""]).replace(",,", ",nan,").replace(",,", ",nan,")
+    values = np.fromstring(text.removesuffix(","), sep=",").reshape(-1, len(names))
+    columns = dict(zip(names, values.T, strict=True))
+    missing = np.full(len(values), math.nan)
+    rows = np.column_stack([columns.get(name, missing) for name in ("nimg", *STATS)])
+    latest = np.maximum.accumulate(rows[:, 0])
+    return rows[np.diff(latest, prepend=-1) > 0]
 
 
 def losses_text(rows: np.ndarray) -> str:

@@ -188,7 +188,6 @@ class Recorder:
             rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
             self.epoch_rows = list(rows[rows[:, 0] > self.logged])  # of the epoch under way
             self.warned: set[str] = set()
-        self.upkeep, self.began = 0.0, time.perf_counter()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -278,16 +277,10 @@ class Recorder:
         save_grey(picture, self.run / "grids" / f"epoch{epoch:04d}.png")
         self.board.add_image("grid", picture, self.cur_nimg, dataformats="HW")
 
-    def end_upkeep(self, started: float) -> None:
-        """All that was due at an epoch's end is done, since `started`."""
+    def end_epoch(self) -> None:
+        """All that was due at the end of an epoch is done: the clock of the next one starts."""
         self.logged = self.cur_nimg
-        self.upkeep += time.perf_counter() - started
         self.start_clock()
-
-    def upkeep_share(self, started: float) -> float:
-        """Share of this process's time in the loop that went in measuring, saving and drawing."""
-        now = time.perf_counter()
-        return round((self.upkeep + now - started) / (now - self.began), 4)
 
     def close(self) -> None:
         """Draw the plots of the run so far."""
