@@ -63,7 +63,7 @@ class Config:
     # Labels
     conditional: bool = True
     """Condition on the class; False takes all slices for one class."""
-    condition_level: bool = False
+    condition_position: bool = False
     """Condition on the place of a slice in its id too, from lowest to highest."""
     any_classes: bool = False
     """Train on more than 20 classes too, or on classes of a single id: they may be patients."""

@@ -39,8 +39,8 @@ from utils import (
     mark_used,
     num_ranks,
     partial_path,
+    print_once,
     rank,
-    say,
     stream_seed,
     width_of_c,
 )
@@ -61,7 +61,7 @@ class SliceFile(NamedTuple):
     """One slice on disk: `label` is the index of its class folder in sorted order."""
 
     path: Path
-    subject: str
+    participant: str
     label: int
 
     @property
@@ -79,18 +79,24 @@ class Slices:
 
     images: np.ndarray
     labels: np.ndarray
-    subjects: np.ndarray
+    participants: np.ndarray
     classes: list[str]
-    levels: np.ndarray | None = None
+    positions: np.ndarray | None = None
 
     @property
     def c_dim(self) -> int:
         """Width of c."""
-        return width_of_c(len(self.classes), self.levels is not None)
+        return width_of_c(len(self.classes), self.positions is not None)
+
+    def take(self, rows: np.ndarray) -> "Slices":
+        """Some of the slices, in memory."""
+        positions = None if self.positions is None else self.positions[rows]
+        parts = np.array(self.images[rows]), self.labels[rows], self.participants[rows]
+        return Slices(*parts, self.classes, positions)
 
     def conditions(self) -> Tensor:
         """c of each slice. -> [n, c_dim]."""
-        return conditions(self.labels, self.levels, self.c_dim)
+        return conditions(self.labels, self.positions, self.c_dim)
 
 
 class Entry(NamedTuple):
@@ -168,11 +174,11 @@ def rows_by_scan(files: list[SliceFile]) -> list[list[int]]:
     return list(rows_of.values())
 
 
-def join_participants(files: list[SliceFile], entries: Mapping[str, Entry]) -> None:
+def set_participants(files: list[SliceFile], entries: Mapping[str, Entry]) -> None:
     """Put whose scan it is in the place of the id, where entries say so."""
     for row, file in enumerate(files):
         if entry := entries.get(file.scan):
-            files[row] = file._replace(subject=entry.participant)
+            files[row] = file._replace(participant=entry.participant)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -194,19 +200,19 @@ def list_slices(folder: Path, label: int) -> list[SliceFile]:
     if not paths:
         raise UserError(f"class folder {folder} holds no image files")
     files = [SliceFile(p, scan_of(p), label) for p in paths]
-    return sorted(files, key=lambda f: (f.subject, len(f.path.stem), f.path.name))
+    return sorted(files, key=lambda f: (f.participant, len(f.path.stem), f.path.name))
 
 
 def split_by_id(files: list[SliceFile]) -> dict[str, list[SliceFile]]:
     """Give whole ids to test, a fixed share of each class, by a hash of the id."""
     test: set[str] = set()
     for label in sorted({f.label for f in files}):
-        ids = sorted({f.subject for f in files if f.label == label})
+        ids = sorted({f.participant for f in files if f.label == label})
         ids.sort(key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
         test.update(ids[: math.ceil(TEST_SHARE * len(ids))])
     splits = {
-        "train": [f for f in files if f.subject not in test],
-        "test": [f for f in files if f.subject in test],
+        "train": [f for f in files if f.participant not in test],
+        "test": [f for f in files if f.participant in test],
     }
     present = set.intersection(*({f.label for f in part} for part in splits.values()))
     for file in files:
@@ -239,7 +245,7 @@ def find_slices(
 
 def shared_ids(splits: dict[str, list[SliceFile]]) -> list[str]:
     """What is wrong with a split, in words: ids or participants on both sides."""
-    shared = {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}
+    shared = {f.participant for f in splits["train"]} & {f.participant for f in splits["test"]}
     first = ", ".join(sorted(shared)[:5])
     return [f"{len(shared)} id(s) on both sides of the split: {first}"] if shared else []
 
@@ -264,7 +270,7 @@ def read_splits(root: Path, any_classes: bool) -> tuple[list[str], dict[str, lis
         raise UserError(f"{root}: {doubt}; if they are right, say --any-classes")
     manifest = read_manifest(root)
     for files in found:
-        join_participants(files, manifest)
+        set_participants(files, manifest)
     splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_id(found[0])
     return names[0], splits
 
@@ -274,7 +280,7 @@ def doubtful_classes(classes: list[str], files: list[SliceFile]) -> str | None:
     found = f"{len(classes)} class folders ({', '.join(classes[:3])}, ...)"
     if len(classes) > MOST_CLASSES:
         return f"{found}, more than {MOST_CLASSES}, may be patients"
-    if len(classes) == len({(f.label, f.subject) for f in files}) > 2:
+    if len(classes) == len({(f.label, f.participant) for f in files}) > 2:
         return f"{found} of a single id each may be patients"
     return None
 
@@ -300,19 +306,21 @@ def describe(root: Path | None, classes: list[str], splits: dict[str, list[Slice
     for split, files in splits.items():
         rows = [[f for f in files if f.label == label] for label in range(len(classes))]
         parts = [
-            f"{name} {len({f.subject for f in row})} ids, {len(row)} slices"
+            f"{name} {len({f.participant for f in row})} ids, {len(row)} slices"
             for name, row in zip(classes, rows, strict=True)
         ]
-        say(f"{split}: {'; '.join(parts)}")
+        print_once(f"{split}: {'; '.join(parts)}")
     if root is None:
         return
     files = splits["train"] + splits["test"]
     if ignored := ignored_files(root, {f.path for f in files} | {root / MANIFEST}):
         more = f", and {len(ignored) - 5} more folders" if len(ignored) > 5 else ""
-        say(f"note: files that are not used: {'; '.join(ignored[:5])}{more}")
-    if len({f.subject for f in files}) == len(files):  # a split by id is then a split by file
+        print_once(f"note: files that are not used: {'; '.join(ignored[:5])}{more}")
+    if len({f.participant for f in files}) == len(files):  # a split by id is then a split by file
         name = files[0].path.name
-        say(f"note: every file is an id of its own; if {name} has sisters, name them ID_SLICE")
+        print_once(
+            f"note: every file is an id of its own; if {name} has sisters, name them ID_SLICE"
+        )
 
 
 # Decoding
@@ -396,7 +404,7 @@ def grey_range(images: list[Tensor]) -> tuple[float, float]:
     return (float(low) if values.min() < 0 else 0.0), float(high)
 
 
-def decode_id(paths: list[Path]) -> tuple[list[Tensor], tuple[float, float], list[str]]:
+def decode_scan(paths: list[Path]) -> tuple[list[Tensor], tuple[float, float], list[str]]:
     """The slices of one id, the values that become black and white, and what is wrong."""
     images, limits, problems = [], (0.0, 255.0), []
     for path in paths:
@@ -411,10 +419,10 @@ def decode_id(paths: list[Path]) -> tuple[list[Tensor], tuple[float, float], lis
     return images, limits, problems
 
 
-def decode_subject(paths: list[Path], resolution: int) -> tuple[Tensor | None, list[str]]:
+def resized_scan(paths: list[Path], resolution: int) -> tuple[Tensor | None, list[str]]:
     """All slices of one id as uint8 [n, R, R], or None, with what is wrong with each bad file."""
     resize = v2.Resize([resolution, resolution], v2.InterpolationMode.BICUBIC, antialias=True)
-    images, (low, high), problems = decode_id(paths)
+    images, (low, high), problems = decode_scan(paths)
     if problems:
         return None, problems
     if images[0].is_floating_point():
@@ -466,7 +474,7 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
     problems: list[str] = []
 
     def work(rows: list[int]) -> None:
-        result, bad = decode_subject([files[row].path for row in rows], resolution)
+        result, bad = resized_scan([files[row].path for row in rows], resolution)
         problems.extend(bad)
         if result is not None:
             images[rows] = result.numpy()
@@ -486,14 +494,14 @@ def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) ->
     return make_array_once(path, lambda partial: decode_all(files, resolution, partial))
 
 
-def find_levels(ids: np.ndarray) -> np.ndarray:
+def find_positions(ids: np.ndarray) -> np.ndarray:
     """Place of each slice among those of its id, 0 lowest to 1: slices are in order. -> [n]."""
-    levels = np.full(len(ids), 0.5)
+    positions = np.full(len(ids), 0.5)
     for name in np.unique(ids):
         rows = np.flatnonzero(ids == name)
         if len(rows) > 1:
-            levels[rows] = np.linspace(0, 1, len(rows))
-    return levels
+            positions[rows] = np.linspace(0, 1, len(rows))
+    return positions
 
 
 def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
@@ -506,12 +514,18 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     files = splits["train"] + splits["test"]
     images = decoded(files, root, config.img_resolution, config.cache)
     labels = np.array([f.label for f in files])
-    subjects = np.array([f.subject for f in files])
+    participants = np.array([f.participant for f in files])
     scans = np.array([str(f.path.parent / f.scan) for f in files])
-    levels = find_levels(scans) if config.condition_level else None
+    positions = find_positions(scans) if config.condition_position else None
     parts = {"train": slice(len(splits["train"])), "test": slice(len(splits["train"]), None)}
     slices = {
-        k: Slices(images[s], labels[s], subjects[s], classes, None if levels is None else levels[s])
+        k: Slices(
+            images[s],
+            labels[s],
+            participants[s],
+            classes,
+            None if positions is None else positions[s],
+        )
         for k, s in parts.items()
     }
     return slices, data_identity(files, root)
@@ -578,11 +592,11 @@ class TrainingSlices(Dataset):
         self.images, self.config = slices.images, config
         self.epoch, self.order = -1, np.zeros(0, int)
 
-    def __getitem__(self, positions: range) -> tuple[np.ndarray, np.ndarray]:
-        indices = np.array([self.index(position) for position in positions])
+    def __getitem__(self, numbers: range) -> tuple[np.ndarray, np.ndarray]:
+        indices = np.array([self.index(nimg) for nimg in numbers])
         images = np.array(self.images[indices])
         if self.config.augment == "dataset":
-            seeds = (stream_seed("augment", self.config.seed, p) for p in positions)
+            seeds = (stream_seed("augment", self.config.seed, p) for p in numbers)
             draws = np.stack([np.random.default_rng(seed).random(4) for seed in seeds])
             grey = torch.from_numpy(images)[:, None].float() / 255
             grey = augment(grey, torch.from_numpy(draws).float(), self.config)
@@ -604,9 +618,9 @@ class TrainingSlices(Dataset):
             path, first, count = self.images
             self.images = np.load(path, mmap_mode="r")[first : first + count]
 
-    def index(self, position: int) -> int:
+    def index(self, nimg: int) -> int:
         """The slice shown at a position."""
-        epoch, place = divmod(position, len(self.images))
+        epoch, place = divmod(nimg, len(self.images))
         if epoch != self.epoch:
             rng = np.random.default_rng(stream_seed("order", self.config.seed, epoch))
             self.epoch, self.order = epoch, rng.permutation(len(self.images))
@@ -629,7 +643,7 @@ def as_it_is(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarr
     return batch
 
 
-class Positions(Sampler):
+class ImageNumbers(Sampler):
     """The positions of each batch, made one by one: of a long run there are many."""
 
     def __init__(self, starts: range, share: int) -> None:
@@ -650,7 +664,7 @@ def make_loader(slices: Slices, config: Config, start: int, stop: int) -> DataLo
     return DataLoader(
         TrainingSlices(slices, config),
         batch_size=None,  # an item is a batch
-        sampler=Positions(range(first, stop - batch + 1 + rank() * share, batch), share),
+        sampler=ImageNumbers(range(first, stop - batch + 1 + rank() * share, batch), share),
         collate_fn=as_it_is,
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,

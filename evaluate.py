@@ -46,11 +46,11 @@ from evaluation.features import (
     features_of,
     fit_encoder,
     fresh_slices,
+    labels_in_proportion,
     load_dinov2,
     load_inception,
     planted_copies,
     sample_fakes,
-    spread_labels,
     trained_encoder,
 )
 from evaluation.metrics import (
@@ -59,10 +59,9 @@ from evaluation.metrics import (
     aligned,
     areas,
     auc,
-    audit,
     bootstrap_interval,
+    copy_audit,
     distances_by_halves,
-    draw_pairs,
     effect_interval,
     effect_size,
     frechet_distance,
@@ -76,8 +75,9 @@ from evaluation.metrics import (
     manifold_figures,
     mean_by_id,
     membership,
-    nearest,
+    nearest_neighbour,
     participation_ratio,
+    random_pairs,
     similarity,
     without_ids,
 )
@@ -101,10 +101,18 @@ from training.runs import (
     read_run_config,
     run_folder,
 )
-from utils import ensure_writable, one_hot, run_command, say, sha256_of, spread, stream_seed
+from utils import (
+    ensure_writable,
+    evenly_spaced,
+    one_hot,
+    print_once,
+    run_command,
+    sha256_of,
+    stream_seed,
+)
 
 Group = Literal["distribution", "diversity", "labels", "anatomy", "memorisation", "calibration"]
-LEAST = 10  # slices, below which a set is not compared
+MIN_SLICES = 10  # slices, below which a set is not compared
 MAX_FRESH = 1000  # subjects, of whom a perfect generator has a slice each
 NUM_DEGRADED = 100  # slices, at each strength of each degradation
 STEPS = 600  # of each classifier
@@ -151,7 +159,7 @@ class Options:
             raise UserError(f"out = {self.out}: each of {len(self.runs)} runs has its own folder")
 
 
-class Bench(NamedTuple):
+class References(NamedTuple):
     """What every set of images is measured against, and with."""
 
     splits: dict[str, Slices]
@@ -173,8 +181,8 @@ def compare_sets(fake: Features, reals: dict[str, Features], seed: int) -> dict[
         kid = kernel_distance(fake.values, real.values, seed)
         row[f"kid_{split}"], row[f"kid_{split}_error"] = kid
     n = min(len(fake.values), len(reals["train"].values))
-    a, b = (part.take(spread(len(part.values), n)) for part in (reals["train"], fake))
-    row |= manifold_figures(a.values, b.values, a.subjects, b.subjects)
+    a, b = (part.take(evenly_spaced(len(part.values), n)) for part in (reals["train"], fake))
+    row |= manifold_figures(a.values, b.values, a.participants, b.participants)
     smallest, width = min(len(p.values) for p in (fake, *reals.values())), fake.values.shape[1]
     few = f"n = {smallest} is below the {width} features: FID is biased upwards"
     return row | {"note": few if smallest <= width else ""}
@@ -190,7 +198,7 @@ def compare_to_unseen(test: Features, sets: dict[str, Features], seed: int) -> R
     whole, halves = distances_by_halves(test, sets, seed)
     n, rows = min(len(part.values) for part in sets.values()), []
     for name, part in sets.items():
-        ids = len(np.unique(part.take(spread(len(part.values), n)).subjects))
+        ids = len(np.unique(part.take(evenly_spaced(len(part.values), n)).participants))
         row = {"set": name, "slices": n, "ids": ids, "fd_test": whole[name]}
         row["fd_test_of_halves"] = float(np.median(halves[name]))
         row["fd_infinite"] = infinite_distance(whole[name], halves[name])
@@ -204,26 +212,30 @@ def compare_to_unseen(test: Features, sets: dict[str, Features], seed: int) -> R
     return rows
 
 
-def measure_distribution(fakes: Slices, bench: Bench) -> dict[str, Rows]:
+def measure_distribution(fakes: Slices, references: References) -> dict[str, Rows]:
     """The headline, to unseen ids; and overall, each class, and test slices against training."""
     found: dict[str, Rows] = {"headline": [], "distribution": []}
-    for extractor in bench.extractors:
-        reals = {k: extract(k, s, extractor, bench.cache) for k, s in bench.splits.items()}
-        fake, train = extract("samples", fakes, extractor, bench.cache), reals["train"]
+    for extractor in references.extractors:
+        reals = {
+            k: extract(k, s, extractor, references.cache) for k, s in references.splits.items()
+        }
+        fake, train = extract("samples", fakes, extractor, references.cache), reals["train"]
         sets = {"samples": fake, "training slices": train}
-        if bench.fresh is not None:
-            sets["fresh subjects"] = extract("fresh", bench.fresh, extractor, bench.cache)
-        head = compare_to_unseen(reals["test"], sets, bench.seed)
+        if references.fresh is not None:
+            sets["fresh subjects"] = extract("fresh", references.fresh, extractor, references.cache)
+        head = compare_to_unseen(reals["test"], sets, references.seed)
         rows = {}
         for label, name in [(None, "all"), *enumerate(fakes.classes)]:
             parts, chosen = {k: r.of_class(label) for k, r in reals.items()}, fake.of_class(label)
             if label is not None and len(fakes.classes) < 2:
                 continue
-            if len(chosen.values) < LEAST:
-                rows[name] = {"note": f"fewer than {LEAST} samples: not compared"}
+            if len(chosen.values) < MIN_SLICES:
+                rows[name] = {"note": f"fewer than {MIN_SLICES} samples: not compared"}
                 continue
-            rows[name] = compare_sets(chosen, parts, bench.seed)
-        rows["real: test against train"] = compare_sets(reals["test"], {"train": train}, bench.seed)
+            rows[name] = compare_sets(chosen, parts, references.seed)
+        rows["real: test against train"] = compare_sets(
+            reals["test"], {"train": train}, references.seed
+        )
         found["headline"] += [{"extractor": extractor.name} | row for row in head]
         found["distribution"] += [
             {"extractor": extractor.name, "set": name} | row for name, row in rows.items()
@@ -234,11 +246,11 @@ def measure_distribution(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 # 3: diversity
 
 
-def measure_diversity(fakes: Slices, bench: Bench) -> dict[str, Rows]:
+def measure_diversity(fakes: Slices, references: References) -> dict[str, Rows]:
     """MS-SSIM of pairs of one class and of different ids, within the box of the real heads."""
-    rows, box = [], head_box(bench.splits["train"].images)
-    for name, slices in {"fake": fakes, "real": bench.splits["train"]}.items():
-        pairs = draw_pairs(slices.subjects, slices.labels, bench.seed)
+    rows, box = [], head_box(references.splits["train"].images)
+    for name, slices in {"fake": fakes, "real": references.splits["train"]}.items():
+        pairs = random_pairs(slices.participants, slices.labels, references.seed)
         images = slices.images[:, *box]
         values = similarity(images, pairs) if len(pairs) else np.array([math.nan])
         error = values.std() / math.sqrt(len(values))
@@ -259,11 +271,11 @@ def gain_by_id(
         return float(np.mean([auc(labels[i], s[i]) - auc(labels[i], r[i]) for s, r in pairs]))
 
     ids = np.arange(len(labels))
-    row = {"figure": f"{name}TR - TRTR", "level": "ids", "auc": gain(ids)}
+    row = {"figure": f"{name}TR - TRTR", "unit": "ids", "auc": gain(ids)}
     return row | {"interval_over_ids": bootstrap_interval(gain, ids, labels, seed)}
 
 
-def measure_labels(fakes: Slices, bench: Bench) -> dict[str, Rows]:
+def measure_labels(fakes: Slices, references: References) -> dict[str, Rows]:
     """AUC of a small classifier: real and synthetic training data, real and synthetic tests ([1]).
 
     Trained on real, tested on real (TRTR), and so on; at the level of slices, and of ids, whose
@@ -271,7 +283,7 @@ def measure_labels(fakes: Slices, bench: Bench) -> dict[str, Rows]:
     an interval over test ids, the same draws for both. TR+S takes more steps: as many draws of real
     slices as TR. Beside them, what mean grey and fine detail tell by themselves.
     """
-    train, test = bench.splits["train"], bench.splits["test"]
+    train, test = references.splits["train"], references.splits["test"]
     if len(train.classes) < 2:
         return {}
     real, fake, unseen = (averaged(s.images) for s in (train, fakes, test))
@@ -284,28 +296,28 @@ def measure_labels(fakes: Slices, bench: Bench) -> dict[str, Rows]:
     for number in tqdm(range(NUM_SEEDS), "classifiers", unit="seed"):
         for name, (x, labels) in sources.items():
             targets = one_hot(labels, len(train.classes))
-            seed = stream_seed(name, bench.seed, number)
+            seed = stream_seed(name, references.seed, number)
             steps = round(STEPS * (len(x) / len(real) if name == "TR+S" else 1))
             encoder = fit_encoder(x, targets, F.cross_entropy, seed, steps=steps)
             scores = class_scores(encoder, unseen)
-            by_id, of_id = mean_by_id(scores, test.subjects, test.labels)
+            by_id, of_id = mean_by_id(scores, test.participants, test.labels)
             scores_of_ids[name].append(by_id)
             aucs[f"{name}TR", "slices"].append(auc(test.labels, scores))
             aucs[f"{name}TR", "ids"].append(auc(of_id, by_id))
             if name == "TR":
                 aucs["TRTS", "slices"].append(auc(fakes.labels, class_scores(encoder, fake)))
     rows = [
-        {"figure": name, "level": level, "auc": float(np.mean(v)), "std_of_seeds": float(np.std(v))}
-        for (name, level), v in aucs.items()
+        {"figure": name, "unit": unit, "auc": float(np.mean(v)), "std_of_seeds": float(np.std(v))}
+        for (name, unit), v in aucs.items()
     ]
     for name in ("TR", "TS"):
         x, labels = sources[name]
         scores = intensity_scores(x, labels, unseen)
-        by_id, of_id = mean_by_id(scores, test.subjects, test.labels)
+        by_id, of_id = mean_by_id(scores, test.participants, test.labels)
         title = f"{name}TR, intensity alone"
-        rows.append({"figure": title, "level": "slices", "auc": auc(test.labels, scores)})
-        rows.append({"figure": title, "level": "ids", "auc": auc(of_id, by_id)})
-    gains = [gain_by_id(name, scores_of_ids, of_id, bench.seed) for name in ("TS", "TR+S")]
+        rows.append({"figure": title, "unit": "slices", "auc": auc(test.labels, scores)})
+        rows.append({"figure": title, "unit": "ids", "auc": auc(of_id, by_id)})
+    gains = [gain_by_id(name, scores_of_ids, of_id, references.seed) for name in ("TS", "TR+S")]
     return {"labels": rows + gains}
 
 
@@ -330,17 +342,17 @@ def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor) -> np.ndarra
 # 5: anatomy
 
 
-def measure_anatomy(fakes: Slices, bench: Bench) -> dict[str, Rows]:
+def measure_anatomy(fakes: Slices, references: References) -> dict[str, Rows]:
     """Areas of real and generated slices: distance of their distributions, effect of the class."""
-    sets = {**bench.splits, "fake": fakes}
+    sets = {**references.splits, "fake": fakes}
     measured = {
         k: np.array([areas(image) for image in tqdm(s.images, f"areas, {k}", unit="slice")])
         for k, s in sets.items()
     }
-    measured["real"] = np.concatenate([measured[k] for k in bench.splits])
-    subjects, labels = (
-        np.concatenate([getattr(s, field) for s in bench.splits.values()])
-        for field in ("subjects", "labels")
+    measured["real"] = np.concatenate([measured[k] for k in references.splits])
+    participants, labels = (
+        np.concatenate([getattr(s, field) for s in references.splits.values()])
+        for field in ("participants", "labels")
     )
     rows = []
     for column, name in enumerate(("brain", "ventricles")):
@@ -350,13 +362,15 @@ def measure_anatomy(fakes: Slices, bench: Bench) -> dict[str, Rows]:
         distance = wasserstein_distance(*values.values()) / (values["real"].std() or math.nan)
         row |= {"distance_in_sd": float(distance), "histogram": histogram(values)}
         if len(fakes.classes) == 2:
-            row["real_effect_of_ids"] = effect_size(*mean_by_id(values["real"], subjects, labels))
+            row["real_effect_of_ids"] = effect_size(
+                *mean_by_id(values["real"], participants, labels)
+            )
             for k, of in {
-                "real": (subjects, labels),
-                "fake": (fakes.subjects, fakes.labels),
+                "real": (participants, labels),
+                "fake": (fakes.participants, fakes.labels),
             }.items():
                 row[f"{k}_effect"] = effect_size(values[k], of[1])
-                row[f"{k}_effect_interval"] = effect_interval(values[k], *of, bench.seed)
+                row[f"{k}_effect_interval"] = effect_interval(values[k], *of, references.seed)
         rows.append(row)
     return {"anatomy": rows}
 
@@ -364,32 +378,38 @@ def measure_anatomy(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 # 6: memorisation
 
 
-def measure_memorisation(fakes: Slices, bench: Bench) -> dict[str, Rows]:
+def measure_memorisation(fakes: Slices, references: References) -> dict[str, Rows]:
     """Copies of training slices in any pose, and whether training ids are nearer than others.
 
     Heads are aligned first, and looked for among training slices and their mirror images: in
     pixels, and in the encoder's features if it is asked for. Planted copies are the controls.
     """
-    train, test = bench.splits["train"], bench.splits["test"]
-    rng, n = np.random.default_rng(bench.seed), len(train.images)
+    train, test = references.splits["train"], references.splits["test"]
+    rng, n = np.random.default_rng(references.seed), len(train.images)
     chosen = np.sort(rng.choice(n, min(NUM_COPIES, n), False))
-    copies = planted_copies(train.images[chosen], bench.seed)
-    sets = {**{k: s.images for k, s in bench.splits.items()}, "samples": fakes.images, **copies}
+    copies = planted_copies(train.images[chosen], references.seed)
+    sets = {
+        **{k: s.images for k, s in references.splits.items()},
+        "samples": fakes.images,
+        **copies,
+    }
     sets = {name: aligned(images) for name, images in sets.items()}
     for name in ("train", "samples", "exact"):
         sets[f"{name}, mirrored"] = sets[name][:, :, ::-1].copy()
     rows, memberships = [], []
-    for space in (PIXELS, *(e for e in bench.extractors if e.name == "encoder")):
-        points = {k: features_of(v, space, bench.cache, k) for k, v in sets.items()}
+    for space in (PIXELS, *(e for e in references.extractors if e.name == "encoder")):
+        points = {k: features_of(v, space, references.cache, k) for k, v in sets.items()}
         both = {
             k: np.concatenate([points[k], points[f"{k}, mirrored"]])
             for k in ("train", "samples", "exact")
         }
-        result = audit(both["train"], points["test"], points["samples"], test.subjects, bench.seed)
-        shown = ("share_too_near", "interval_over_ids", "threshold")
-        row = {"space": space.name} | {k: result[k] for k in shown}
+        result = copy_audit(
+            both["train"], points["test"], points["samples"], test.participants, references.seed
+        )
+        printable = ("share_too_near", "interval_over_ids", "threshold")
+        row = {"space": space.name} | {k: result[k] for k in printable}
         for name in copies:
-            gaps, _ = nearest(points[name], both["train"])
+            gaps, _ = nearest_neighbour(points[name], both["train"])
             row[f"found_{name}"] = float((gaps < result["threshold"]).mean())
         gaps = {"fake": result["gaps"], "test": result["test_gaps"]}
         row |= {f"median_gap_{k}": float(np.median(v)) for k, v in gaps.items()}
@@ -398,13 +418,13 @@ def measure_memorisation(fakes: Slices, bench: Bench) -> dict[str, Rows]:
         pairs["gap"] = result["gaps"][order]
         row |= {"gaps": histogram(gaps), "pairs": {k: v.tolist() for k, v in pairs.items()}}
         rows.append(row)
-        ids = [Features(points[k], s.subjects, s.labels) for k, s in bench.splits.items()]
+        ids = [Features(points[k], s.participants, s.labels) for k, s in references.splits.items()]
         planted = f"samples and {len(chosen)} copies"
         for name, near in (
             ("samples", both["samples"]),
             (planted, np.concatenate([both["samples"], both["exact"]])),
         ):
-            row = {"space": space.name, "near": name} | membership(*ids, near, bench.seed)
+            row = {"space": space.name, "near": name} | membership(*ids, near, references.seed)
             memberships.append(row)
     return {"memorisation": rows, "membership": memberships}
 
@@ -412,24 +432,25 @@ def measure_memorisation(fakes: Slices, bench: Bench) -> dict[str, Rows]:
 # 7: what each extractor sees
 
 
-def measure_calibration(_: Slices, bench: Bench) -> dict[str, Rows]:
+def measure_calibration(_: Slices, references: References) -> dict[str, Rows]:
     """FD to the training slices of degraded test slices, over that of the same as they are.
 
     In pixels too, at three strengths of each kind, and of ever fewer of the test ids. A
     participation ratio says how many directions the features of training slices fill.
     """
-    train, test = bench.splits["train"], bench.splits["test"]
-    some, rows = test.images[spread(len(test.images), NUM_DEGRADED)], []
-    for extractor in (PIXELS, *bench.extractors):
+    train, test = references.splits["train"], references.splits["test"]
+    some, rows = test.images[evenly_spaced(len(test.images), NUM_DEGRADED)], []
+    for extractor in (PIXELS, *references.extractors):
         real, unseen = (
-            extract(k, s, extractor, bench.cache) for k, s in (("train", train), ("test", test))
+            extract(k, s, extractor, references.cache)
+            for k, s in (("train", train), ("test", test))
         )
         target, ratio = gaussian(real.values), participation_ratio(real.values)
 
         def distance(
             images: np.ndarray, extractor: Extractor = extractor, target: Gaussian = target
         ) -> float:
-            values = features_of(images, extractor, bench.cache, "degraded test slices")
+            values = features_of(images, extractor, references.cache, "degraded test slices")
             return gaussian_distance(gaussian(values), target)
 
         base, ladder = distance(some), {}
@@ -437,7 +458,7 @@ def measure_calibration(_: Slices, bench: Bench) -> dict[str, Rows]:
             ladder[name] = {s: distance(degrade(some, s)) / (base or math.nan) for s in strengths}
         whole = gaussian_distance(gaussian(unseen.values), target) or math.nan
         ladder["ids left out, share"] = {
-            s: without_ids(unseen, s, target, bench.seed) / whole for s in (0.5, 0.75, 0.9)
+            s: without_ids(unseen, s, target, references.seed) / whole for s in (0.5, 0.75, 0.9)
         }
         for name, steps in ladder.items():
             values = list(steps.values())
@@ -455,7 +476,7 @@ def measure_calibration(_: Slices, bench: Bench) -> dict[str, Rows]:
 # Report
 
 
-MEASURES: dict[str, Callable[[Slices, Bench], dict[str, Rows]]] = {
+MEASURES: dict[str, Callable[[Slices, References], dict[str, Rows]]] = {
     "distribution": measure_distribution,
     "diversity": measure_diversity,
     "labels": measure_labels,
@@ -465,15 +486,15 @@ MEASURES: dict[str, Callable[[Slices, Bench], dict[str, Rows]]] = {
 }
 
 
-def measure(fakes: Slices, bench: Bench, metrics: tuple[Group, ...]) -> dict[str, Rows]:
+def measure(fakes: Slices, references: References, metrics: tuple[Group, ...]) -> dict[str, Rows]:
     """The tables of every group asked for, of one set of images."""
     tables: dict[str, Rows] = {}
     for name in metrics:
-        tables |= MEASURES[name](fakes, bench)
+        tables |= MEASURES[name](fakes, references)
     return tables
 
 
-def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
+def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
     """Generator, what to measure against, and what of: the same for every set of images.
 
     Raises UserError for bad input, before anything that takes long.
@@ -496,7 +517,7 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
         raise UserError(f"{real.data_root} has classes {found}, the generator {classes}")
     trained_on_it = data == read_run_config(run)[2]
     if not trained_on_it:
-        say(f"note: {OTHER_DATA}")
+        print_once(f"note: {OTHER_DATA}")
     if "encoder" in options.extractors:
         own = run / "encoder.safetensors"  # what the run measured itself with
         own = own if trained_on_it and own.exists() else None
@@ -513,7 +534,7 @@ def prepare(options: Options) -> tuple[Generator, Bench, dict[str, Any]]:
         "seed": options.seed,
         **{e.name: e.identity for e in (PIXELS, *extractors)},
     }
-    return G, Bench(splits, extractors, cache, options.seed, fresh), what
+    return G, References(splits, extractors, cache, options.seed, fresh), what
 
 
 def identity_of(source: Path) -> dict[str, Any]:
@@ -528,39 +549,39 @@ def identity_of(source: Path) -> dict[str, Any]:
     return {"weights": str(weights), "sha256": sha256_of(weights), "kimg": kimg}
 
 
-def fakes_of(options: Options, G: Generator, bench: Bench) -> tuple[Slices, dict[str, Any]]:
+def fakes_of(
+    options: Options, G: Generator, references: References
+) -> tuple[Slices, dict[str, Any]]:
     """The images to evaluate, each an id of its own, and what they are. Raises UserError."""
-    train = bench.splits["train"]
+    train = references.splits["train"]
     if options.images is None:
-        labels = spread_labels(train.labels, options.num_fake)
-        images, labels, _ = sample_fakes(G, labels, options.seed)
-        origin: dict[str, Any] = {"psi": 1.0}
-    else:
-        found, files = find_class_folders(options.images)
-        if found != train.classes:
-            raise UserError(f"images = {options.images}: has classes {found}, not {train.classes}")
-        images = decoded(files, options.images, train.images.shape[-1], bench.cache)
-        labels = np.array([f.label for f in files])
-        origin = {"images": str(options.images), "kimg": "unknown"}
-    ids = np.arange(len(labels)).astype(str)
-    return Slices(images, labels, ids, train.classes), origin
+        labels = labels_in_proportion(train.labels, options.num_fake)
+        return sample_fakes(G, labels, train.classes, options.seed), {"psi": 1.0}
+    found, files = find_class_folders(options.images)
+    if found != train.classes:
+        raise UserError(f"images = {options.images}: has classes {found}, not {train.classes}")
+    images = decoded(files, options.images, train.images.shape[-1], references.cache)
+    labels = np.array([f.label for f in files])
+    participants = np.arange(len(labels)).astype(str)
+    origin = {"images": str(options.images), "kimg": "unknown"}
+    return Slices(images, labels, participants, train.classes), origin
 
 
 def counts(sets: dict[str, Slices]) -> dict[str, int]:
     """Slices and ids of each set, and slices of each class."""
     found = {}
     for name, s in sets.items():
-        found |= {f"n_{name}": len(s.labels), f"ids_{name}": len(set(s.subjects))}
+        found |= {f"n_{name}": len(s.labels), f"ids_{name}": len(set(s.participants))}
         found |= {f"n_{name}_{c}": int((s.labels == i).sum()) for i, c in enumerate(s.classes)}
     return found
 
 
 def evaluate(options: Options) -> dict[str, Any]:
     """Compute and write everything asked for. Raises UserError for bad input."""
-    G, bench, what = prepare(options)
-    fakes, origin = fakes_of(options, G, bench)
-    report = {"what": what | origin | counts({**bench.splits, "fake": fakes})}
-    report |= measure(fakes, bench, options.metrics)
+    G, references, what = prepare(options)
+    fakes, origin = fakes_of(options, G, references)
+    report = {"what": what | origin | counts({**references.splits, "fake": fakes})}
+    report |= measure(fakes, references, options.metrics)
     if "diversity" in options.metrics and options.images is None:
         report["grey_levels_moved_by"] = [conditional_variation(G, options.seed)]
     out = options.out or output_folder(Path(what["weights"]), "evaluation")
@@ -568,8 +589,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     write_text(as_markdown(report), out / "evaluation.md")
     draw_report(report, out / "evaluation.png")
     for row in report.get("memorisation", ()):
-        draw_pairs_of(row, fakes, bench.splits["train"], out / f"nearest_{row['space']}.png")
-    say(as_markdown(report))
+        draw_pairs_of(row, fakes, references.splits["train"], out / f"nearest_{row['space']}.png")
+    print_once(as_markdown(report))
     return report
 
 
@@ -594,7 +615,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     reports = [evaluate(replace(options, runs=(run,))) for run in options.runs or (newest_run(),)]
     if len(reports) > 1 and "distribution" in options.metrics:
-        say(f"## Over {len(reports)} runs\n\n{as_table(over_runs(reports))}")
+        print_once(f"## Over {len(reports)} runs\n\n{as_table(over_runs(reports))}")
 
 
 if __name__ == "__main__":

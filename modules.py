@@ -377,7 +377,7 @@ class Generator(nn.Module):
         self, config: Config, c_dim: int, img_channels: int = 1, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        self.z_dim, self.c_dim, self.by_level = config.z_dim, c_dim, config.condition_level
+        self.z_dim, self.c_dim, self.by_position = config.z_dim, c_dim, config.condition_position
         self.synthesis = SynthesisNetwork(config, img_channels, dtype)
         sizes = (config.z_dim, c_dim, config.w_dim, self.synthesis.num_ws)
         self.mapping = MappingNetwork(*sizes, config.mapping_layers)

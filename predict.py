@@ -58,18 +58,18 @@ from utils import (
     compiled_folder,
     conditions,
     ensure_writable,
+    evenly_spaced,
+    print_once,
+    printable,
     run_command,
     save_figure,
     save_grey,
-    say,
-    shown,
-    spread,
     tile,
     to_uint8,
 )
 
 PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)
-LEVEL_SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+POSITION_SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SWEEP_SEEDS = 4
 NUM_COMPONENTS = 50  # principal components that stand for a slice
 MAX_FITTED = 4000  # slices that fit the components
@@ -89,8 +89,8 @@ class Options:
     """Images per class, from seeds 0, 1, ...; 1 or more."""
     seeds: tuple[int, ...] | None = None
     """The very seeds to draw instead, each 0 or more."""
-    level: float | None = None
-    """Of a run with condition_level: the place of the slice, 0 lowest to 1; None: each seed's."""
+    position: float | None = None
+    """Position of the slice, 0 lowest to 1, if the run has condition_position; None: by seed."""
     truncation_psi: float = 1.0
     """1: the full variety; towards 0: closer to the class's mean image. 0 to 1."""
     truncation_cutoff: int | None = None
@@ -113,8 +113,8 @@ class Options:
             not self.seeds or not 0 <= min(self.seeds) <= max(self.seeds) < 2**63
         ):
             raise UserError(f"seeds = {self.seeds}: must be 0 to 2^63 - 1, at least one")
-        if self.level is not None and not 0 <= self.level <= 1:
-            raise UserError(f"level = {self.level}: must be 0 to 1")
+        if self.position is not None and not 0 <= self.position <= 1:
+            raise UserError(f"position = {self.position}: must be 0 to 1")
         if not 0 <= self.truncation_psi <= 1:
             raise UserError(f"truncation_psi = {self.truncation_psi}: must be 0 to 1")
         if self.truncation_cutoff is not None and self.truncation_cutoff < 0:
@@ -145,17 +145,17 @@ def sample(
 
 
 def labels_of(
-    G: Generator, labels: np.ndarray, seeds: list[int], level: float | None = None
+    G: Generator, labels: np.ndarray, seeds: list[int], position: float | None = None
 ) -> Tensor:
     """c of class indices [N], at a level or, where G takes one and it is None, at each seed's."""
     own = [np.random.default_rng(seed).random() for seed in seeds]
-    levels = np.array(own if level is None else [level] * len(seeds))
-    return conditions(labels, levels if G.by_level else None, G.c_dim)
+    positions = np.array(own if position is None else [position] * len(seeds))
+    return conditions(labels, positions if G.by_position else None, G.c_dim)
 
 
 def sample_class(G: Generator, label: int, seeds: list[int], options: Options) -> np.ndarray:
     """Images of one class. -> uint8 [N, H, W]."""
-    c = labels_of(G, np.full(len(seeds), label), seeds, options.level)
+    c = labels_of(G, np.full(len(seeds), label), seeds, options.position)
     z = latents(seeds, G.z_dim)
     return sample(G, z, c, options.truncation_psi, options.truncation_cutoff)
 
@@ -179,14 +179,18 @@ def draw_truncation(G: Generator, classes: dict[int, str], seeds: list[int], out
     draw_sweep(blocks, [f"psi {psi}" for psi in PSI_SWEEP], seeds, out / "truncation.png")
 
 
-def draw_levels(G: Generator, classes: dict[int, str], seeds: list[int], out: Path) -> None:
+def draw_positions(G: Generator, classes: dict[int, str], seeds: list[int], out: Path) -> None:
     """The same heads from their lowest to their highest slice: a block per class, a row a seed."""
     z = latents(seeds, G.z_dim)
     blocks = {}
     for label, name in classes.items():
         labels = np.full(len(seeds), label)
-        blocks[name] = [sample(G, z, labels_of(G, labels, seeds, level)) for level in LEVEL_SWEEP]
-    draw_sweep(blocks, [f"{level:.2f}" for level in LEVEL_SWEEP], seeds, out / "levels.png")
+        blocks[name] = [
+            sample(G, z, labels_of(G, labels, seeds, position)) for position in POSITION_SWEEP
+        ]
+    draw_sweep(
+        blocks, [f"{position:.2f}" for position in POSITION_SWEEP], seeds, out / "positions.png"
+    )
 
 
 def draw_sweep(
@@ -201,7 +205,7 @@ def draw_sweep(
         ax.imshow(tile(images, len(columns)), cmap="gray", vmin=0, vmax=255)
         ax.set_xticks([H * (i + 0.5) for i in range(len(columns))], columns)
         ax.set_yticks([H * (i + 0.5) for i in range(len(seeds))], [f"seed {s}" for s in seeds])
-        ax.set_title(shown(name))
+        ax.set_title(printable(name))
     save_figure(figure, path)
 
 
@@ -224,7 +228,7 @@ def probe_by_id(train: tuple[np.ndarray, Slices], test: tuple[np.ndarray, Slices
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000)).fit(
         x, known.labels
     )
-    per_id, truth = mean_by_id(probe.predict_proba(y), unseen.subjects, unseen.labels)
+    per_id, truth = mean_by_id(probe.predict_proba(y), unseen.participants, unseen.labels)
     text = f"accuracy {np.mean(per_id.argmax(1) == truth):.2f}"
     if len(known.classes) == 2:
         text += f", AUC {roc_auc_score(truth, per_id[:, 1]):.2f}"
@@ -254,7 +258,7 @@ def draw_embedding(
 ) -> None:
     """Two panels coloured by class: real slices are dots, `fake` [N] (bool) ones crosses."""
     if len(features) < LEAST_POINTS or not features.std(0).any():
-        say(f"no {path.name}: fewer than {LEAST_POINTS} images, or all of them alike")
+        print_once(f"no {path.name}: fewer than {LEAST_POINTS} images, or all of them alike")
         return
     figure = Figure(figsize=(11, 5.4))
     for ax, (title, points) in zip(figure.subplots(1, 2), embed(features).items(), strict=True):
@@ -266,7 +270,7 @@ def draw_embedding(
                 x, y = points[(labels == label) & chosen].T
                 if len(x):
                     style = {"s": 14, "alpha": 0.6, "color": f"C{label}", "linewidths": 0.8}
-                    ax.scatter(x, y, marker=marker, label=shown(f"{name} ({kind})"), **style)
+                    ax.scatter(x, y, marker=marker, label=printable(f"{name} ({kind})"), **style)
         ax.set(title=title, xticks=[], yticks=[])
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 0.03))
@@ -277,17 +281,17 @@ def draw_embedding(
 def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> None:
     """Real test slices by true class with as many generated ones, in features of the images."""
     train, test = splits["train"], splits["test"]
-    fitted = pixels(train.images[spread(len(train.images), MAX_FITTED)])
+    fitted = pixels(train.images[evenly_spaced(len(train.images), MAX_FITTED)])
     components = max(1, min(NUM_COMPONENTS, len(fitted) - 1))
     pca = PCA(components, svd_solver="randomized", random_state=0).fit(fitted)
     features = {k: pca.transform(pixels(s.images)) for k, s in splits.items()}
     probe = probe_by_id((features["train"], train), (features["test"], test))
 
-    chosen = spread(len(test.labels), MAX_POINTS)
+    chosen = evenly_spaced(len(test.labels), MAX_POINTS)
     labels = test.labels[chosen]
     z = latents(list(range(len(labels))), G.z_dim)
-    levels = None if test.levels is None else test.levels[chosen]
-    fake = pca.transform(pixels(sample(G, z, conditions(labels, levels, G.c_dim))))
+    positions = None if test.positions is None else test.positions[chosen]
+    fake = pca.transform(pixels(sample(G, z, conditions(labels, positions, G.c_dim))))
     caption = (
         f"{len(labels)} real test slices and as many generated ones (psi = 1), first {components} "
         f"principal components of the training slices.\nReal: {probe}."
@@ -318,8 +322,8 @@ def differences(configs: Sequence[Config]) -> list[str]:
     """For each run, the settings in which it differs from the others and that change its step."""
     settings = [plain_settings(config) for config in configs]
     names = [n for n in settings[0] if len({str(s[n]) for s in settings}) > 1]
-    shown = [n for n in names if n not in FREE_TO_CHANGE and n[:4] not in ("ada_", "fid_")]
-    return [", ".join(f"{n} {s[n]}" for n in shown) for s in settings]
+    printable = [n for n in names if n not in FREE_TO_CHANGE and n[:4] not in ("ada_", "fid_")]
+    return [", ".join(f"{n} {s[n]}" for n in printable) for s in settings]
 
 
 def plot_comparison(runs: Sequence[Path], path: Path) -> None:
@@ -384,7 +388,9 @@ def real_slices(config: Config, options: Options, known: list[str]) -> dict[str,
     """The run's data, or --data-root; None if the run's own folder is not on this machine."""
     root = options.data_root or config.data_root
     if options.data_root is None and root is not None and not root.exists():
-        say(f"{root} is not here: no embedding of real slices (--data-root names another place)")
+        print_once(
+            f"{root} is not here: no embedding of real slices (--data-root names another place)"
+        )
         return None
     cache = options.cache or cache_of(config)
     splits, _ = load_slices(replace(config, data_root=root, cache=cache))
@@ -397,8 +403,10 @@ def predict(options: Options) -> Path:
     """Draw every figure. Returns the folder that holds them. Raises UserError for bad input."""
     source = options.checkpoint or newest_run()
     G, config, known = load_generator(source)
-    if options.level is not None and not G.by_level:
-        raise UserError(f"level = {options.level}: a generator without condition_level has none")
+    if options.position is not None and not G.by_position:
+        raise UserError(
+            f"position = {options.position}: a generator without condition_position has none"
+        )
     G.to(resolve_device(options.device))
     classes = chosen_classes(options.classes, known)
     out = options.out or output_folder(source, "predict")
@@ -410,8 +418,8 @@ def predict(options: Options) -> Path:
     for label, name in tqdm(classes.items(), "sampling", unit="class"):
         write_images(sample_class(G, label, seeds, options), name, seeds, out)
     draw_truncation(G, classes, seeds[:SWEEP_SEEDS], out)
-    if G.by_level:
-        draw_levels(G, classes, seeds[:SWEEP_SEEDS], out)
+    if G.by_position:
+        draw_positions(G, classes, seeds[:SWEEP_SEEDS], out)
     draw_w_embedding(G, known, out)
     if splits is not None:
         draw_image_embedding(G, splits, out)
@@ -425,9 +433,9 @@ def main() -> None:
         path = (options.out or Path("runs")) / "comparison.png"
         ensure_writable(path.parent)
         plot_comparison(options.compare, path)
-        say(str(path))
+        print_once(str(path))
     else:
-        say(f"figures in {predict(options)}")
+        print_once(f"figures in {predict(options)}")
 
 
 if __name__ == "__main__":

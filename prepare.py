@@ -15,14 +15,15 @@ import tyro
 
 from assets.demo_brains import write_demo
 from config import Config, UserError
+from dataset import entries
 from scans.checks import check
 from scans.slicing import import_scans
-from utils import ensure_writable, run_command, say, size_of, sweep
+from utils import delete_partials, ensure_writable, print_once, run_command, size_of
 
 # Names of what a cache holds
 CACHED = re.compile(
-    r"\.?(?:([0-9a-f]{16}-\d+|features-[a-z0-9]+-[0-9a-f]{16})\.npy(\.lock)?|compiled|demo-\d+"
-    r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|fresh-\d+-\d+-\d+)"
+    r"([0-9a-f]{16}-\d+|features-[a-z0-9]+-[0-9a-f]{16})\.npy(\.lock)?|compiled|demo-\d+"
+    r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|fresh-\d+-\d+-\d+"
 )
 
 
@@ -39,7 +40,7 @@ def demo(root: tyro.conf.Positional[Path], /) -> None:
         raise UserError(f"{root} is not empty")
     ensure_writable(root)
     write_demo(root)
-    say(f"demo brains in {root}; what each subject drew is in {root / 'subjects.csv'}")
+    print_once(f"demo brains in {root}; what each subject drew is in {root / 'subjects.csv'}")
 
 
 def clean(cache: Path = Config.cache, days: float = 30) -> None:
@@ -51,13 +52,13 @@ def clean(cache: Path = Config.cache, days: float = 30) -> None:
     """
     if not cache.is_dir():
         raise UserError(f"cache = {cache}: no such folder")
-    sweep(cache)
-    found = [path for path in cache.iterdir() if CACHED.fullmatch(path.name)]
+    delete_partials(cache)
+    found = [path for path in entries(cache) if CACHED.fullmatch(path.name)]
     old = sorted(p for p in found if p.stat().st_mtime <= time.time() - 86400 * days)
     freed = sum(map(size_of, old))
     for path in old:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    say(f"{cache}: {len(old)} of {len(found)} entries deleted, {freed / 1e6:.1f} MB")
+    print_once(f"{cache}: {len(old)} of {len(found)} entries deleted, {freed / 1e6:.1f} MB")
 
 
 def main() -> None:

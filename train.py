@@ -42,7 +42,7 @@ from dataset import Slices, load_slices, make_loader, normalize
 from evaluation.features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from training.diagnosis import diagnose, plot_curves
-from training.logs import STATS, counted_fid, due_statistics, read_history
+from training.logs import STATS, due_statistics, meaningful_fid, read_history
 from training.process import (
     STOP,
     Stopped,
@@ -57,11 +57,11 @@ from training.process import (
     resolve_device,
     tune,
 )
-from training.recorder import FLUSH_STEPS, Recorder, TrainingFigures
+from training.recorder import FLUSH_STEPS, Measurements, Recorder
 from training.runs import (
     NETWORK,
-    adopt,
     checkpoints,
+    load_fitting_weights,
     open_run,
     plain_settings,
     read_run_config,
@@ -69,7 +69,15 @@ from training.runs import (
     source_of_weights,
     start_run,
 )
-from utils import first_line, num_ranks, rank, run_command, say, stream_seed, write_atomically
+from utils import (
+    first_line,
+    num_ranks,
+    print_once,
+    rank,
+    run_command,
+    stream_seed,
+    write_atomically,
+)
 
 KEPT_CHECKPOINTS = 2
 
@@ -193,14 +201,16 @@ class Phases:
         self, phase: Callable, optimizer: torch.optim.Adam, seed: int, *args: Any
     ) -> dict[str, Tensor]:
         """`backward` of a phase that it compiles, which may take minutes. Raises Stopped."""
-        say(f"compiling {phase.__name__} ...")
+        print_once(f"compiling {phase.__name__} ...")
         started = time.perf_counter()
         try:
             with STOP.waiting(False):
                 stats = self.backward(phase, seed, *args)
-            say(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
+            print_once(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
         except Exception as error:  # the compiler's are of many types
-            say(f"warning: {phase.__name__} cannot be compiled, without: {first_line(error)}")
+            print_once(
+                f"warning: {phase.__name__} cannot be compiled, without: {first_line(error)}"
+            )
             self.compiled = {}
             optimizer.zero_grad(set_to_none=True)
             stats = self.backward(phase, seed, *args)
@@ -241,7 +251,7 @@ class TrainingState:
         auto = "on" if device.type == "cuda" else "off"
         mode = auto if config.compile == "auto" else config.compile
         self.phases = Phases(mode)
-        say(f"computing on {device} in {str(dtype).removeprefix('torch.')}, compile {mode}")
+        print_once(f"computing on {device} in {str(dtype).removeprefix('torch.')}, compile {mode}")
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
@@ -405,9 +415,9 @@ def batches(
             steps[-1].record()
 
 
-def flush(state: TrainingState, recorder: Recorder) -> dict[str, float]:
+def write_losses(state: TrainingState, recorder: Recorder) -> dict[str, float]:
     """Write the losses that wait. Raises UserError at a number that is not finite."""
-    newest = recorder.flush()
+    newest = recorder.write_losses()
     if recorder.not_finite:
         raise diverged(state, *recorder.not_finite)
     return newest
@@ -417,7 +427,7 @@ def end_step(state: TrainingState, recorder: Recorder, stats: Tensor) -> dict[st
     """What is due after a step. -> its statistics, where they were looked at."""
     recorder.add(state.cur_nimg, stats)
     epoch = recorder.ended_epoch()
-    newest = flush(state, recorder) if epoch or len(recorder.pending) == FLUSH_STEPS else {}
+    newest = write_losses(state, recorder) if epoch or len(recorder.pending) == FLUSH_STEPS else {}
     if epoch:
         end_epoch(state, recorder, epoch)
     return newest
@@ -433,26 +443,26 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
     line = recorder.summary(epoch, state.pl_mean.item())
     try:
         with STOP.waiting(False):
-            if recorder.figures is not None and (last or recorder.comes_due(config.fid_kimg)):
+            if recorder.measurements is not None and (last or recorder.comes_due(config.fid_kimg)):
                 if weight == 1:  # else labels are half trained
-                    line |= recorder.figures.measure(state.G_ema, state.D)
+                    line |= recorder.measurements.measure(state.G_ema, state.D)
     except Stopped:
         return
     recorder.write_line(line)
-    if improved := (fid := counted_fid(line)) < state.best_fid:
+    if improved := (fid := meaningful_fid(line)) < state.best_fid:
         state.best_fid = fid
         write_checkpoint(state, config.out / "best.pt")
     if last or recorder.grid_due(epoch):
         recorder.save_grid(state.G_ema, epoch, weight)
     if last or improved or recorder.comes_due(config.checkpoint_kimg):
-        save(state, recorder, anew=improved)
+        save_if_new(state, recorder, anew=improved)
     recorder.end_epoch()
 
 
-def save(state: TrainingState, recorder: Recorder, anew: bool = False) -> None:
+def save_if_new(state: TrainingState, recorder: Recorder, anew: bool = False) -> None:
     """Write a checkpoint of this moment, unless there is one; `anew` where it says less."""
     if recorder.pending:
-        flush(state, recorder)
+        write_losses(state, recorder)
     newest = checkpoints(state.config.out)[-1:]
     if anew or not newest or newest[0].stem != f"{state.cur_nimg:010d}":
         save_run(state)
@@ -486,11 +496,13 @@ def start_state(config: Config, slices: Slices, device: torch.device, saved: Any
         state.load_state_dict(saved)
         before = saved.get("num_ranks", 1)
         other = f", number of processes {before}, now {num_ranks()}: bits will differ"
-        say(f"resuming {config.out} at {state.cur_nimg:,} images{other * (before != num_ranks())}")
+        print_once(
+            f"resuming {config.out} at {state.cur_nimg:,} images{other * (before != num_ranks())}"
+        )
     elif config.init_from is not None:
         for name, weights in source_of_weights(config, slices.c_dim).items():
-            adopt(getattr(state, name), weights)
-        say(f"starting from the weights of {config.init_from}")
+            load_fitting_weights(getattr(state, name), weights)
+        print_once(f"starting from the weights of {config.init_from}")
     for value in (state.cur_nimg, len(slices.images)):
         most, least = most_of_ranks(value), -most_of_ranks(-value)
         if most != least:
@@ -504,11 +516,13 @@ def train(config: Config) -> None:
     """Train to `config.epochs`, or until asked to stop. Raises UserError for bad input or NaN."""
     with STOP:
         try:
-            run(config)
+            prepare_and_train(config)
         except Stopped:
             STOP.waits = True
             saved = checkpoints(config.out)[-1:]
-            say(stopped_line(f"the newest checkpoint is {saved[0]}" if saved else "nothing yet"))
+            print_once(
+                stopped_line(f"the newest checkpoint is {saved[0]}" if saved else "nothing yet")
+            )
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of GPU memory: lower batch_size (now {config.batch_size}), channel_base "
@@ -522,7 +536,7 @@ def stopped_line(saved: str) -> str:
     return f"stopped by {STOP.name or 'another rank'}; saved: {saved}; the same command goes on"
 
 
-def run(config: Config) -> None:
+def prepare_and_train(config: Config) -> None:
     """All of training. Raises Stopped where nothing is left to be saved."""
     device = resolve_device(config.device)
     tune(device, config.cache)
@@ -532,27 +546,27 @@ def run(config: Config) -> None:
         classes = splits["train"].classes
         lock = start_run(config, classes, data, saved) if rank() == 0 else nullcontext()
     with lock:
-        work(config, splits, data, saved, device)
+        train_and_save(config, splits, data, saved, device)
 
 
-def work(
+def train_and_save(
     config: Config, splits: dict[str, Slices], data: str, saved: Any, device: torch.device
 ) -> None:
     """What is left of training after preparing it, in a run folder of its own."""
     slices = splits["train"]
     state = start_state(config, slices, device, saved)
     if not slices.c_dim:
-        say(f"one class, {slices.classes[0]}: training without a condition")
+        print_once(f"one class, {slices.classes[0]}: training without a condition")
     total = math.ceil(config.epochs * len(slices.images) / config.batch_size) * config.batch_size
     recorder = Recorder(config, slices, state.cur_nimg, device)
-    missed = recorder.missed_epoch()
+    missed = recorder.unlogged_epoch()
     if state.cur_nimg >= total and not missed:
         recorder.close()
-        say(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
+        print_once(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
         return
 
     if config.fid_kimg and rank() == 0:
-        recorder.figures = TrainingFigures(splits, data, config, device)
+        recorder.measurements = Measurements(splits, data, config, device)
     with STOP.waiting(True):
         try:
             if missed and rank() == 0:
@@ -561,12 +575,12 @@ def work(
                 with lost_workers_named(config):
                     loop(state, slices, recorder, total)
             if rank() == 0:
-                save(state, recorder)
+                save_if_new(state, recorder)
         finally:
             recorder.close()
     images = f"{state.cur_nimg:,} images, {config.out}"
     done = state.cur_nimg >= total and not STOP.name
-    say(f"done: {images}" if done else stopped_line(images))
+    print_once(f"done: {images}" if done else stopped_line(images))
 
 
 def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -> None:
@@ -617,7 +631,7 @@ def print_diagnosis(run: Path) -> None:
     """What looks wrong in a run. Raises UserError if it is none."""
     config, _, _ = read_run_config(run)
     found = diagnose(read_history(run), config)
-    say("\n".join(found.values()) or f"{run}: nothing looks wrong")
+    print_once("\n".join(found.values()) or f"{run}: nothing looks wrong")
     plot_curves(run, run / "curves.png", config)
 
 
@@ -629,8 +643,10 @@ def main() -> None:
         return print_diagnosis(Path(sys.argv[2]))
     config = parse_settings()
     if config.data_root is None:
-        say("No data_root: training on the built-in demo brains (synthetic, template-derived)")
-    say(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
+        print_once(
+            "No data_root: training on the built-in demo brains (synthetic, template-derived)"
+        )
+    print_once(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
     train(config)
 
 

@@ -13,9 +13,9 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ CHUNK = 500  # images that are worked on at a time
 SIGNALS = [  # that ask a process to end
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-LEVELS = 5  # of which a slice's place is a mixture
+NUM_POSITIONS = 5  # of which a slice's place is a mixture
 
 
-def shown(text: object) -> str:
+def printable(text: object) -> str:
     """Text for a terminal or a picture: what is no UTF-8, and escape codes, as backslash codes."""
     plain = str(text).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in plain)
@@ -51,7 +51,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:  # of the system: no permission, no space, a lost disk
-        print(shown(f"rank {rank()}: " * (rank() > 0) + f"error: {error}"), file=sys.stderr)
+        print(printable(f"rank {rank()}: " * (rank() > 0) + f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -61,7 +61,7 @@ def run_command(main: Callable[[], None]) -> None:
 def end_of_thread(end: threading.ExceptHookArgs) -> None:
     """What is said where a thread of a library ends by an error: of the system in one line."""
     if issubclass(end.exc_type, OSError):
-        say(f"warning: {end.exc_value}")
+        print_once(f"warning: {end.exc_value}")
     else:
         threading.__excepthook__(end)
 
@@ -116,24 +116,24 @@ def one_hot(labels: np.ndarray, c_dim: int) -> Tensor:
     return torch.eye(max(1, c_dim))[torch.as_tensor(labels)][:, :c_dim]
 
 
-def width_of_c(num_classes: int, by_level: bool) -> int:
+def width_of_c(num_classes: int, by_position: bool) -> int:
     """Entries of c; 0 with a single class and no level: nothing to condition on."""
-    if by_level:
-        return num_classes * LEVELS
+    if by_position:
+        return num_classes * NUM_POSITIONS
     return num_classes if num_classes > 1 else 0
 
 
-def conditions(labels: np.ndarray, levels: np.ndarray | None, c_dim: int) -> Tensor:
+def conditions(labels: np.ndarray, positions: np.ndarray | None, c_dim: int) -> Tensor:
     """Class indices [N] and levels [N] in [0, 1], or None, -> c float32 [N, c_dim], of sum 1.
 
     Each class has an entry for each of LEVELS levels, and a slice between two of them a share of
     both: networks that were made for one-hot labels interpolate, in every weight of a label.
     """
-    if levels is None:
+    if positions is None:
         return one_hot(labels, c_dim)
-    place = torch.as_tensor(levels).float()[:, None] * (LEVELS - 1)
-    shares = (1 - (place - torch.arange(LEVELS)).abs()).clamp(min=0)  # [N, LEVELS]
-    return (one_hot(labels, c_dim // LEVELS)[:, :, None] * shares[:, None]).flatten(1)
+    place = torch.as_tensor(positions).float()[:, None] * (NUM_POSITIONS - 1)
+    shares = (1 - (place - torch.arange(NUM_POSITIONS)).abs()).clamp(min=0)  # [N, LEVELS]
+    return (one_hot(labels, c_dim // NUM_POSITIONS)[:, :, None] * shares[:, None]).flatten(1)
 
 
 # Ranks: the processes that torchrun starts, one for each GPU
@@ -149,10 +149,10 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print, on rank 0 only, above a progress bar."""
     if rank() == 0:
-        tqdm.write(shown(text))
+        tqdm.write(printable(text))
         sys.stdout.flush()
 
 
@@ -195,7 +195,7 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}@{machine()}.{secrets.token_hex(4)}.partial")
 
 
-def sweep(folder: Path) -> None:
+def delete_partials(folder: Path) -> None:
     """Delete what processes that were killed left half written, here or in a subfolder.
 
     Of this machine that is known of the process; of another, what is older than a day is left over.
@@ -238,23 +238,23 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-SEAL = b"CRC:"  # at the end of a cached array, before its checksum
+CHECKSUM_MARK = b"CRC:"  # at the end of a cached array, before its checksum
 
 
-def seal(path: Path) -> None:
+def append_checksum(path: Path) -> None:
     """Append a checksum to a file, of which readers of arrays know nothing."""
     checksum = crc_of(path, path.stat().st_size)
     with open(path, "ab") as file:
-        file.write(SEAL + checksum.to_bytes(4, "little"))
+        file.write(CHECKSUM_MARK + checksum.to_bytes(4, "little"))
 
 
-def is_sealed(path: Path) -> bool:
+def has_checksum(path: Path) -> bool:
     """Whether a file is there, with the checksum of what it holds: no byte of it has changed."""
     try:
-        size = path.stat().st_size - len(SEAL) - 4
+        size = path.stat().st_size - len(CHECKSUM_MARK) - 4
         with open(path, "rb") as file:
             file.seek(max(size, 0))
-            return file.read() == SEAL + crc_of(path, size).to_bytes(4, "little")
+            return file.read() == CHECKSUM_MARK + crc_of(path, size).to_bytes(4, "little")
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -282,9 +282,9 @@ def make_once(
         ensure_writable(path.parent)
         with wait_for_lock(path):
             if not whole(path):  # else another process was faster
-                sweep(path.parent)
+                delete_partials(path.parent)
                 if path.exists():
-                    say(f"note: {path} is damaged, and made anew")
+                    print_once(f"note: {path} is damaged, and made anew")
                 write_atomically(path, write)
     return path
 
@@ -319,25 +319,30 @@ def make_array_once(path: Path, write: Callable[[Path], Any]) -> np.ndarray:
 
     def write_sealed(partial: Path) -> None:
         write(partial)
-        seal(partial)
+        append_checksum(partial)
 
-    make_once(path, write_sealed, is_sealed)
+    make_once(path, write_sealed, has_checksum)
     try:
         return np.load(path, mmap_mode="r")
     except ValueError as error:
         raise UserError(f"{path} is no array: delete it ({first_line(error)})") from error
 
 
-def wait_for_lock(path: Path) -> FileLock:
-    """Take the lock that belongs to a file, once no other process has it. -> the held lock."""
+@contextmanager
+def wait_for_lock(path: Path) -> Iterator[None]:
+    """Hold the lock that belongs to a file; wait while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(f"{path}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"waiting for another process that writes {path}")
+        print_once(f"waiting for another process that writes {path}")
         lock.acquire()
-    return lock
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # whoever waits finds the file written
+        lock.release()
 
 
 def lock_folder(folder: Path, doing: str = "training") -> FileLock:
@@ -366,7 +371,7 @@ def is_file_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
-def packed(state: dict[str, Tensor], **metadata: str) -> bytes:
+def safetensors_bytes(state: dict[str, Tensor], **metadata: str) -> bytes:
     """Tensors as a safetensors file, with a checksum of their values."""
     state = {k: v.contiguous().cpu() for k, v in state.items()}
     content = save(state, metadata | {"crc32": crc_of_tensors(state)})
@@ -379,7 +384,7 @@ def packed(state: dict[str, Tensor], **metadata: str) -> bytes:
 
 def write_safetensors(path: Path, state: dict[str, Tensor], cur_nimg: int) -> None:
     """Write tensors, with the number of images seen."""
-    content = packed(state, cur_nimg=str(cur_nimg))
+    content = safetensors_bytes(state, cur_nimg=str(cur_nimg))
     # the library's own way to a file would leave it readable to its owner only
     write_atomically(path, lambda partial: partial.write_bytes(content))
 
@@ -441,12 +446,12 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
 
 
-def spread(n: int, most: int) -> np.ndarray:
+def evenly_spaced(n: int, most: int) -> np.ndarray:
     """Up to `most` indices out of n, at even distances."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
-def otsu(values: np.ndarray) -> float:
+def otsu_threshold(values: np.ndarray) -> float:
     """The threshold that parts grey values best: most variance between the two sides."""
     counts = np.bincount(values.astype(np.uint8).ravel(), minlength=256).astype(float)
     below, mass = counts.cumsum(), (counts * np.arange(256)).cumsum()
@@ -475,7 +480,7 @@ def moments(grey: np.ndarray) -> tuple[np.ndarray, ...]:
     return x, y, np.degrees(0.5 * np.arctan2(-2 * xy, yy - xx)), columns @ np.sign(at)
 
 
-def turned(
+def rotate_and_centre(
     grey: np.ndarray, x: np.ndarray, y: np.ndarray, tilt: np.ndarray, scale: np.ndarray | float = 1
 ) -> np.ndarray:
     """Pictures [n, R, R] with what lies at x and y in the middle, its tilt taken back. -> uint8.
@@ -491,7 +496,7 @@ def turned(
     return found[:, 0].round().clamp(0, 255).byte().numpy()
 
 
-def in_parts(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
+def map_in_chunks(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
     """What a function makes of images, which need much memory in float, some at a time."""
     parts = range(0, max(1, len(images)), CHUNK)
     return np.concatenate([function(np.array(images[i : i + CHUNK])) for i in parts])

@@ -118,8 +118,8 @@ def draw_samples(slices: Slices) -> None:
     """Some levels of the first subjects of each class, AD above NC."""
     rows = []
     for label in range(len(slices.classes)):
-        for subject in np.unique(slices.subjects[slices.labels == label])[:NUM_SUBJECTS]:
-            found = np.flatnonzero(slices.subjects == subject)
+        for participant in np.unique(slices.participants[slices.labels == label])[:NUM_SUBJECTS]:
+            found = np.flatnonzero(slices.participants == participant)
             rows.append(
                 slices.images[found[np.linspace(0, len(found) - 1, NUM_LEVELS).astype(int)]]
             )
@@ -144,8 +144,8 @@ def find(stream: TrainingSlices, image: np.ndarray, start: int, count: int) -> i
     """Position in an epoch at which the stream shows the same slice again."""
     return start + next(
         i
-        for i, shown in enumerate(stream[range(start, start + count)][0])
-        if np.array_equal(shown, image)
+        for i, printable in enumerate(stream[range(start, start + count)][0])
+        if np.array_equal(printable, image)
     )
 
 
@@ -155,8 +155,8 @@ def draw_ada(slices: Slices, config: Config) -> None:
     columns = [img]
     torch.manual_seed(1)
     for kind in STRENGTHS:
-        alone = dict.fromkeys(set(STRENGTHS) - {kind}, 0.0)
-        columns.append(AdaptiveAugment(replace(config, ada_p=1.0, **alone))(img))
+        wait_for_lock = dict.fromkeys(set(STRENGTHS) - {kind}, 0.0)
+        columns.append(AdaptiveAugment(replace(config, ada_p=1.0, **wait_for_lock))(img))
     columns += [AdaptiveAugment(replace(config, ada_p=0.8))(img) for _ in range(2)]
     picture = torch.stack(columns, 1).flatten(0, 1)
     save_grey(tile(to_uint8(picture), len(columns)), FOLDER / "ada.png")

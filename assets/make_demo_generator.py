@@ -17,7 +17,7 @@ from training.runs import (
     read_run_config,
     write_run_config,
 )
-from utils import run_command, say, write_safetensors
+from utils import print_once, run_command, write_safetensors
 
 
 def share(run: Path, out: Path) -> None:
@@ -34,7 +34,7 @@ def share(run: Path, out: Path) -> None:
         write_safetensors(out / f"{name}.safetensors", half, state["cur_nimg"])
     config = replace(config, out=Config.out, cache=Config.cache, init_from=None)
     write_run_config(out, config, classes, data)
-    say(f"{out}: {state['cur_nimg']:,} images")
+    print_once(f"{out}: {state['cur_nimg']:,} images")
 
 
 def main() -> None:

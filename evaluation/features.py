@@ -31,24 +31,24 @@ from dataset import (
     augment,
     decoded,
     find_class_folders,
-    find_levels,
+    find_positions,
     folder_once,
 )
 from evaluation.metrics import Features, segment
 from modules import MEMORY_FORMAT, Generator
 from utils import (
-    LEVELS,
+    NUM_POSITIONS,
     conditions,
+    evenly_spaced,
     is_whole,
     make_array_once,
     make_once,
     map_on_cores,
     one_hot,
-    packed,
+    print_once,
     read_safetensors,
-    say,
+    safetensors_bytes,
     sha256_of,
-    spread,
     stream_seed,
     to_uint8,
 )
@@ -65,34 +65,26 @@ ENCODER_VERSION = 2  # of what it learns: part of its cache key
 # Samples of a generator
 
 
-class Fakes(NamedTuple):
-    """What is evaluated: images uint8 [n, R, R], the class index and level each was asked for."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    levels: np.ndarray | None = None
-
-
-def part_of(slices: Slices | Fakes, rows: np.ndarray) -> Fakes:
-    """Some of the slices, in memory."""
-    levels = None if slices.levels is None else slices.levels[rows]
-    return Fakes(np.array(slices.images[rows]), slices.labels[rows], levels)
-
-
 @torch.no_grad()
-def sample_fakes(G: Generator, labels: np.ndarray, seed: int, silent: bool = False) -> Fakes:
-    """Untruncated samples with fresh noise, one for each label, at any level."""
+def sample_fakes(
+    G: Generator, labels: np.ndarray, classes: list[str], seed: int, silent: bool = False
+) -> Slices:
+    """Untruncated samples with fresh noise, one for each label, each a participant of its own.
+
+    A generator that takes a position gets a random one for each sample.
+    """
     device, images = next(G.parameters()).device, []
-    levels = np.random.default_rng(seed).random(len(labels)) if G.by_level else None
-    conditioned = conditions(labels, levels, G.c_dim)
+    positions = np.random.default_rng(seed).random(len(labels)) if G.by_position else None
+    conditioned = conditions(labels, positions, G.c_dim)
     for start in tqdm(range(0, len(labels), BATCH), "sampling", unit="batch", disable=silent):
         torch.manual_seed(stream_seed("evaluate", seed, start))
         c = conditioned[start : start + BATCH].to(device)
         images.append(to_uint8(G(torch.randn(len(c), G.z_dim, device=device), c)))
-    return Fakes(np.concatenate(images), labels, levels)
+    participants = np.arange(len(labels)).astype(str)
+    return Slices(np.concatenate(images), labels, participants, classes, positions)
 
 
-def spread_labels(labels: np.ndarray, count: int) -> np.ndarray:
+def labels_in_proportion(labels: np.ndarray, count: int) -> np.ndarray:
     """`count` labels in the proportions of the given ones."""
     return np.sort(labels)[np.linspace(0, len(labels) - 1, count).round().astype(int)]
 
@@ -105,11 +97,11 @@ def conditional_variation(G: Generator, seed: int, count: int = 64) -> dict[str,
     over 8 latents.
     """
     device = next(G.parameters()).device
-    num = G.c_dim // LEVELS if G.by_level else max(1, G.c_dim)
-    levels = np.full(num, 0.5) if G.by_level else None  # one for all
+    num = G.c_dim // NUM_POSITIONS if G.by_position else max(1, G.c_dim)
+    positions = np.full(num, 0.5) if G.by_position else None  # one for all
     torch.manual_seed(stream_seed("variation", seed))
     z = torch.randn(count, G.z_dim, device=device)
-    labels = conditions(np.arange(num), levels, G.c_dim).to(device)
+    labels = conditions(np.arange(num), positions, G.c_dim).to(device)
 
     def deviation(z: Tensor, c: Tensor, noise_mode: str) -> float:
         """Over one batch: z and c have one row, or as many as there are images."""
@@ -356,17 +348,17 @@ def trained_encoder(
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         parts = [num_classes, 1, COMPONENTS]
         (scores, *values), (one_hots, *wanted) = outputs.split(parts, 1), targets.split(parts, 1)
-        level, components = map(F.mse_loss, values, wanted)
-        return F.cross_entropy(scores, one_hots) + 10 * level + components
+        position, components = map(F.mse_loss, values, wanted)
+        return F.cross_entropy(scores, one_hots) + 10 * position + components
 
     def write(path: Path) -> None:
-        say("training the encoder on the training slices")
-        x, level = averaged(train.images), find_levels(train.subjects)
-        targets = [one_hot(train.labels, num_classes), torch.from_numpy(level)[:, None]]
+        print_once("training the encoder on the training slices")
+        x, position = averaged(train.images), find_positions(train.participants)
+        targets = [one_hot(train.labels, num_classes), torch.from_numpy(position)[:, None]]
         targets = torch.cat([*targets, principal_components(x)], 1).float()
         encoder = fit_encoder(x, targets, loss, seed=0, apart=1)
-        encoder.measure_bands(to_tensor(train.images[spread(len(x), MAX_BANDS)]) / 127.5 - 1)
-        path.write_bytes(packed(encoder.state_dict()))
+        encoder.measure_bands(to_tensor(train.images[evenly_spaced(len(x), MAX_BANDS)]) / 127.5 - 1)
+        path.write_bytes(safetensors_bytes(encoder.state_dict()))
 
     if own is None or not is_whole(own):
         make_once(path, write, is_whole)
@@ -420,7 +412,7 @@ def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str
 def extract(name: str, slices: Slices, extractor: Extractor, cache: Path) -> Features:
     """The features of a set of slices; the name is for the progress bar."""
     values = features_of(slices.images, extractor, cache, name)
-    return Features(values, slices.subjects, slices.labels)
+    return Features(values, slices.participants, slices.labels)
 
 
 @torch.no_grad()
@@ -452,7 +444,7 @@ def blurred(images: np.ndarray, pixels: float) -> np.ndarray:
 def mirror_hemispheres(images: np.ndarray, share: float) -> np.ndarray:
     """The right half replaced by the left one's mirror image, in a share of the slices."""
     found, half = images.copy(), images.shape[-1] // 2
-    rows = spread(len(images), round(share * len(images)))
+    rows = evenly_spaced(len(images), round(share * len(images)))
     found[rows, :, -half:] = images[rows, :, :half][:, :, ::-1]
     return found
 
@@ -512,5 +504,7 @@ def fresh_slices(like: Slices, cache: Path, count: int, seed: int = 0) -> Slices
     root = folder_once(cache / name, lambda folder: write_fresh(folder, count, seed))
     classes, files = find_class_folders(root)
     images = decoded(files, root, like.images.shape[-1], cache)
-    labels, subjects = (np.array([getattr(f, k) for f in files]) for k in ("label", "subject"))
-    return Slices(images, labels * (like.classes == classes), subjects, like.classes)
+    labels, participants = (
+        np.array([getattr(f, k) for f in files]) for k in ("label", "participant")
+    )
+    return Slices(images, labels * (like.classes == classes), participants, like.classes)

@@ -26,7 +26,7 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import in_parts, moments, otsu, spread, turned
+from utils import evenly_spaced, map_in_chunks, moments, otsu_threshold, rotate_and_centre
 
 ROWS = 500  # of a distance matrix, or images, at a time
 NUM_DRAWS = 200  # of a bootstrap
@@ -38,7 +38,7 @@ class Features(NamedTuple):
     """Features [n, F] of slices with their ids and classes [n]."""
 
     values: np.ndarray
-    subjects: np.ndarray
+    participants: np.ndarray
     labels: np.ndarray
 
     def take(self, rows: np.ndarray) -> "Features":
@@ -168,22 +168,22 @@ def manifold_figures(
     }
 
 
-def nearest(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_neighbour(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distance of each row of x to the nearest row of y, and which it is."""
     parts = [(found.min(1), found.argmin(1)) for _, found in distance_rows(x, y)]
     gaps, partners = (np.concatenate(part) for part in zip(*parts, strict=True))
     return gaps, partners
 
 
-def audit(
+def copy_audit(
     train: np.ndarray, test: np.ndarray, fake: np.ndarray, test_ids: np.ndarray, seed: int
 ) -> dict[str, Any]:
     """Share of fakes nearer to a training slice than all but 1 % of the real test slices are.
 
     Its interval is over fakes, and over the test ids that the threshold rests on.
     """
-    test_gaps, _ = nearest(test, train)
-    gaps, partners = nearest(fake, train)
+    test_gaps, _ = nearest_neighbour(test, train)
+    gaps, partners = nearest_neighbour(fake, train)
     rng, codes, draws = np.random.default_rng(seed), codes_of(test_ids), []
     for _ in range(NUM_DRAWS):
         rows = resampled_ids(np.arange(len(test)), codes, rng)
@@ -210,8 +210,8 @@ def membership(train: Features, test: Features, fake: np.ndarray, seed: int) -> 
     samples is divided by that one ([7]). Medians and intervals over random halves of the ids.
     """
     rng, parts = np.random.default_rng(seed), (train, test)
-    to_fakes = [nearest(part.values, fake)[0] for part in parts]
-    codes = codes_of(train.subjects)
+    to_fakes = [nearest_neighbour(part.values, fake)[0] for part in parts]
+    codes = codes_of(train.participants)
     order = np.argsort(codes, kind="stable")
     starts = np.searchsorted(codes[order], np.arange(codes.max() + 1))
     to_ids = [  # of each slice, to the nearest slice of each training id
@@ -223,15 +223,15 @@ def membership(train: Features, test: Features, fake: np.ndarray, seed: int) -> 
     ]  # fmt: skip
     draws: dict[str, list[float]] = {"auc": [], "auc_cohorts": [], "auc_calibrated": []}
     for _ in range(NUM_HALVES):
-        members, withheld = halves_by_id(train.subjects, train.labels, rng)
-        others, _ = halves_by_id(test.subjects, test.labels, rng)
+        members, withheld = halves_by_id(train.participants, train.labels, rng)
+        others, _ = halves_by_id(test.participants, test.labels, rng)
         if not len(members) or not len(others):
             return dict.fromkeys(draws, math.nan)
         held, scores = np.unique(codes[withheld]), []
         for i, rows in enumerate((members, others)):
             near, real = to_fakes[i][rows], to_ids[i][rows][:, held].min(1)
             values = np.stack([near, real, near / np.maximum(real, 1e-9)], 1)
-            scores.append(mean_by_id(values, parts[i].subjects[rows], parts[i].labels[rows])[0])
+            scores.append(mean_by_id(values, parts[i].participants[rows], parts[i].labels[rows])[0])
         member = np.repeat([0, 1], [len(s) for s in scores])  # nearer: a smaller score
         for column, values in zip(draws.values(), np.concatenate(scores).T, strict=True):
             column.append(auc(member, np.stack([-values, values], 1)))
@@ -251,29 +251,33 @@ def codes_of(ids: np.ndarray) -> np.ndarray:
 
 
 def mean_by_id(
-    values: np.ndarray, subjects: np.ndarray, labels: np.ndarray
+    values: np.ndarray, participants: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the slices of each id. -> values [ids, ...], labels [ids]."""
-    keys, rows = np.unique(np.stack([subjects, labels.astype(str)]), axis=1, return_inverse=True)
+    keys, rows = np.unique(
+        np.stack([participants, labels.astype(str)]), axis=1, return_inverse=True
+    )
     means = [values[rows == i].mean(0) for i in range(keys.shape[1])]
     return np.stack(means), keys[1].astype(int)
 
 
 def halves_by_id(
-    subjects: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+    participants: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of two random halves of the ids, each class split evenly."""
     first = []
     for label in np.unique(labels):
-        names = rng.permutation(np.unique(subjects[labels == label]))
+        names = rng.permutation(np.unique(participants[labels == label]))
         first.extend(names[: len(names) // 2])
-    chosen = np.isin(subjects, first)
+    chosen = np.isin(participants, first)
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
-def resampled_ids(rows: np.ndarray, subjects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def resampled_ids(
+    rows: np.ndarray, participants: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """A bootstrap sample of the rows: whole ids, drawn with replacement."""
-    _, codes, counts = np.unique(subjects[rows], return_inverse=True, return_counts=True)
+    _, codes, counts = np.unique(participants[rows], return_inverse=True, return_counts=True)
     of_id = np.split(rows[np.argsort(codes, kind="stable")], counts.cumsum()[:-1])
     return np.concatenate([of_id[i] for i in rng.integers(0, len(of_id), len(of_id))])
 
@@ -308,15 +312,17 @@ def distances_by_halves(
         FD of each set, and its FD in NUM_HALVES draws; ratios of two sets share their real half.
     """
     rng, n = np.random.default_rng(seed), min(len(part.values) for part in sets.values())
-    sets = {name: part.take(spread(len(part.values), n)) for name, part in sets.items()}
+    sets = {name: part.take(evenly_spaced(len(part.values), n)) for name, part in sets.items()}
     target = gaussian(real.values)
     whole = {name: gaussian_distance(gaussian(p.values), target) for name, p in sets.items()}
     found: dict[str, list[float]] = {name: [] for name in sets}
     everything = {"real": real, **sets}
-    everything = {k: p._replace(subjects=codes_of(p.subjects)) for k, p in everything.items()}
+    everything = {
+        k: p._replace(participants=codes_of(p.participants)) for k, p in everything.items()
+    }
     for _ in tqdm(range(NUM_HALVES), "halves of ids", leave=False):
         halves = {
-            name: gaussian(part.values[halves_by_id(part.subjects, part.labels, rng)[0]])
+            name: gaussian(part.values[halves_by_id(part.participants, part.labels, rng)[0]])
             for name, part in everything.items()
         }
         for name in sets:
@@ -326,10 +332,10 @@ def distances_by_halves(
 
 def without_ids(part: Features, share: float, target: Gaussian, seed: int) -> float:
     """FD to a Gaussian of what is left without a share of the ids, the mean of 20 draws."""
-    rng, names, found = np.random.default_rng(seed), np.unique(part.subjects), []
+    rng, names, found = np.random.default_rng(seed), np.unique(part.participants), []
     for _ in range(20):
         left = rng.permutation(names)[: max(1, round((1 - share) * len(names)))]
-        rows = np.isin(part.subjects, left)
+        rows = np.isin(part.participants, left)
         found.append(gaussian_distance(gaussian(part.values[rows]), target))
     return float(np.mean(found))
 
@@ -366,13 +372,13 @@ def head_box(images: np.ndarray) -> tuple[slice, slice]:
 
     The outline that all share, and the background around it, make any two slices alike.
     """
-    often = in_parts(lambda part: (part > 20).astype(np.uint8), images).mean(0) > 0.1
+    often = map_in_chunks(lambda part: (part > 20).astype(np.uint8), images).mean(0) > 0.1
     lit = [np.flatnonzero(often.any(axis)) for axis in (1, 0)]
     rows, columns = (slice(k[0], k[-1] + 1) if len(k) > 10 else slice(None) for k in lit)
     return rows, columns
 
 
-def draw_pairs(ids: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+def random_pairs(ids: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
     """Random pairs of one class and of different ids. -> [NUM_PAIRS, 2], or [0, 2] without any."""
     rng, codes = np.random.default_rng(seed), codes_of(ids)
     first = rng.permutation(len(ids))
@@ -423,7 +429,7 @@ def segment(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Brain: the largest part brighter than Otsu's threshold, holes filled. Ventricles: what is darker
     than 0.4 of the brain's median, deeper inside it than 0.45 of its greatest depth.
     """
-    parts, count = ndimage.label(image > otsu(image))
+    parts, count = ndimage.label(image > otsu_threshold(image))
     if count == 0:
         return np.zeros_like(image, bool), np.zeros_like(image, bool)
     sizes = np.bincount(parts.ravel())[1:]
@@ -462,7 +468,7 @@ def pose(images: np.ndarray) -> np.ndarray:
         part[:, 1:-1, 1:-1] = 0
         return np.stack([tilt, side, part.sum((1, 2)) / (4 * part.shape[-1] - 4)], 1)
 
-    return in_parts(work, images)
+    return map_in_chunks(work, images)
 
 
 def aligned(images: np.ndarray) -> np.ndarray:
@@ -476,9 +482,9 @@ def aligned(images: np.ndarray) -> np.ndarray:
         black = np.percentile(part, 5, (1, 2), keepdims=True)
         grey = (part - black).clip(0).astype(np.float32)
         grey *= 50 / np.maximum(grey.mean((1, 2), keepdims=True), 1)
-        return turned(grey, *moments(grey)[:3])
+        return rotate_and_centre(grey, *moments(grey)[:3])
 
-    return in_parts(work, images)
+    return map_in_chunks(work, images)
 
 
 def leaks(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
@@ -503,5 +509,5 @@ def grain(images: np.ndarray) -> float:
     f = np.fft.fftfreq(images.shape[-1])
     fine = f[np.abs(f) >= 3 / 8]
     waves = np.exp(-2j * np.pi * np.outer(fine, np.arange(len(f))))
-    power = in_parts(lambda part: np.abs(waves @ part @ waves.T) ** 2, images)
+    power = map_in_chunks(lambda part: np.abs(waves @ part @ waves.T) ** 2, images)
     return float(power.mean())

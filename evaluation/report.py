@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dataset import Slices
-from utils import save_figure, shown, tile, write_atomically
+from utils import printable, save_figure, tile, write_atomically
 
 Rows = list[dict[str, Any]]  # of a table
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of ratios
@@ -25,7 +25,7 @@ def cell(value: Any) -> str:
         return " to ".join(dict.fromkeys(map(cell, value)))
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "not measured"
-    return shown(value)
+    return printable(value)
 
 
 def plain(value: Any) -> Any:
@@ -107,9 +107,9 @@ def draw_histograms(
 
 def draw_labels(ax: Axes, rows: Rows) -> None:
     """AUC by id, that of synthetic tests by slice, with the spread over seeds."""
-    bars = {r["figure"]: r for r in rows if (r["level"] == "ids") != (r["figure"] == "TRTS")}
+    bars = {r["figure"]: r for r in rows if (r["unit"] == "ids") != (r["figure"] == "TRTS")}
     bars = [bars[k] for k in ("TRTR", "TSTR", "TRTS", "TR+STR")]
-    names = [f"{r['figure']}\nby {r['level'][:-1]}" for r in bars]
+    names = [f"{r['figure']}\nby {r['unit'][:-1]}" for r in bars]
     heights, errors = [r["auc"] for r in bars], [r["std_of_seeds"] for r in bars]
     ax.bar(names, heights, yerr=errors, capsize=4, color=["C0", "C1", "C1", "C2"])
     ax.axhline(0.5, color="k", ls="--", lw=1)

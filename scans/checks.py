@@ -30,42 +30,44 @@ from dataset import (
     SPLITS,
     Entry,
     SliceFile,
-    decode_id,
+    decode_scan,
     describe,
     doubtful_classes,
-    join_participants,
     pad_to_square,
     read_manifest,
     read_splits,
     rows_by_scan,
+    set_participants,
     shared_ids,
 )
 from scans.tables import RENAMED, EntryFinder
 from utils import (
     CHUNK,
     ensure_writable,
-    in_parts,
+    evenly_spaced,
+    map_in_chunks,
     map_on_cores,
     moments,
-    otsu,
+    otsu_threshold,
+    print_once,
+    printable,
+    rotate_and_centre,
     save_figure,
-    say,
-    shown,
-    spread,
-    turned,
 )
 
 SIDE = 96  # pixels of a slice in which its detail is compared
 HASH_SIDE = 24  # and its whole
-HEAD = 0.28  # deviation of a head's pixels from its middle, in sides of a picture, when upright
+HEAD_DEVIATION = (
+    0.28  # deviation of a head's pixels from its middle, in sides of a picture, when upright
+)
 NEIGHBOURS = 3  # of the same whole, whose detail is compared
-SAME_DETAIL = 0.7  # correlation from which two slices show one picture
-TELLING = 0.65  # AUC from which a single number is said to tell the class
+SAME_EDGES = 0.7  # correlation from which two slices show one picture
+SUSPICIOUS_AUC = 0.65  # AUC from which a single number is said to tell the class
 COLUMNS, EXTREMES = 12, 2  # of the contact sheet
-NAMED = 5  # of what is found many times
+MAX_LISTED = 5  # of what is found many times
 
 
-class Seen(NamedTuple):
+class CheckedSlice(NamedTuple):
     """What is known of a slice that could be read."""
 
     file: SliceFile
@@ -78,12 +80,12 @@ class Seen(NamedTuple):
     blank: bool
 
 
-class Folder(NamedTuple):
+class CheckedFolder(NamedTuple):
     """All that was read of a folder, and what is wrong with it."""
 
     root: Path
     classes: list[str]
-    slices: list[Seen]
+    slices: list[CheckedSlice]
     pictures: np.ndarray  # uint8 [n, SIDE, SIDE]
     entries: dict[str, Entry]  # by scan, where a table or a manifest has it
     problems: list[str]
@@ -92,13 +94,15 @@ class Folder(NamedTuple):
 # Reading
 
 
-def look(files: list[SliceFile], split: str) -> tuple[list[Seen], list[float], list[str]]:
+def read_scan(
+    files: list[SliceFile], split: str
+) -> tuple[list[CheckedSlice], list[float], list[str]]:
     """The slices of one scan, and what is wrong with them.
 
     In between, where their values are not 8-bit, their least and largest, the share below 0, and
     which become black and white.
     """
-    images, (low, high), problems = decode_id([f.path for f in files])
+    images, (low, high), problems = decode_scan([f.path for f in files])
     if problems:
         return [], [], problems
     found = []
@@ -113,7 +117,7 @@ def look(files: list[SliceFile], split: str) -> tuple[list[Seen], list[float], l
         with Image.open(BytesIO(content), formats=FORMATS) as header:
             mode = header.mode
         found.append(
-            Seen(
+            CheckedSlice(
                 file,
                 split,
                 f"{image.shape[2]}x{image.shape[1]}",
@@ -131,46 +135,48 @@ def look(files: list[SliceFile], split: str) -> tuple[list[Seen], list[float], l
     return found, [float(v) for v in (values.min(), values.max(), below, low, high)], []
 
 
-def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Folder:
+def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> CheckedFolder:
     """Every slice, in small. Says what is there. Raises UserError where nothing can be read."""
     finder = EntryFinder(table, columns) if table else None
     classes, splits = read_splits(root, any_classes=True)
     entries, other = dict(read_manifest(root)), defaultdict(set)
     for files in splits.values():
         for file in files:
-            if finder and file.scan not in entries and (entry := named(finder, file.scan)):
+            if finder and file.scan not in entries and (entry := entry_of_id(finder, file.scan)):
                 entries[file.scan] = entry
             if entry := entries.get(file.scan):
                 says, lies = (RENAMED.get(n, n) for n in (entry.label, classes[file.label]))
                 if says and says != lies:
                     other[f"{says}, lies in {lies}"].add(file.scan)
-        join_participants(files, entries)
+        set_participants(files, entries)
     describe(root, classes, splits)
     problems = shared_ids(splits)
     if table:
         ids = {file.scan for files in splits.values() for file in files}
         known = len(ids & entries.keys())
-        say(f"{table} names {known} of {len(ids)} ids")
+        print_once(f"{table} names {known} of {len(ids)} ids")
         if not known:
             problems.append(f"{table} names none of the ids: whose they are is not known")
     for what, scans in other.items():
-        problems.append(f"of class {what}: {', '.join(sorted(scans)[:NAMED])} ({len(scans)} ids)")
+        problems.append(
+            f"of class {what}: {', '.join(sorted(scans)[:MAX_LISTED])} ({len(scans)} ids)"
+        )
     of_scans = [
         (split, [files[row] for row in rows])
         for split, files in splits.items()
         for rows in rows_by_scan(files)
     ]
-    found = map_on_cores(lambda item: look(item[1], item[0]), of_scans, shown(root), "id")
+    found = map_on_cores(lambda item: read_scan(item[1], item[0]), of_scans, printable(root), "id")
     slices = [seen for part, _, _ in found for seen in part]
     problems += [line for _, _, bad in found for line in bad]
     if doubt := doubtful_classes(classes, splits["train"]):
-        say(f"note: {doubt}: training asks for --any-classes")
-    say_kinds(slices, [ranges for _, ranges, _ in found if ranges])
+        print_once(f"note: {doubt}: training asks for --any-classes")
+    print_kinds(slices, [ranges for _, ranges, _ in found if ranges])
     pictures = np.array([s.picture for s in slices]).reshape(-1, SIDE, SIDE)
-    return Folder(root, classes, slices, pictures, entries, problems)
+    return CheckedFolder(root, classes, slices, pictures, entries, problems)
 
 
-def named(finder: EntryFinder, scan: str) -> Entry | None:
+def entry_of_id(finder: EntryFinder, scan: str) -> Entry | None:
     """The entry of an id: of a mere number also that of ADNI's image, which has an I before it."""
     try:
         entry = finder.named_in(scan)
@@ -179,31 +185,36 @@ def named(finder: EntryFinder, scan: str) -> Entry | None:
         return None
 
 
-def say_kinds(slices: list[Seen], ranges: list[list[float]]) -> None:
+def print_kinds(slices: list[CheckedSlice], ranges: list[list[float]]) -> None:
     """Say of which sizes and values the slices are, and how many an id has."""
     for title, counts in (
         ("pixels", Counter(s.size for s in slices)),
         ("modes", Counter(s.mode for s in slices)),
     ):
-        text = "; ".join(f"{name} ({count})" for name, count in counts.most_common(NAMED))
-        say(f"{title}: {text}" + f"; and {len(counts) - NAMED} more" * (len(counts) > NAMED))
+        text = "; ".join(f"{name} ({count})" for name, count in counts.most_common(MAX_LISTED))
+        print_once(
+            f"{title}: {text}"
+            + f"; and {len(counts) - MAX_LISTED} more" * (len(counts) > MAX_LISTED)
+        )
     if ranges:
         low, high, below, black, white = np.array(ranges).T
         text = f"{low.min():g} to {high.max():g}, {below.mean():.1%} below 0"
         text += f"; an id's black is {black.min():g} to {black.max():g}"
-        say(f"values of {len(ranges)} ids: {text}, its white {white.min():g} to {white.max():g}")
+        print_once(
+            f"values of {len(ranges)} ids: {text}, its white {white.min():g} to {white.max():g}"
+        )
     of_id = Counter((s.split, s.file.path.parent, s.file.scan) for s in slices).values()
-    say(f"slices of an id: {min(of_id, default=0)} to {max(of_id, default=0)}")
+    print_once(f"slices of an id: {min(of_id, default=0)} to {max(of_id, default=0)}")
     if blank := sum(s.blank for s in slices):
-        say(f"note: {blank} slices are of a single value")
+        print_once(f"note: {blank} slices are of a single value")
 
 
 # Duplicates
 
 
-def exact_duplicates(folder: Folder) -> None:
+def exact_duplicates(folder: CheckedFolder) -> None:
     """The same file, or the same pixels, more than once: across splits or classes a problem."""
-    found: dict[tuple, list[list[Seen]]] = defaultdict(list)
+    found: dict[tuple, list[list[CheckedSlice]]] = defaultdict(list)
     for kind, name in (("file_hash", "the same file"), ("pixel_hash", "the same pixels")):
         groups = defaultdict(list)
         for seen in folder.slices:
@@ -218,14 +229,16 @@ def exact_duplicates(folder: Folder) -> None:
                 ids = tuple(sorted({s.file.scan for s in group}))
                 found[name, where, ids].append(group)
     for (name, where, ids), groups in found.items():
-        paths = ", ".join(str(s.file.path.relative_to(folder.root)) for s in groups[0][:NAMED])
+        paths = ", ".join(str(s.file.path.relative_to(folder.root)) for s in groups[0][:MAX_LISTED])
         if where:
             folder.problems.append(f"{name} in {where}, {len(groups)} times, such as: {paths}")
         else:
-            say(f"note: {name} in one split, {len(groups)} times, of {', '.join(ids[:NAMED])}")
+            print_once(
+                f"note: {name} in one split, {len(groups)} times, of {', '.join(ids[:MAX_LISTED])}"
+            )
 
 
-def detail(pictures: np.ndarray) -> np.ndarray:
+def edges(pictures: np.ndarray) -> np.ndarray:
     """Edges of pictures [n, S, S], with zero mean and unit norm. -> float32 [n, S, S]."""
     grey = pictures.astype(np.float32)
     near, far = (ndimage.gaussian_filter(grey, (0, width, width)) for width in (0.7, 1.5))
@@ -239,7 +252,7 @@ def best_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     Of a duplicate it is near 1 however it was shifted, lit or encoded.
     """
-    product = fft.rfft2(detail(a)) * fft.rfft2(detail(b)).conj()
+    product = fft.rfft2(edges(a)) * fft.rfft2(edges(b)).conj()
     return fft.irfft2(product, a.shape[1:]).max((1, 2))
 
 
@@ -257,13 +270,13 @@ def upright(pictures: np.ndarray) -> np.ndarray:
         at, count = np.arange(SIDE) - (SIDE - 1) / 2, np.maximum(mask.sum((1, 2)), 1)
         columns, rows = (mask.sum(axis) / count[:, None] for axis in (1, 2))
         variance = columns @ at**2 - x**2 + rows @ at**2 - y**2
-        scale = np.sqrt(np.maximum(variance, 1)) / (HEAD * SIDE)
-        return turned(grey, x, y, tilt, scale)
+        scale = np.sqrt(np.maximum(variance, 1)) / (HEAD_DEVIATION * SIDE)
+        return rotate_and_centre(grey, x, y, tilt, scale)
 
-    return in_parts(work, pictures)
+    return map_in_chunks(work, pictures)
 
 
-def wholes(pictures: np.ndarray) -> np.ndarray:
+def perceptual_hashes(pictures: np.ndarray) -> np.ndarray:
     """A perceptual hash of upright pictures: small, lit alike. -> float32 [n, HASH_SIDE^2]."""
     size = SIDE // HASH_SIDE
 
@@ -272,19 +285,19 @@ def wholes(pictures: np.ndarray) -> np.ndarray:
         small = small.reshape(len(part), -1)
         return small * (50 / np.maximum(small.mean(1, keepdims=True), 1))
 
-    return in_parts(work, pictures)
+    return map_in_chunks(work, pictures)
 
 
 class Pair(NamedTuple):
     """A test and a training slice, and how far their edges correlate."""
 
     score: float
-    test: Seen
-    train: Seen
+    test: CheckedSlice
+    train: CheckedSlice
     mirrored: bool
 
 
-def near_duplicates(folder: Folder) -> tuple[list[Pair], float]:
+def near_duplicates(folder: CheckedFolder) -> tuple[list[Pair], float]:
     """Test slices whose picture, not of the very same pixels, is in training too.
 
     Also the highest correlation of the other pairs. The candidates are those of the most alike
@@ -297,11 +310,13 @@ def near_duplicates(folder: Folder) -> tuple[list[Pair], float]:
     train = folder.pictures[rows["train"]]
     train_up = upright(train)
     finder, best = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(train))), {}
-    finder.fit(wholes(train_up))
+    finder.fit(perceptual_hashes(train_up))
     for mirrored in (False, True):
         test = folder.pictures[rows["test"]][:, :, :: -1 if mirrored else 1]
         test_up = upright(test)
-        alike = finder.kneighbors(wholes(test_up), return_distance=False)  # [tests, NEIGHBOURS]
+        alike = finder.kneighbors(
+            perceptual_hashes(test_up), return_distance=False
+        )  # [tests, NEIGHBOURS]
         for part in np.array_split(np.arange(len(test)), math.ceil(len(test) / CHUNK)):
             for column in alike[part].T:
                 scores = np.maximum(
@@ -314,16 +329,16 @@ def near_duplicates(folder: Folder) -> tuple[list[Pair], float]:
         Pair(score, folder.slices[i], folder.slices[rows["train"][j]], mirrored)
         for i, (score, j, mirrored) in best.items()
     ]
-    same = [p for p in pairs if p.score >= SAME_DETAIL and p.test.pixel_hash != p.train.pixel_hash]
-    return same, max((p.score for p in pairs if p.score < SAME_DETAIL), default=0.0)
+    same = [p for p in pairs if p.score >= SAME_EDGES and p.test.pixel_hash != p.train.pixel_hash]
+    return same, max((p.score for p in pairs if p.score < SAME_EDGES), default=0.0)
 
 
-def report_duplicates(folder: Folder) -> None:
+def report_duplicates(folder: CheckedFolder) -> None:
     """Say what is there twice; across splits or classes it is a problem."""
     exact_duplicates(folder)
     same, most = near_duplicates(folder)
     if folder.pictures.size:
-        say(f"edges of other test and training slices correlate by {most:.2f} at most")
+        print_once(f"edges of other test and training slices correlate by {most:.2f} at most")
     of_ids = defaultdict(list)
     for pair in sorted(same, key=lambda pair: -pair.score):
         of_ids[pair.test.file.scan, pair.train.file.scan].append(pair)
@@ -337,11 +352,11 @@ def report_duplicates(folder: Folder) -> None:
 # Confounds
 
 
-def report_confounds(folder: Folder) -> None:
+def report_confounds(folder: CheckedFolder) -> None:
     """Say what participants are like in each class, and how well one number tells the class."""
     people: dict[str, list[int]] = defaultdict(list)
     for row, seen in enumerate(folder.slices):
-        people[seen.file.subject].append(row)
+        people[seen.file.participant].append(row)
     first = {name: folder.slices[rows[0]].file for name, rows in people.items()}
     entries = [folder.entries.get(file.scan) for file in first.values()]
     numbers = {
@@ -364,9 +379,9 @@ def report_confounds(folder: Folder) -> None:
         text = f"{name} of {known.sum()} ids: {', '.join(means)}"
         if math.isfinite(best):
             text += f"; tells the class with an AUC of {best:.2f}"
-            if best >= max(TELLING, chance):
+            if best >= max(SUSPICIOUS_AUC, chance):
                 text += f": what is learned of the class may be its {name}"
-        say(text)
+        print_once(text)
 
 
 def most_telling(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -387,7 +402,7 @@ def most_telling(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 # Contact sheet
 
 
-def draw_sheet(folder: Folder, path: Path) -> None:
+def draw_sheet(folder: CheckedFolder, path: Path) -> None:
     """A row of slices for each class; at its end the darkest, brightest, smallest and largest."""
     labels = np.array([seen.file.label for seen in folder.slices])
     rows = [np.flatnonzero(labels == i) for i in range(len(folder.classes))]
@@ -397,8 +412,8 @@ def draw_sheet(folder: Folder, path: Path) -> None:
     for line, row in zip(axes, rows, strict=True):
         pictures = folder.pictures[row]
         grey = pictures.mean((1, 2))
-        size = np.array([(p > otsu(p) / 2).mean() for p in pictures])
-        at = {"": spread(len(row), COLUMNS)}
+        size = np.array([(p > otsu_threshold(p) / 2).mean() for p in pictures])
+        at = {"": evenly_spaced(len(row), COLUMNS)}
         for name, values in (("dark", grey), ("bright", -grey), ("small", size), ("large", -size)):
             at[name] = np.argsort(values, kind="stable")[:EXTREMES]
         titles = [name for name, chosen in at.items() for _ in chosen]
@@ -408,7 +423,7 @@ def draw_sheet(folder: Folder, path: Path) -> None:
         for ax in line:
             ax.set_xticks([])
             ax.set_yticks([])
-        line[0].set_ylabel(shown(folder.classes[folder.slices[row[0]].file.label]))
+        line[0].set_ylabel(printable(folder.classes[folder.slices[row[0]].file.label]))
     save_figure(figure, path)
 
 
@@ -435,8 +450,8 @@ def check(
         report_duplicates(folder)
         report_confounds(folder)
         draw_sheet(folder, out)
-        say(f"contact sheet: {out}")
+        print_once(f"contact sheet: {out}")
     if folder.problems:
         lines = "\n  ".join(folder.problems)
         raise UserError(f"{root}: training would not be honest, or fail:\n  {lines}")
-    say("no id is on both sides, no picture either; every file can be read")
+    print_once("no id is on both sides, no picture either; every file can be read")

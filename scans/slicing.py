@@ -30,17 +30,17 @@ import tyro
 from config import UserError
 from dataset import MANIFEST, SPLITS, Entry, manifest_rows
 from scans.tables import RENAMED, EntryFinder, participant_in, plain_name, stem
-from scans.volumes import Cut, Import, cut, find_converter, open_volume, read_volume
+from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
 from utils import (
+    delete_partials,
     ensure_writable,
     first_line,
     lock_folder,
     map_on_cores,
+    print_once,
+    printable,
     save_grey,
-    say,
     sha256_of,
-    shown,
-    sweep,
     write_atomically,
 )
 
@@ -106,7 +106,9 @@ def id_of(name: str) -> str:
     return f"{plain[: MOST_LETTERS - 9]}-{digest}"
 
 
-def match(options: Import, volumes: list[Path], problems: dict[str, str]) -> list[Scan]:
+def match_to_table(
+    options: ImportOptions, volumes: list[Path], problems: dict[str, str]
+) -> list[Scan]:
     """Each volume with its class and participant; why not, for the others, in `problems`.
 
     Raises:
@@ -215,12 +217,12 @@ def balance(scans: Iterable[Scan], split: dict[str, str]) -> list[str]:
 # Writing
 
 
-def choices(options: Import) -> dict[str, str]:
+def option_columns(options: ImportOptions) -> dict[str, str]:
     """Every choice that concerns all scans, for the manifest."""
     window = "percentile" if options.window is None else " ".join(f"{v:g}" for v in options.window)
     return {
         "axis": options.axis,
-        "level": "ventricles" if options.level is None else f"{options.level:g} mm",
+        "centre": "ventricles" if options.centre is None else f"{options.centre:g} mm",
         "slices": str(options.slices),
         "spacing_mm": f"{options.spacing:g}",
         "size": str(options.size),
@@ -231,18 +233,18 @@ def choices(options: Import) -> dict[str, str]:
     }
 
 
-def measured(scan: Scan, made: Cut) -> dict[str, str]:
+def cut_columns(scan: Scan, made: CutSlices) -> dict[str, str]:
     """What is known of a scan once it is cut."""
     return {
         "sha256": sha256_of(scan.path),
-        "lowest_mm": f"{made.levels[0]:.2f}",
-        "highest_mm": f"{made.levels[-1]:.2f}",
+        "lowest_mm": f"{made.positions[0]:.2f}",
+        "highest_mm": f"{made.positions[-1]:.2f}",
         "black": f"{made.black:g}",
         "white": f"{made.white:g}",
     }
 
 
-def row_of(scan: Scan, side: str, made: Cut | None, options: Import) -> dict[str, str]:
+def row_of(scan: Scan, side: str, made: CutSlices | None, options: ImportOptions) -> dict[str, str]:
     """A scan's row of the manifest, before it is cut or after."""
     entry = scan.entry
     return {
@@ -252,20 +254,20 @@ def row_of(scan: Scan, side: str, made: Cut | None, options: Import) -> dict[str
         "age": "" if math.isnan(entry.age) else f"{entry.age:g}",
         "sex": entry.sex,
         "split": side,
-        "source": shown(scan.path.relative_to(options.scans)),
+        "source": printable(scan.path.relative_to(options.scans)),
         **dict.fromkeys(("sha256", "lowest_mm", "highest_mm", "black", "white"), ""),
-        **(measured(scan, made) if made else {}),
-        **choices(options),
+        **(cut_columns(scan, made) if made else {}),
+        **option_columns(options),
     }
 
 
-def slice_paths(scan: Scan, side: str, options: Import) -> list[Path]:
+def slice_paths(scan: Scan, side: str, options: ImportOptions) -> list[Path]:
     """The files of a scan's slices, lowest first."""
     folder = options.out / side / scan.entry.label
     return [folder / f"{scan.name}_{number}.png" for number in range(options.slices)]
 
 
-def write_slices(scan: Scan, side: str, made: Cut, options: Import) -> None:
+def write_slices(scan: Scan, side: str, made: CutSlices, options: ImportOptions) -> None:
     """One PNG for each slice."""
     top = 2**options.bits - 1
     grey = (made.images - made.black) * (top / (made.white - made.black))
@@ -284,7 +286,7 @@ def write_manifest(rows: dict[str, dict[str, str]], path: Path) -> None:
     write_atomically(path, lambda partial: partial.write_text(text.getvalue(), "utf-8"))
 
 
-def rows_before(scans: list[Scan], options: Import) -> dict[str, dict[str, str]]:
+def rows_before(scans: list[Scan], options: ImportOptions) -> dict[str, dict[str, str]]:
     """Rows of the manifest that an earlier call left, by id.
 
     Raises:
@@ -300,7 +302,7 @@ def rows_before(scans: list[Scan], options: Import) -> dict[str, dict[str, str]]
     for name, row in rows.items():
         entry = wanted.get(name)
         expected = {"class": entry.label, "participant": entry.participant} if entry else {}
-        for key, value in (choices(options) | expected).items():
+        for key, value in (option_columns(options) | expected).items():
             if row.get(key) != value:
                 raise UserError(
                     f"{path}: {name} has {key} = {row.get(key)}, now {value}; use another --out"
@@ -310,7 +312,7 @@ def rows_before(scans: list[Scan], options: Import) -> dict[str, dict[str, str]]
     return rows
 
 
-def is_done(scan: Scan, row: dict[str, str] | None, options: Import) -> bool:
+def is_done(scan: Scan, row: dict[str, str] | None, options: ImportOptions) -> bool:
     """Whether all slices of a scan are there, of a file that is still the same."""
     if row is None or not row.get("sha256"):
         return False
@@ -318,7 +320,7 @@ def is_done(scan: Scan, row: dict[str, str] | None, options: Import) -> bool:
     return whole and row["sha256"] == sha256_of(scan.path)
 
 
-def import_scans(options: Annotated[Import, tyro.conf.arg(name="")]) -> None:
+def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> None:
     """Cut every scan into slices; say at the end what was left out, and why.
 
     Raises:
@@ -327,7 +329,7 @@ def import_scans(options: Annotated[Import, tyro.conf.arg(name="")]) -> None:
     """
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what is wrong is said here
     volumes, problems = find_volumes(options.scans, options.pattern), {}
-    scans = match(options, volumes, problems)
+    scans = match_to_table(options, volumes, problems)
     if not scans:
         why = "; ".join(f"{n} {reason}" for reason, n in Counter(problems.values()).most_common(3))
         raise UserError(f"{options.scans}: none of {len(volumes)} volumes can be used: {why}")
@@ -338,16 +340,16 @@ def import_scans(options: Annotated[Import, tyro.conf.arg(name="")]) -> None:
     try:
         split = split_participants(scans, options.test_share, options.seed, before)
     except UserError:
-        say_problems(problems)
+        print_problems(problems)
         raise
     with lock_folder(options.out, "importing"):
         if rows_before(scans, options) != rows:
             raise UserError(f"{options.out}: another process imported there; run this again")
-        sweep(options.out)
+        delete_partials(options.out)
         cut_all(scans, split, rows, problems, options)
     if gone := sorted(rows.keys() - {scan.name for scan in scans}):
-        say(f"note: {len(gone)} scans of an earlier import stay: {', '.join(gone[:5])}")
-    report([scan for scan in scans if scan.name in rows], split, problems, options)
+        print_once(f"note: {len(gone)} scans of an earlier import stay: {', '.join(gone[:5])}")
+    print_report([scan for scan in scans if scan.name in rows], split, problems, options)
 
 
 def cut_all(
@@ -355,7 +357,7 @@ def cut_all(
     split: dict[str, str],
     rows: dict[str, dict[str, str]],
     problems: dict[str, str],
-    options: Import,
+    options: ImportOptions,
 ) -> None:
     """Cut and write what is not there yet; moves `rows`, of which the manifest is written.
 
@@ -394,7 +396,7 @@ def cut_all(
         write_manifest(rows, manifest)
 
 
-def has_header(scan: Scan, problems: dict[str, str], options: Import) -> bool:
+def has_header(scan: Scan, problems: dict[str, str], options: ImportOptions) -> bool:
     """Whether a volume can be read by its header: a bad one shall take no place in test."""
     try:
         find_converter() if scan.path.is_dir() else open_volume(scan.path, options.unoriented)
@@ -404,26 +406,26 @@ def has_header(scan: Scan, problems: dict[str, str], options: Import) -> bool:
     return True
 
 
-def say_problems(problems: dict[str, str]) -> None:
+def print_problems(problems: dict[str, str]) -> None:
     """Say which volumes are left out, and why."""
     if problems:
-        say(f"{len(problems)} volumes left out:")
+        print_once(f"{len(problems)} volumes left out:")
     for name, why in sorted(problems.items()):
-        say(f"  {name}: {why}")
+        print_once(f"  {name}: {why}")
 
 
-def report(
-    scans: list[Scan], split: dict[str, str], problems: dict[str, str], options: Import
+def print_report(
+    scans: list[Scan], split: dict[str, str], problems: dict[str, str], options: ImportOptions
 ) -> None:
     """Say what was imported, how even the split is, and what was left out."""
     for line in balance(scans, split):
-        say(line)
-    say_problems(problems)
+        print_once(line)
+    print_problems(problems)
     if not scans:
         raise UserError(f"{options.scans}: no volume could be used")
     for label, side in one_sided(scans, split):
         text = f"all volumes of class {label} that could be read are in {side}/"
         raise UserError(f"{text}; use another --out, without those that could not")
     people = len({scan.entry.participant for scan in scans})
-    say(f"{len(scans)} scans of {people} participants in {options.out}")
-    say(f"look at them: python prepare.py check {options.out}")
+    print_once(f"{len(scans)} scans of {people} participants in {options.out}")
+    print_once(f"look at them: python prepare.py check {options.out}")

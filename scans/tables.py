@@ -14,7 +14,7 @@ from pathlib import Path
 
 from config import UserError
 from dataset import Entry, finite_number
-from utils import say
+from utils import print_once
 
 # Names of columns, in small letters and without signs; the first that is there is taken
 COLUMNS = {
@@ -128,14 +128,14 @@ def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
         if participant:
             age, sex = finite_number(cell.get("age", "")), cell.get("sex", "")[:1].upper()
             entries.append(Entry(scan, participant, label, age, sex if sex in "FM" else ""))
-    say(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
+    print_once(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
     for what, there in (
         ("class", [bool(entry.label) for entry in entries]),
         ("age", [not math.isnan(entry.age) for entry in entries]),
         ("sex", [bool(entry.sex) for entry in entries]),
     ):
         if what in column and (without := len(rows) - sum(there)):
-            say(f"note: {path}: {without} of {len(rows)} rows have no {what} one can read")
+            print_once(f"note: {path}: {without} of {len(rows)} rows have no {what} one can read")
     return entries
 
 

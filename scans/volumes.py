@@ -19,21 +19,21 @@ import tyro
 from scipy import ndimage
 
 from config import UserError
-from utils import otsu
+from utils import otsu_threshold
 
 MAX_VOXELS = 512**3
 MOST_DEFLATED = 1100  # times its size that a gzip file can hold
 VOXEL_MM, EXTENT_MM = (0.1, 12), (60, 600)  # of a volume: what may be a head
 DIAMETER_MM = (90, 260)  # of a head
 COARSE = 2  # mm, in which a head is looked for
-LEVEL_BELOW_TOP = 0.43  # of a head's diameter: the lateral ventricles, to about 7 mm
+VENTRICLES_BELOW_TOP = 0.43  # of a head's diameter: the lateral ventricles, to about 7 mm
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 CONVERTER = "dcm2niix"
 CONVERT_SECONDS = 600
 
 
 @dataclass(frozen=True)
-class Import:
+class ImportOptions:
     """What to cut. Raises UserError naming the option, its value and what is allowed."""
 
     scans: tyro.conf.Positional[Path]
@@ -50,7 +50,7 @@ class Import:
     """Names of the files or DICOM folders to take, such as *T1w*; never masks and derivatives."""
     axis: Literal["axial", "coronal", "sagittal"] = "axial"
     """Across which the slices lie."""
-    level: float | None = None
+    centre: float | None = None
     """Middle of the slices, mm of the affine; None: the ventricles' by the size of the head."""
     slices: int = 20
     """Slices of a scan, 1 or more."""
@@ -81,8 +81,8 @@ class Import:
                 raise UserError(f"{name} = {getattr(self, name)}: must be {allowed}")
         if self.columns and self.table is None:
             raise UserError("columns: there is no --table that has them")
-        if self.axis != "axial" and self.level is None:
-            raise UserError(f"axis = {self.axis}: needs a level in mm")
+        if self.axis != "axial" and self.centre is None:
+            raise UserError(f"axis = {self.axis}: needs a --centre in mm")
 
 
 # Reading volumes
@@ -224,7 +224,7 @@ def find_head(values: np.ndarray, affine: np.ndarray) -> Head:
     black, white = np.percentile(coarse, [1, 99.9]).tolist()
     if white <= black:
         raise ValueError("all of it has one value")
-    limit = otsu(((coarse - black) / (white - black) * 255).clip(0, 255)) / 2
+    limit = otsu_threshold(((coarse - black) / (white - black) * 255).clip(0, 255)) / 2
     threshold = black + limit / 255 * (white - black)
     parts, count = ndimage.label(ndimage.binary_opening(coarse > threshold, iterations=2))
     if count == 0:
@@ -239,36 +239,36 @@ def find_head(values: np.ndarray, affine: np.ndarray) -> Head:
     return Head(low + places.min(0) * COARSE, low + places.max(0) * COARSE, diameter, threshold)
 
 
-class Cut(NamedTuple):
+class CutSlices(NamedTuple):
     """Slices of a volume, lowest first."""
 
     images: np.ndarray  # float32 [slices, size, size]
-    levels: np.ndarray  # mm [slices]
+    positions: np.ndarray  # mm [slices]
     black: float
     white: float
 
 
-def cut(values: np.ndarray, affine: np.ndarray, options: Import) -> Cut:
+def cut(values: np.ndarray, affine: np.ndarray, options: ImportOptions) -> CutSlices:
     """The slices asked for. Raises ValueError with a reason.
 
     In a picture the patient's left is left, or the front is right (sagittal); front or top is up.
     """
     head, axis = find_head(values, affine), AXES[options.axis]
-    middle = options.level
+    middle = options.centre
     if middle is None:
-        middle = head.high[2] - LEVEL_BELOW_TOP * head.diameter
-    levels = middle + (np.arange(options.slices) - (options.slices - 1) / 2) * options.spacing
+        middle = head.high[2] - VENTRICLES_BELOW_TOP * head.diameter
+    positions = middle + (np.arange(options.slices) - (options.slices - 1) / 2) * options.spacing
     column, row = [i for i in range(3) if i != axis]
     corner, steps, half = (head.low + head.high) / 2, np.zeros((3, 3)), (options.size - 1) / 2
     corner += np.eye(3)[row] * half - np.eye(3)[column] * half
-    corner[axis] = levels[0]
+    corner[axis] = positions[0]
     steps[axis, 0], steps[row, 1], steps[column, 2] = options.spacing, -1, 1
     images = resample(values, affine, corner, steps, (options.slices, options.size, options.size))
     inside = images[images > head.threshold]
     if len(inside) < 0.05 * images.size:
-        raise ValueError(f"shows no head from {levels[0]:.0f} to {levels[-1]:.0f} mm")
+        raise ValueError(f"shows no head from {positions[0]:.0f} to {positions[-1]:.0f} mm")
     low = float(np.percentile(images, 0.1)) if values.min() < 0 else 0.0
     black, white = options.window or (low, float(np.percentile(inside, 99.9)))
     if white <= black:
         raise ValueError(f"values from {black:g} to {white:g}: no contrast")
-    return Cut(images, levels, black, white)
+    return CutSlices(images, positions, black, white)

@@ -230,8 +230,8 @@ def make_slices(n: int = 80, per_id: int = 4, size: int = 16, seed: int = 0) -> 
     base = np.where(radius < 0.4, 150.0, 0)
     images = base + rng.normal(0, 10, (n, size, size)) * (radius < 0.4)
     images -= 60 * (labels == 0)[:, None, None] * (radius < 0.15)
-    subjects = np.array([f"{seed}-{name}" for name in ids(n, per_id)])
-    return Slices(images.clip(0, 255).astype(np.uint8), labels, subjects, ["AD", "NC"])
+    participants = np.array([f"{seed}-{name}" for name in ids(n, per_id)])
+    return Slices(images.clip(0, 255).astype(np.uint8), labels, participants, ["AD", "NC"])
 
 
 def fixed_generator(config: Config, **parts) -> Generator:

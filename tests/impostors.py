@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import UserError
 from dataset import Slices
 from evaluate import (
-    Bench,
     Options,
+    References,
     Rows,
     as_table,
     counts,
@@ -41,7 +41,7 @@ from evaluate import (
     prepare,
     write_text,
 )
-from evaluation.features import blurred, fresh_slices, planted_copies, spread_labels
+from evaluation.features import blurred, fresh_slices, labels_in_proportion, planted_copies
 from evaluation.metrics import halves_by_id
 from training.runs import run_folder
 from utils import run_command
@@ -50,16 +50,11 @@ SHOWN = ("fid_train", "kid_train", "precision", "recall", "coverage")
 HEAD = ("fd_test", "fd_infinite", "over_memory", "over_perfect", "over_perfect_interval")
 
 
-def take(slices: Slices, rows: np.ndarray) -> Slices:
-    parts = (part[rows] for part in (slices.images, slices.labels, slices.subjects))
-    return Slices(*parts, slices.classes)
-
-
 def largest_mix(labels: np.ndarray, available: list[np.ndarray], most: int) -> np.ndarray:
     """As many labels in the proportions of the given ones as every set can fill."""
     top = np.min([np.bincount(a, minlength=labels.max() + 1) for a in available], 0)
     for n in range(most, 0, -1):
-        wanted = spread_labels(labels, n)
+        wanted = labels_in_proportion(labels, n)
         if (np.bincount(wanted, minlength=len(top)) <= top).all():
             return wanted
     raise UserError("half of the test ids lacks a class: too few ids for impostors")
@@ -72,24 +67,24 @@ def choose(slices: Slices, wanted: np.ndarray, rng: np.random.Generator) -> Slic
         rng.choice(np.flatnonzero(slices.labels == label), number, replace=False)
         for label, number in zip(classes, numbers, strict=True)
     ]
-    return take(slices, np.sort(np.concatenate(rows)))
+    return slices.take(np.sort(np.concatenate(rows)))
 
 
 def impostors(
-    samples: Slices, bench: Bench, other: Slices | None = None
-) -> tuple[dict[str, Slices], Bench]:
+    samples: Slices, references: References, other: Slices | None = None
+) -> tuple[dict[str, Slices], References]:
     """The sets, and what to measure them against; `other` is what a perfect generator drew."""
-    train, rng = bench.splits["train"], np.random.default_rng(bench.seed)
+    train, rng = references.splits["train"], np.random.default_rng(references.seed)
     if other is None:
-        test = bench.splits["test"]
-        half, rest = (take(test, r) for r in halves_by_id(test.subjects, test.labels, rng))
-        other, bench = half, bench._replace(splits={"train": train, "test": rest})
-    few = take(train, halves_by_id(train.subjects, train.labels, rng)[0])
+        test = references.splits["test"]
+        half, rest = (test.take(r) for r in halves_by_id(test.participants, test.labels, rng))
+        other, references = half, references._replace(splits={"train": train, "test": rest})
+    few = train.take(halves_by_id(train.participants, train.labels, rng)[0])
     labels = [s.labels for s in (other, few, samples)]
     wanted = largest_mix(train.labels, labels, len(samples.labels))
     perfect, *copied = (choose(s, wanted, rng) for s in (other, train, few))
     copied, dropped = (
-        replace(s, images=planted_copies(s.images[:, :, ::-1].copy(), bench.seed)["noisy"])
+        replace(s, images=planted_copies(s.images[:, :, ::-1].copy(), references.seed)["noisy"])
         for s in copied
     )
     sets = {
@@ -99,7 +94,7 @@ def impostors(
         "degraded": replace(perfect, images=blurred(perfect.images, 0.6)),
         "samples": choose(samples, wanted, rng),
     }
-    return sets, bench
+    return sets, references
 
 
 def row_of(name: str, tables: dict[str, Rows]) -> dict[str, Any]:
@@ -116,7 +111,7 @@ def row_of(name: str, tables: dict[str, Rows]) -> dict[str, Any]:
     for found in tables.get("memorisation", ()):
         row[f"too_near, {found['space']}"] = found["share_too_near"]
     for found in tables.get("labels", ()):
-        row[f"{found['figure']}, {found['level']}"] = found["auc"]
+        row[f"{found['figure']}, {found['unit']}"] = found["auc"]
     for found in tables.get("anatomy", ()):
         row[f"{found['area']}_distance"] = found["distance_in_sd"]
     return row
@@ -124,19 +119,19 @@ def row_of(name: str, tables: dict[str, Rows]) -> dict[str, Any]:
 
 def compare(options: Options) -> Rows:
     """Measure and write all. Raises UserError as `evaluate.evaluate` does."""
-    G, bench, what = prepare(options)
-    samples, origin = fakes_of(options, G, bench)
+    G, references, what = prepare(options)
+    samples, origin = fakes_of(options, G, references)
     other = None
-    if bench.fresh is not None:
-        count = len(bench.fresh.labels)
-        other = fresh_slices(bench.splits["train"], bench.cache, count, seed=1)
-    sets, bench = impostors(samples, bench, other)
+    if references.fresh is not None:
+        count = len(references.fresh.labels)
+        other = fresh_slices(references.splits["train"], references.cache, count, seed=1)
+    sets, references = impostors(samples, references, other)
     tables = {}
     for name, fakes in sets.items():
         print(name, flush=True)
-        tables[name] = measure(fakes, bench, options.metrics)
+        tables[name] = measure(fakes, references, options.metrics)
     rows = [row_of(name, found) for name, found in tables.items()]
-    what = what | origin | counts({**bench.splits, "fake": sets["perfect"]})
+    what = what | origin | counts({**references.splits, "fake": sets["perfect"]})
     out = options.out or run_folder(Path(what["weights"])) / "evaluation"
     report = {"what": what, "table": rows, "sets": tables}
     write_text(json.dumps(report, indent=2) + "\n", out / "impostors.json")

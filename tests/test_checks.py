@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from config import UserError
-from scans.checks import SAME_DETAIL, best_correlation, check, most_telling
+from scans.checks import SAME_EDGES, best_correlation, check, most_telling
 
 
 def textured(seed: int, slices: int = 2) -> list[np.ndarray]:
@@ -219,7 +219,7 @@ def test_edges_of_other_heads_correlate_little():
     small = {s: ndimage.zoom(textured(s, 1)[0], 0.6) for s in range(1, 5)}  # of 72 x 66 pixels
     small = {s: np.pad(image, ((12, 12), (15, 15))) for s, image in small.items()}
     a, b = np.stack([small[1], small[2]]), np.stack([small[3], small[4]])
-    assert best_correlation(a, b).max() < 0.6 * SAME_DETAIL
+    assert best_correlation(a, b).max() < 0.6 * SAME_EDGES
     np.testing.assert_allclose(best_correlation(a, np.roll(a, (3, -5), (1, 2))), 1, atol=0.02)
 
 

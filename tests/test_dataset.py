@@ -35,7 +35,7 @@ from dataset import (
 )
 from prepare import clean
 from scans.checks import check
-from utils import LEVELS, conditions, machine, run_command
+from utils import NUM_POSITIONS, conditions, machine, run_command
 
 
 @pytest.fixture
@@ -52,16 +52,16 @@ def test_classes_ids_and_splits_are_read_from_the_names(data_root: Path):
     assert classes == ["AD", "NC"]
     assert [len(splits[s]) for s in ("train", "test")] == [16, 8]
     first = splits["train"][0]
-    assert (first.path.name, first.subject, first.label) == ("1_0.png", "1", 0)
+    assert (first.path.name, first.participant, first.label) == ("1_0.png", "1", 0)
 
 
 def test_class_folders_alone_are_split_by_id_the_same_way_each_time(tmp_path: Path):
     root = write_folder(tmp_path / "flat", {"": 10}, slices=3)
     _, splits = find_slices(root)
-    ids = {k: {f.subject for f in files} for k, files in splits.items()}
+    ids = {k: {f.participant for f in files} for k, files in splits.items()}
     assert not ids["train"] & ids["test"] and len(ids["train"] | ids["test"]) == 20
     for label in range(2):
-        assert len({f.subject for f in splits["test"] if f.label == label}) == 2
+        assert len({f.participant for f in splits["test"] if f.label == label}) == 2
     assert find_slices(root)[1] == splits
 
 
@@ -70,7 +70,7 @@ def test_an_id_of_two_classes_stays_on_one_side(tmp_path: Path):
     for path in list((root / "AD").iterdir()):  # everyone was NC once
         Image.open(path).save(root / "NC" / path.name)
     _, splits = find_slices(root)
-    assert not {f.subject for f in splits["train"]} & {f.subject for f in splits["test"]}
+    assert not {f.participant for f in splits["train"]} & {f.participant for f in splits["test"]}
 
 
 def test_any_number_of_classes(data_root: Path):
@@ -83,7 +83,7 @@ def test_any_number_of_classes(data_root: Path):
 
 def test_slices_of_an_id_come_in_their_order(tmp_path: Path):
     root = write_folder(tmp_path / "flat", {"": 2}, slices=11)
-    names = [f.path.stem for f in dataset.list_slices(root / "AD", 0) if f.subject == "1"]
+    names = [f.path.stem for f in dataset.list_slices(root / "AD", 0) if f.participant == "1"]
     assert names == [f"1_{i}" for i in range(11)]
 
 
@@ -314,7 +314,7 @@ def test_no_value_of_any_kind_of_file_is_lost(
     ramp = np.linspace(low, high, 256).reshape(16, 16).astype(kind)
     write_tiff(tmp_path / "1_0.tif", ramp, sample_format, photometric)
     expected = np.linspace(0, 255, 256).reshape(16, 16)
-    images, problems = dataset.decode_subject([tmp_path / "1_0.tif"], 16)
+    images, problems = dataset.resized_scan([tmp_path / "1_0.tif"], 16)
     assert problems == []
     np.testing.assert_allclose(images[0].numpy(), expected, atol=1.5)
 
@@ -323,7 +323,7 @@ def test_slices_of_an_id_keep_one_scale_below_zero_too(tmp_path: Path):
     paths = [tmp_path / f"1_{i}.tif" for i in range(2)]
     for path, low in zip(paths, (-1.0, 0.0), strict=True):
         Image.fromarray(np.linspace(low, 1, 256, dtype=np.float32).reshape(16, 16)).save(path)
-    dark, light = dataset.decode_subject(paths, 16)[0].float()
+    dark, light = dataset.resized_scan(paths, 16)[0].float()
     assert dark.min() == 0 and light.min() == pytest.approx(127.5, abs=2)
     assert dark.max() == light.max() == 255
 
@@ -457,7 +457,7 @@ def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(config: C
         os.utime(path, (0, 0))
     load_slices(config)  # uses it again
     clean(config.cache)
-    assert "2 of 4 entries deleted" in capsys.readouterr().out
+    assert "2 of 3 entries deleted" in capsys.readouterr().out
     assert set(config.cache.iterdir()) == {used, mine} | others
     clean(config.cache, days=0)
     assert set(config.cache.iterdir()) == {mine} | others
@@ -474,23 +474,28 @@ def test_a_level_is_the_place_of_a_slice_among_those_of_its_scan(tmp_path: Path,
         path.rename(path.with_stem(path.stem.replace("_1", "_10")))  # 0, 2, 3, 4, 10
     for path in sorted(root.glob("test/AD/*"))[:4]:
         path.unlink()  # a single slice is left
-    splits, _ = load_slices(replace(config, data_root=root, condition_level=True))
-    assert splits["train"].levels.tolist() == [0, 0.25, 0.5, 0.75, 1] * 4
-    assert splits["test"].levels[0] == 0.5
-    assert load_slices(replace(config, data_root=root))[0]["train"].levels is None
+    splits, _ = load_slices(replace(config, data_root=root, condition_position=True))
+    assert splits["train"].positions.tolist() == [0, 0.25, 0.5, 0.75, 1] * 4
+    assert splits["test"].positions[0] == 0.5
+    assert load_slices(replace(config, data_root=root))[0]["train"].positions is None
 
 
 def test_a_level_is_shared_out_between_its_neighbours():
-    c = conditions(np.array([0, 1, 1]), np.array([0, 0.125, 1]), 2 * LEVELS).unflatten(1, (2, -1))
+    c = conditions(np.array([0, 1, 1]), np.array([0, 0.125, 1]), 2 * NUM_POSITIONS).unflatten(
+        1, (2, -1)
+    )
     torch.testing.assert_close(c.sum((1, 2)), torch.ones(3))
     assert c[0, 0].tolist() == [1, 0, 0, 0, 0] and c[1, 1].tolist() == [0.5, 0.5, 0, 0, 0]
     assert c[2, 1, -1] == 1 and c[0, 1].sum() == c[1, 0].sum() == 0
-    assert conditions(np.zeros(2, int), np.array([0, 1]), LEVELS).shape == (2, LEVELS)  # one class
+    assert conditions(np.zeros(2, int), np.array([0, 1]), NUM_POSITIONS).shape == (
+        2,
+        NUM_POSITIONS,
+    )  # one class
 
 
-def show(stream: TrainingSlices, position: int) -> tuple[np.ndarray, int]:
+def show(stream: TrainingSlices, nimg: int) -> tuple[np.ndarray, int]:
     """Image [R, R] at one position, and which slice it is."""
-    images, rows = stream[range(position, position + 1)]
+    images, rows = stream[range(nimg, nimg + 1)]
     return images[0], rows[0]
 
 
@@ -499,10 +504,10 @@ def test_a_slice_shown_depends_on_seed_and_position_only(config: Config):
     stream, fresh = TrainingSlices(slices, config), TrainingSlices(slices, config)
     images, rows = stream[range(40)]
     torch.manual_seed(123)
-    for position in (33, 5, 17):
-        image, row = show(fresh, position)
-        np.testing.assert_allclose(image.astype(int), images[position], atol=1)
-        assert row == rows[position]
+    for nimg in (33, 5, 17):
+        image, row = show(fresh, nimg)
+        np.testing.assert_allclose(image.astype(int), images[nimg], atol=1)
+        assert row == rows[nimg]
     other = TrainingSlices(slices, replace(config, seed=1))[range(16)][0]
     assert np.abs(other.astype(int) - images[:16]).max() > 12
 
@@ -521,8 +526,8 @@ def test_an_epoch_shows_every_slice_once_in_a_new_order(config: Config):
     stream = TrainingSlices(slices, replace(config, augment="none"))
     orders = []
     for epoch in range(2):
-        shown, rows = stream[range(epoch * 16, epoch * 16 + 16)]
-        assert (shown == slices.images[rows]).all()
+        printable, rows = stream[range(epoch * 16, epoch * 16 + 16)]
+        assert (printable == slices.images[rows]).all()
         assert sorted(rows) == list(range(16))
         orders.append(rows.tolist())
     assert orders[0] != orders[1]
@@ -597,15 +602,15 @@ def test_augmentations_do_what_they_are_named(config: Config):
     contrast = augment(image, draws, replace(config, **STILL | {"contrast": 0.2}))
     torch.testing.assert_close(contrast - image.mean(), (image - image.mean()) * 1.2)
     assert augment(image, draws, replace(config, **STILL | {"brightness": 1.0})).max() == 1
-    turned = augment(image, draws, replace(config, **STILL | {"rotation": 90.0}))
-    torch.testing.assert_close(turned, image.rot90(1, (2, 3)), rtol=0, atol=1e-5)
+    rotate_and_centre = augment(image, draws, replace(config, **STILL | {"rotation": 90.0}))
+    torch.testing.assert_close(rotate_and_centre, image.rot90(1, (2, 3)), rtol=0, atol=1e-5)
 
 
 def test_every_image_has_draws_of_its_own(config: Config):
     images, draws = ramp().expand(3, -1, -1, -1), torch.rand(3, 4)
     config = replace(config, rotation=20.0)
-    alone = torch.cat([augment(ramp(), draw[None], config) for draw in draws])
-    torch.testing.assert_close(augment(images, draws, config), alone)
+    wait_for_lock = torch.cat([augment(ramp(), draw[None], config) for draw in draws])
+    torch.testing.assert_close(augment(images, draws, config), wait_for_lock)
 
 
 def test_rotation_turns_by_its_angle_and_fills_with_background(config: Config):
@@ -638,7 +643,7 @@ def test_demo_brains_have_the_layout_of_the_real_set(demo: Path):
     image = Image.open(splits["train"][0].path)
     assert (image.size, image.mode, image.format) == ((256, 240), "L", "JPEG")
     rows = manifest(demo)
-    ids = {f.subject: (classes[f.label], s) for s, files in splits.items() for f in files}
+    ids = {f.participant: (classes[f.label], s) for s, files in splits.items() for f in files}
     assert ids == {row["subject"]: (row["class"], row["split"]) for row in rows}
 
 
@@ -706,7 +711,7 @@ def test_demo_never_writes_into_a_folder_in_use(
 ):
     with pytest.raises(UserError, match="is not empty"):
         prepare.demo(data_root)
-    monkeypatch.setattr(dataset, "write_demo", lambda root: write_demo(root, 2, 2))
+    monkeypatch.setattr(prepare, "write_demo", lambda root: write_demo(root, 2, 2))
     prepare.demo(tmp_path / "brains")
     assert "subjects.csv" in capsys.readouterr().out
     assert len(find_slices(tmp_path / "brains")[1]["train"]) == 40

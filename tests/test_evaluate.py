@@ -21,8 +21,8 @@ from config import Config, UserError
 from dataset import Slices, load_slices
 from evaluate import (
     NUM_COPIES,
-    Bench,
     Options,
+    References,
     as_table,
     evaluate,
     fakes_of,
@@ -32,7 +32,7 @@ from evaluate import (
 )
 from evaluation import metrics
 from evaluation.features import planted_copies
-from evaluation.metrics import audit, pose
+from evaluation.metrics import copy_audit, pose
 from predict import predict
 from train import train
 from training.logs import read_log
@@ -47,8 +47,8 @@ def short_classifiers(monkeypatch):
 
 
 def label_figures(train: Slices, fakes: Slices, path: Path) -> dict[str, dict]:
-    bench = Bench({"train": train, "test": make_slices(seed=1)}, [], path, 0)
-    return {f"{r['figure']} {r['level']}": r for r in measure_labels(fakes, bench)["labels"]}
+    references = References({"train": train, "test": make_slices(seed=1)}, [], path, 0)
+    return {f"{r['figure']} {r['unit']}": r for r in measure_labels(fakes, references)["labels"]}
 
 
 def test_swapped_labels_turn_the_figures_round(short_classifiers, tmp_path):
@@ -83,7 +83,10 @@ def test_generated_slices_have_an_effect_with_an_interval(tmp_path):
     splits = {"train": fakes, "test": fakes}
     mixed = replace(fakes, labels=np.random.default_rng(0).permutation(fakes.labels))
     found = [
-        {row["area"]: row for row in measure_anatomy(f, Bench(splits, [], tmp_path, 0))["anatomy"]}
+        {
+            row["area"]: row
+            for row in measure_anatomy(f, References(splits, [], tmp_path, 0))["anatomy"]
+        }
         for f in (fakes, mixed)
     ]
     low, high = found[0]["ventricles"]["fake_effect_interval"]
@@ -108,7 +111,7 @@ def test_the_audit_finds_the_planted_share(share, kind):
     images = fresh.images.copy()
     images[rows] = planted_copies(train.images, 0)[kind][rows]
     flat = [v.reshape(400, -1).astype(float) for v in (train.images, test.images, images)]
-    found = audit(*flat, test.subjects, 0)
+    found = copy_audit(*flat, test.participants, 0)
     assert found["share_too_near"] == pytest.approx(share, abs=0.03)
     low, high = found["interval_over_ids"]
     assert low <= found["share_too_near"] <= high and high - low < 0.2
@@ -135,12 +138,14 @@ def heads(n: int, seed: int, per_id: int = 1) -> Slices:
             moved = ndimage.shift(moved, rng.normal(0, 1, 2), order=1)
             images.append(moved + rng.normal(0, 2, head.shape) * (moved > 20))
     labels = np.arange(n) // per_id % 2
-    subjects = np.array([f"{seed}-{name}" for name in ids(n, per_id)])
-    return Slices(np.array(images).clip(0, 255).astype(np.uint8), labels, subjects, ["AD", "NC"])
+    participants = np.array([f"{seed}-{name}" for name in ids(n, per_id)])
+    return Slices(
+        np.array(images).clip(0, 255).astype(np.uint8), labels, participants, ["AD", "NC"]
+    )
 
 
 def memorisation(train: Slices, test: Slices, fakes: Slices, path: Path) -> dict[str, list[dict]]:
-    return measure_memorisation(fakes, Bench({"train": train, "test": test}, [], path, 0))
+    return measure_memorisation(fakes, References({"train": train, "test": test}, [], path, 0))
 
 
 def test_planted_copies_are_as_said():
@@ -192,7 +197,7 @@ def test_membership_tells_memory_from_a_difference_of_cohorts(tmp_path):
 def test_without_two_ids_in_a_class_there_is_no_pair(tmp_path):
     slices = make_slices(n=8, per_id=4)
     (fake, real) = evaluation.measure_diversity(
-        replace(slices, subjects=ids(8, 1)), Bench({"train": slices}, [], tmp_path, 0)
+        replace(slices, participants=ids(8, 1)), References({"train": slices}, [], tmp_path, 0)
     )["diversity"]
     assert math.isnan(real["ms_ssim"]) and 0 < fake["ms_ssim"] < 1
     assert evaluation.as_table([real]).splitlines()[-1] == "| real | not measured | not measured |"
@@ -353,11 +358,13 @@ def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, 
 
 def test_impostors_share_no_test_id_and_keep_the_class_mix(tmp_path):
     train_split, test, fakes = (make_slices(n=400, seed=s) for s in range(3))
-    sets, bench = impostors(fakes, Bench({"train": train_split, "test": test}, [], tmp_path, 0))
-    assert not set(sets["perfect"].subjects) & set(bench.splits["test"].subjects)
-    assert set(sets["copied"].subjects) <= set(train_split.subjects)
-    assert len(set(sets["dropped"].subjects)) <= 50
-    assert (sets["degraded"].subjects == sets["perfect"].subjects).all()
+    sets, references = impostors(
+        fakes, References({"train": train_split, "test": test}, [], tmp_path, 0)
+    )
+    assert not set(sets["perfect"].participants) & set(references.splits["test"].participants)
+    assert set(sets["copied"].participants) <= set(train_split.participants)
+    assert len(set(sets["dropped"].participants)) <= 50
+    assert (sets["degraded"].participants == sets["perfect"].participants).all()
     assert all(np.bincount(s.labels).tolist() == [100, 100] for s in sets.values())
     wanted = largest_mix(np.repeat([0, 1], [300, 100]), [np.array([0] * 30 + [1] * 5)], 100)
     assert wanted.sum() == 5 and wanted.mean() == pytest.approx(0.25, abs=0.02)
@@ -365,13 +372,16 @@ def test_impostors_share_no_test_id_and_keep_the_class_mix(tmp_path):
 
 def test_folders_of_images_take_the_place_of_samples(config: Config, tmp_path):
     splits, _ = load_slices(config)
-    bench, options = Bench(splits, [], tmp_path, 0), Options(images=config.data_root / "test")
-    fakes, origin = fakes_of(options, None, bench)
-    assert (fakes.images == splits["test"].images).all() and len(set(fakes.subjects)) == 8
+    references, options = (
+        References(splits, [], tmp_path, 0),
+        Options(images=config.data_root / "test"),
+    )
+    fakes, origin = fakes_of(options, None, references)
+    assert (fakes.images == splits["test"].images).all() and len(set(fakes.participants)) == 8
     assert (fakes.labels == splits["test"].labels).all() and origin["kimg"] == "unknown"
     (config.data_root / "test" / "NC").rename(config.data_root / "test" / "CN")
     with pytest.raises(UserError, match="has classes .'AD', 'CN'., not .'AD', 'NC'."):
-        fakes_of(options, None, bench)
+        fakes_of(options, None, references)
 
 
 def test_a_checkpoint_is_reported_with_its_own_kimg(trained: Config):

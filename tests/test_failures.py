@@ -31,7 +31,7 @@ from train import train
 from training import recorder
 from training.logs import STATS, losses_text, read_log, read_losses
 from training.runs import checkpoints, load_checkpoint, load_generator
-from utils import is_sealed, make_array_once, seal
+from utils import append_checksum, has_checksum, make_array_once
 
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 TIMES = ("seconds", "img_per_s", "data_wait")  # of a line, differ from run to run
@@ -402,15 +402,15 @@ def flip(path: Path, at: int) -> None:
 def test_a_flipped_byte_in_a_cache_is_found_and_made_anew(config, short_encoder, capsys):
     config = replace(config, fid_kimg=0.01, fid_images=100)
     train(replace(config, epochs=1))
-    good = {p.name: p.read_bytes() for p in config.cache.glob("[!.]*") if p.is_file()}
+    good = {p.name: p.read_bytes() for p in config.cache.iterdir() if p.is_file()}
     assert any("encoder" in name for name in good) and len(good) >= 4
-    for path in config.cache.glob("[!.]*"):
+    for path in config.cache.iterdir():
         if path.is_file():
             flip(path, len(good[path.name]) // 2)
     flip(config.out / "encoder.safetensors", 5000)
     capsys.readouterr()
     train(config)
-    assert {p.name: p.read_bytes() for p in config.cache.glob("[!.]*") if p.is_file()} == good
+    assert {p.name: p.read_bytes() for p in config.cache.iterdir() if p.is_file()} == good
     assert capsys.readouterr().out.count("is damaged, and made anew") == len(good) + 1
 
 
@@ -431,13 +431,13 @@ def test_a_sealed_array_is_an_array_for_others(tmp_path: Path):
     path = tmp_path / "a.npy"
     for _ in range(2):
         assert (make_array_once(path, write) == np.arange(1000)).all()
-    assert len(made) == 1 and is_sealed(path) and (np.load(path) == np.arange(1000)).all()
+    assert len(made) == 1 and has_checksum(path) and (np.load(path) == np.arange(1000)).all()
     for cut in (0, 3, 100, 4000):
         path.write_bytes(path.read_bytes()[:cut])
-        assert not is_sealed(path)
+        assert not has_checksum(path)
         make_array_once(path, write)
     (tmp_path / "b.npy").write_bytes(b"")
-    seal(tmp_path / "b.npy")
+    append_checksum(tmp_path / "b.npy")
     with pytest.raises(UserError, match="b.npy is no array: delete it"):
         make_array_once(tmp_path / "b.npy", write)
 
@@ -449,14 +449,14 @@ def test_two_processes_of_one_number_write_under_two_names(tmp_path: Path):
 @pytest.mark.skipif(FORK is None, reason="forks")
 def test_of_many_processes_one_decodes(tmp_path: Path, monkeypatch):
     root = write_folder(tmp_path / "data", {"train": 10, "test": 4})
-    config, decode = replace(tiny(tmp_path), data_root=root), dataset.decode_subject
+    config, decode = replace(tiny(tmp_path), data_root=root), dataset.resized_scan
 
     def slow(paths, resolution):
         (tmp_path / f"{os.getpid()}-{paths[0].name}").touch()
         time.sleep(0.02)
         return decode(paths, resolution)
 
-    monkeypatch.setattr(dataset, "decode_subject", slow)
+    monkeypatch.setattr(dataset, "resized_scan", slow)
     children = [FORK.Process(target=load_slices, args=(config,)) for _ in range(4)]
     for child in children:
         child.start()

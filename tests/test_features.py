@@ -24,12 +24,12 @@ from evaluation.features import (
     encoder_extractor,
     features_of,
     fill_ventricles,
+    labels_in_proportion,
     lattice,
     load_dinov2,
     load_inception,
     mirror_hemispheres,
     resize_like_fid,
-    spread_labels,
     trained_encoder,
 )
 from evaluation.metrics import gaussian, gaussian_distance, participation_ratio
@@ -85,7 +85,7 @@ def test_averages_of_many_are_those_of_each():
 
 
 def test_spread_labels_keep_their_proportions():
-    labels = spread_labels(np.array([1] * 30 + [0] * 10), 100)
+    labels = labels_in_proportion(np.array([1] * 30 + [0] * 10), 100)
     assert (labels == 0).sum() == pytest.approx(25, abs=1) and len(labels) == 100
 
 
@@ -148,7 +148,7 @@ def test_the_encoder_tells_level_and_is_kept_by_its_run(demo, tmp_path):
     splits, encoder, _ = demo
     with torch.no_grad():
         outputs = encoder(averaged(splits["test"].images) / 127.5 - 1).numpy()
-    level = dataset.find_levels(splits["test"].subjects)
+    level = dataset.find_positions(splits["test"].participants)
     assert np.corrcoef(outputs[:, 2], level)[0, 1] > 0.8
     own = tmp_path / "own.safetensors"
     own.write_bytes(save({"head.weight": torch.zeros(2)}))

@@ -21,15 +21,15 @@ from test_scans import head
 
 import prepare
 from config import Config, UserError
-from dataset import decode_subject
+from dataset import resized_scan
 from evaluate import Options as EvaluateOptions
 from predict import Options as PredictOptions
 from scans.tables import EntryFinder
-from scans.volumes import Import, cut, read_volume
+from scans.volumes import ImportOptions, cut, read_volume
 from train import parse_settings
 from training.logs import read_log, read_losses
 from training.runs import load_checkpoint, read_run_config, write_run_config
-from utils import first_line, packed, read_safetensors
+from utils import first_line, read_safetensors, safetensors_bytes
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -81,7 +81,7 @@ IMAGES |= {
 def test_an_image_is_read_or_named(folder: Path, kind, edits, left):
     path = folder / "1_0.png"
     path.write_bytes(changed(IMAGES[kind], edits, left))
-    images, problems = decode_subject([path], 16)
+    images, problems = resized_scan([path], 16)
     if images is None:
         assert len(problems) == 1 and problems[0].startswith(f"{path}: ")
         assert "\n" not in problems[0]
@@ -97,14 +97,16 @@ def volume() -> bytes:
 
 @FUZZ
 @given(EDITS, EDITS, LEFT, st.booleans())
-def test_a_volume_is_cut_or_refused_with_a_reason(folder: Path, edits, header, left, packed):
+def test_a_volume_is_cut_or_refused_with_a_reason(
+    folder: Path, edits, header, left, safetensors_bytes
+):
     content = volume()
     content = changed(content[:352], header, 1) + changed(content[352:], edits, left)
-    path = folder / ("a.nii.gz" if packed else "a.nii")
-    path.write_bytes(gzip.compress(content, 1) if packed else content)
+    path = folder / ("a.nii.gz" if safetensors_bytes else "a.nii")
+    path.write_bytes(gzip.compress(content, 1) if safetensors_bytes else content)
     try:
         with np.errstate(all="ignore"):
-            made = cut(*read_volume(path, False), Import(folder, folder, slices=2, size=64))
+            made = cut(*read_volume(path, False), ImportOptions(folder, folder, slices=2, size=64))
     except Exception as error:  # as an import catches it
         assert not isinstance(error, MemoryError | AssertionError | NameError), error
         assert first_line(error)
@@ -198,7 +200,9 @@ def test_logs_are_read_as_far_as_they_are_whole(folder: Path, edits, more, left)
 @given(EDITS, LEFT)
 def test_tensors_are_whole_or_named(folder: Path, edits, left):
     path = folder / "generator.safetensors"
-    path.write_bytes(changed(packed({"a": torch.arange(40.0)}, cur_nimg="4"), edits, left))
+    path.write_bytes(
+        changed(safetensors_bytes({"a": torch.arange(40.0)}, cur_nimg="4"), edits, left)
+    )
     try:
         state = read_safetensors(path)
     except UserError as error:
@@ -208,8 +212,9 @@ def test_tensors_are_whole_or_named(folder: Path, edits, left):
 
 
 FLAGS = [
-    "--epochs", "--out", "--classes", "--level", "--seeds", "--slices", "--table", "--columns",
-    "--window", "check", "import", "clean", "--device", "--help", "--data-root", "-x", "--",
+    "--epochs", "--out", "--classes", "--position", "--centre", "--seeds", "--slices", "--table",
+    "--columns", "--window", "check", "import", "clean", "--device", "--help", "--data-root", "-x",
+    "--",
 ]  # fmt: skip
 WORDS = ["3", "-1", "1e400", "nan", "None", "True", "a", "../x", "", "=", "cpu", "\x1b[31m", "é"]
 

@@ -23,7 +23,6 @@ from evaluation.metrics import (
     bootstrap_interval,
     distance_rows,
     distances_by_halves,
-    draw_pairs,
     effect_size,
     frechet_distance,
     gaussian,
@@ -39,11 +38,12 @@ from evaluation.metrics import (
     membership,
     participation_ratio,
     pose,
+    random_pairs,
     resampled_ids,
     similarity,
     without_ids,
 )
-from utils import otsu
+from utils import otsu_threshold
 
 
 def gaussians(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:
@@ -122,8 +122,8 @@ def test_kernel_distance_is_unbiased():
 def test_manifold_figures_equal_those_of_prdc():
     prdc = pytest.importorskip("prdc")
     x, y = gaussians(300, 16, 0), gaussians(300, 16, 1, 0.3)
-    alone = np.arange(300).astype(str)
-    ours = manifold_figures(x, y, alone, alone)
+    wait_for_lock = np.arange(300).astype(str)
+    ours = manifold_figures(x, y, wait_for_lock, wait_for_lock)
     theirs = {k: prdc.compute_prdc(x, y, k) for k in (3, 5)}
     for name, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5)):
         assert ours[name] == pytest.approx(theirs[k][name], abs=1e-6)
@@ -152,13 +152,13 @@ def test_slices_of_one_id_are_no_neighbours():
 
 def test_halves_and_bootstraps_keep_ids_whole():
     slices, rng = make_slices(), np.random.default_rng(0)
-    a, b = halves_by_id(slices.subjects, slices.labels, rng)
-    assert not set(slices.subjects[a]) & set(slices.subjects[b])
+    a, b = halves_by_id(slices.participants, slices.labels, rng)
+    assert not set(slices.participants[a]) & set(slices.participants[b])
     assert sorted([*a, *b]) == list(range(80))
     assert slices.labels[a].mean() == 0.5
-    rows = resampled_ids(a, slices.subjects, rng)
-    names, counts = np.unique(slices.subjects[rows], return_counts=True)
-    assert set(names) < set(slices.subjects[a]) and (counts % 4 == 0).all() and counts.max() > 4
+    rows = resampled_ids(a, slices.participants, rng)
+    names, counts = np.unique(slices.participants[rows], return_counts=True)
+    assert set(names) < set(slices.participants[a]) and (counts % 4 == 0).all() and counts.max() > 4
 
 
 def of_ids(num_ids: int, per_id: int, seed: int) -> Features:
@@ -171,7 +171,7 @@ def of_ids(num_ids: int, per_id: int, seed: int) -> Features:
 
 def test_a_perfect_generator_is_told_from_a_memory_and_a_dropped_mode():
     test, train = of_ids(40, 10, 0), of_ids(40, 10, 1)
-    few = train.take(halves_by_id(train.subjects, train.labels, np.random.default_rng(0))[0])
+    few = train.take(halves_by_id(train.participants, train.labels, np.random.default_rng(0))[0])
     sets = {"perfect": of_ids(400, 1, 2), "reference": of_ids(400, 1, 3)}
     sets |= {"copies": train, "dropped": few.take(np.arange(400) % len(few.values))}
     sets["shifted"] = sets["perfect"]._replace(values=sets["perfect"].values + 1)
@@ -182,7 +182,7 @@ def test_a_perfect_generator_is_told_from_a_memory_and_a_dropped_mode():
     assert low < 1 < high < ratios["dropped"][0] and ratios["copies"][0] > 1
     left = {name: infinite_distance(whole[name], halves[name]) for name in sets}
     assert abs(left["perfect"]) < 0.25 * whole["perfect"] and 7 < left["shifted"] < 9
-    repeated = {"copies": train._replace(subjects=np.arange(400).astype(str))}
+    repeated = {"copies": train._replace(participants=np.arange(400).astype(str))}
     assert infinite_distance(*(d["copies"] for d in distances_by_halves(test, repeated, 0))) > 0.1
 
 
@@ -218,9 +218,9 @@ def test_similarity_of_equal_slices_is_one_and_falls_with_noise():
 
 def test_pairs_are_of_one_class_and_two_ids():
     slices = make_slices()
-    i, j = draw_pairs(slices.subjects, slices.labels, 0).T
+    i, j = random_pairs(slices.participants, slices.labels, 0).T
     assert (slices.labels[i] == slices.labels[j]).all()
-    assert (slices.subjects[i] != slices.subjects[j]).all()
+    assert (slices.participants[i] != slices.participants[j]).all()
 
 
 def test_auc_and_means_by_id():
@@ -247,7 +247,9 @@ def test_ventricle_areas_follow_the_drawn_volumes_of_demo_brains(config: Config,
     with open(tmp_path / "demo" / "subjects.csv", newline="") as file:
         volume = {row["subject"]: float(row["ventricle_ml"]) for row in csv.DictReader(file)}
     measured = np.array([areas(image)[1] for image in slices.images])
-    by_id = {name: measured[slices.subjects == name].mean() for name in set(slices.subjects)}
+    by_id = {
+        name: measured[slices.participants == name].mean() for name in set(slices.participants)
+    }
     pairs = np.array([(by_id[name], volume[name]) for name in by_id])
     assert len(pairs) == 24
     assert spearmanr(pairs[:, 0], pairs[:, 1])[0] > 0.85
@@ -255,7 +257,7 @@ def test_ventricle_areas_follow_the_drawn_volumes_of_demo_brains(config: Config,
 
 def test_otsu_parts_two_groups():
     values = np.concatenate([np.full(100, 20), np.full(50, 200)]).astype(np.uint8)
-    assert 20 <= otsu(values) < 200
+    assert 20 <= otsu_threshold(values) < 200
 
 
 def test_effect_size_of_known_groups():
@@ -268,7 +270,7 @@ def test_bootstrap_intervals_take_ids_whole():
     """64 ids of 5 slices that share a value: slices taken one by one would be too sure."""
     rng = np.random.default_rng(0)
     per_id, labels = rng.normal(size=64) + np.repeat([1, 0], 32), np.repeat([0, 1], 160)
-    values, subjects = per_id.repeat(5), ids(320, 5)
+    values, participants = per_id.repeat(5), ids(320, 5)
 
     def width(names: np.ndarray) -> float:
         low, high = bootstrap_interval(
@@ -277,7 +279,7 @@ def test_bootstrap_intervals_take_ids_whole():
         assert low < effect_size(values, labels) < high
         return high - low
 
-    assert width(subjects) > 1.7 * width(np.arange(320))
+    assert width(participants) > 1.7 * width(np.arange(320))
 
 
 def test_histograms_share_their_bins_and_are_densities():

@@ -16,13 +16,12 @@ from PIL import Image
 import train as training
 from config import Config
 from evaluation import features
-from evaluation.features import Fakes
 from modules import Discriminator
 from train import train
 from training import diagnosis
 from training.diagnosis import PANELS, RULES, plot_curves
-from training.logs import STATS, append_losses, cut_logs, read_history, read_log, read_losses
-from training.recorder import TrainingFigures, grid_interval
+from training.logs import STATS, append_losses, read_history, read_log, read_losses, truncate_logs
+from training.recorder import Measurements, grid_interval
 from training.runs import checkpoints, load_checkpoint, load_generator
 
 # Rules, each on a made-up log of the illness it is named for
@@ -149,7 +148,7 @@ def test_no_damage_to_a_log_ends_a_run_or_a_diagnosis(tmp_path, capsys, name):
     for _ in range(400):
         (tmp_path / name).write_bytes(mutated(text, rng))
         diagnose(tmp_path)
-        cut_logs(tmp_path, 4000)
+        truncate_logs(tmp_path, 4000)
         log, rows = read_log(tmp_path), read_losses(tmp_path)
         assert all(line["nimg"] <= 4000 for line in log) and (rows[:, 0] <= 4000).all()
         assert (np.diff(rows[:, 0]) > 0).all()
@@ -169,7 +168,7 @@ def test_what_is_whole_of_a_log_stays(tmp_path, capsys):
     odd = [f"{value}," + ",".join("1" * len(STATS)) for value in ("nan", "inf", "", "-inf")]
     doubled = [head, *odd, *rest, *rest[-9:]]
     (tmp_path / "losses.csv").write_text("\n".join(doubled) + "\n")
-    cut_logs(tmp_path, 10**6)
+    truncate_logs(tmp_path, 10**6)
     assert (tmp_path / "losses.csv").read_text() == losses
     assert (tmp_path / "log.jsonl").read_text().splitlines() == lines
     assert "log.jsonl: 6 lines that cannot be read are left out" in capsys.readouterr().out
@@ -239,7 +238,7 @@ def test_curves_show_every_panel_and_need_none(tmp_path):
 
 def test_losses_of_an_earlier_version_can_be_read_and_continued(tmp_path):
     (tmp_path / "losses.csv").write_text("nimg,g_loss,d_loss\n100,1.5,0.5\n200,,0.25\n300,1,1\n")
-    cut_logs(tmp_path, 200)
+    truncate_logs(tmp_path, 200)
     rows = read_losses(tmp_path)
     assert rows[:, 0].tolist() == [100, 200]
     history = read_history(tmp_path)
@@ -256,13 +255,13 @@ def test_the_readme_lists_every_rule():
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory) -> TrainingFigures:
+def figures(tmp_path_factory) -> Measurements:
     """Of 80 training and 80 test slices, whose classes differ in the middle."""
     splits = {"train": make_slices(), "test": make_slices(seed=1)}
     config = replace(tiny(tmp_path_factory.mktemp("figures")), fid_images=100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "fit_encoder", partial(features.fit_encoder, steps=250))
-        return TrainingFigures(splits, "made up", config, torch.device("cpu"))
+        return Measurements(splits, "made up", config, torch.device("cpu"))
 
 
 class Memory(torch.nn.Module):
@@ -290,8 +289,8 @@ def test_overfitting_is_how_far_test_slices_pass_for_fakes(figures, config: Conf
 def test_agreement_is_high_for_right_labels_and_low_for_swapped_ones(figures):
     real = make_slices(seed=2)
     assert figures.seen_real > 0.9
-    assert figures.agreement(Fakes(real.images, real.labels)) > 0.9
-    assert figures.agreement(Fakes(real.images, 1 - real.labels)) < 0.1
+    assert figures.agreement(real) > 0.9
+    assert figures.agreement(replace(real, labels=1 - real.labels)) < 0.1
 
 
 def test_figures_do_not_change_from_call_to_call_nor_move_the_networks(figures, config: Config):
@@ -305,7 +304,7 @@ def test_figures_do_not_change_from_call_to_call_nor_move_the_networks(figures, 
 def test_a_run_measures_itself_and_keeps_its_best_checkpoint(config: Config, monkeypatch):
     measured = ((1.0, 0.5), (3.0, 0.1), (2.0, 0.1), (5.0, 0.1))  # the first is of noise
     figures = iter([{"fid": fid, "vary_z": 0.4, "vary_noise": noise} for fid, noise in measured])
-    monkeypatch.setattr(TrainingFigures, "measure", lambda *_: next(figures))
+    monkeypatch.setattr(Measurements, "measure", lambda *_: next(figures))
     train(replace(config, epochs=4, fid_kimg=0.001, fid_images=100))
     assert [line["fid"] for line in read_log(config.out)] == [1, 3, 2, 5]
     assert load_checkpoint(config.out / "best.pt")["cur_nimg"] == 48
@@ -328,7 +327,7 @@ def test_figures_are_measured_at_their_interval_and_drawn(config: Config):
 def test_images_decide_what_is_done_at_the_end_of_an_epoch(config: Config, monkeypatch):
     """16 images an epoch: 40 and 80 are passed in the third and fifth, the sixth is the last."""
     measured, saved = [], []
-    monkeypatch.setattr(TrainingFigures, "measure", lambda *_: measured.append(1) or {"kid": 0.0})
+    monkeypatch.setattr(Measurements, "measure", lambda *_: measured.append(1) or {"kid": 0.0})
     monkeypatch.setattr(training, "save_run", lambda state: saved.append(state.cur_nimg))
     train(replace(config, epochs=6, fid_kimg=0.04, fid_images=100, checkpoint_kimg=0.04))
     log = read_log(config.out)

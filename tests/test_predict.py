@@ -14,6 +14,7 @@ from config import Config, UserError
 from dataset import Slices
 from predict import (
     Options,
+    evenly_spaced,
     latents,
     pixels,
     plot_comparison,
@@ -21,7 +22,6 @@ from predict import (
     probe_by_id,
     sample,
     sample_class,
-    spread,
 )
 from train import train
 from training import runs
@@ -52,12 +52,15 @@ def test_a_seed_is_the_same_image_alone_or_among_others(run: Path):
 
 
 def test_a_generator_of_levels_draws_any_of_them(config: Config, tmp_path):
-    levels = replace(config, condition_level=True, epochs=1, fid_kimg=0.01, fid_images=100)
-    train(levels)
+    positions = replace(config, condition_position=True, epochs=1, fid_kimg=0.01, fid_images=100)
+    train(positions)
     predict(Options(checkpoint=config.out, count=4, out=tmp_path / "seeds"))
-    assert {p.name for p in (tmp_path / "seeds").glob("*.png")} > {"levels.png", "truncation.png"}
+    assert {p.name for p in (tmp_path / "seeds").glob("*.png")} > {
+        "positions.png",
+        "truncation.png",
+    }
     G = load_generator(config.out)[0]
-    low, high, again = (sample_class(G, 1, [0, 1], Options(level=x)) for x in (0.0, 0.7, 0.7))
+    low, high, again = (sample_class(G, 1, [0, 1], Options(position=x)) for x in (0.0, 0.7, 0.7))
     assert (again == high).all() and not (low == high).all()
     a, b = (sample_class(G, 1, [0, s], Options()) for s in (1, 2))
     assert (a[0] == b[0]).all()  # the level of a seed is its own
@@ -138,7 +141,7 @@ def test_without_a_run_the_demo_generator_is_drawn(tmp_path, monkeypatch, capsys
         ({"classes": ("CN",)}, "no class 'CN'; this generator knows AD, NC"),
         ({"data_root": Path("nowhere")}, "data_root = nowhere"),
         ({"device": ABSENT}, f"device = {ABSENT}"),
-        ({"level": 0.3}, "level = 0.3: a generator without condition_level"),
+        ({"position": 0.3}, "position = 0.3: a generator without condition_position"),
     ],
 )
 def test_bad_requests_are_named_before_anything_is_drawn(run: Path, options, words):
@@ -155,7 +158,7 @@ def test_bad_requests_are_named_before_anything_is_drawn(run: Path, options, wor
         ({"seeds": ()}, "seeds = "),
         ({"truncation_psi": 1.5}, "truncation_psi = 1.5"),
         ({"truncation_cutoff": -1}, "truncation_cutoff = -1"),
-        ({"level": 1.01}, "level = 1.01"),
+        ({"position": 1.01}, "position = 1.01"),
     ],
 )
 def test_invalid_options_are_named(options, words):
@@ -198,8 +201,8 @@ def fake_split(rng, shift: float, ids: int) -> tuple[np.ndarray, Slices]:
     """Gaussian features of 5 slices an id, the classes `shift` apart."""
     labels = np.repeat(np.arange(ids) % 2, 5)
     features = rng.normal(size=(len(labels), 4)) + shift * labels[:, None]
-    subjects = np.repeat([f"s{i}" for i in range(ids)], 5)
-    return features, Slices(np.zeros((len(labels), 1, 1)), labels, subjects, ["AD", "NC"])
+    participants = np.repeat([f"s{i}" for i in range(ids)], 5)
+    return features, Slices(np.zeros((len(labels), 1, 1)), labels, participants, ["AD", "NC"])
 
 
 def test_the_probe_reads_a_signal_by_id_and_none_from_noise():
@@ -215,8 +218,12 @@ def test_pixels_are_averaged_and_spread_is_even():
     images[0, :2, :2] = 40
     assert pixels(images).shape == (2, 64 * 64)
     assert pixels(images)[0, 0] == 40
-    assert spread(5, 10).tolist() == [0, 1, 2, 3, 4]
-    assert spread(100, 3).tolist() == [0, 50, 99] or spread(100, 3).tolist() == [0, 49, 99]
+    assert evenly_spaced(5, 10).tolist() == [0, 1, 2, 3, 4]
+    assert evenly_spaced(100, 3).tolist() == [0, 50, 99] or evenly_spaced(100, 3).tolist() == [
+        0,
+        49,
+        99,
+    ]
 
 
 @pytest.mark.drawn

@@ -26,7 +26,7 @@ from dataset import Entry, find_slices, load_slices
 from scans import slicing
 from scans.slicing import Scan, id_of, import_scans, split_participants
 from scans.tables import plain_name
-from scans.volumes import Import, cut, read_volume, resample
+from scans.volumes import ImportOptions, cut, read_volume, resample
 
 VOXEL = 3  # mm
 TOP = 85  # mm, of the head
@@ -70,9 +70,9 @@ def write_scans(root: Path, people: int = 6) -> Path:
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> Import:
+def options(tmp_path: Path) -> ImportOptions:
     root = write_scans(tmp_path / "scans")
-    return Import(root, tmp_path / "out", root / "table.csv", slices=4, size=64)
+    return ImportOptions(root, tmp_path / "out", root / "table.csv", slices=4, size=64)
 
 
 def manifest(out: Path) -> list[dict[str, str]]:
@@ -90,26 +90,28 @@ def files(out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "SRA", "PIL", "ILA"])
 def test_the_same_slices_come_of_any_orientation(tmp_path: Path, codes):
     values, affine = head()
-    options = Import(tmp_path, tmp_path, slices=3, spacing=5, size=200)
+    options = ImportOptions(tmp_path, tmp_path, slices=3, spacing=5, size=200)
     expected = cut(values, affine, options)
     found = cut(*read_volume(write(tmp_path / "a.nii", values, affine, codes), False), options)
     np.testing.assert_allclose(found.images, expected.images, atol=0.1)
-    np.testing.assert_allclose(found.levels, expected.levels, atol=1e-3)
+    np.testing.assert_allclose(found.positions, expected.positions, atol=1e-3)
     bright = np.argwhere(found.images[1] > 130).mean(0) - 99.5
     np.testing.assert_allclose(bright, [-50, -40], atol=3)  # front is up, left is left
 
 
 def test_slices_lie_at_the_ventricles_or_where_asked(tmp_path: Path):
     values, affine = head()
-    options = Import(tmp_path, tmp_path, slices=5, spacing=2)
-    assert abs(cut(values, affine, options).levels[2] - 15) < 6
-    found = cut(values, affine, replace(options, level=-20.0))
-    assert found.levels.tolist() == [-24, -22, -20, -18, -16]
+    options = ImportOptions(tmp_path, tmp_path, slices=5, spacing=2)
+    assert abs(cut(values, affine, options).positions[2] - 15) < 6
+    found = cut(values, affine, replace(options, centre=-20.0))
+    assert found.positions.tolist() == [-24, -22, -20, -18, -16]
     assert found.images[0, 60:180, 100:140].min() > 90  # no ventricle there
     moved = affine + np.diag([0, 0, 0, 0])
     moved[:3, 3] += [31, -47, 400]  # another scanner's origin
     again = cut(values, moved, options)
-    np.testing.assert_allclose(again.levels - 400, cut(values, affine, options).levels, atol=2.1)
+    np.testing.assert_allclose(
+        again.positions - 400, cut(values, affine, options).positions, atol=2.1
+    )
 
 
 def test_an_oblique_volume_is_cut_upright(tmp_path: Path):
@@ -120,18 +122,20 @@ def test_an_oblique_volume_is_cut_upright(tmp_path: Path):
     # the same head, sampled on a grid that is tilted by 20 degrees
     grid = tilt @ affine
     tilted = resample(values, affine, grid[:3, 3], grid[:3, :3], values.shape, order=1)
-    options = Import(tmp_path, tmp_path, level=10.0, slices=1, size=200)
+    options = ImportOptions(tmp_path, tmp_path, centre=10.0, slices=1, size=200)
     a, b = (cut(v, m, options).images[0] for v, m in ((values, affine), (tilted, grid)))
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.98
 
 
 @pytest.mark.parametrize("axis", ["coronal", "sagittal"])
 def test_other_axes_need_a_level_and_lie_upright(tmp_path: Path, axis):
-    with pytest.raises(UserError, match=f"axis = {axis}: needs a level"):
-        Import(tmp_path, tmp_path, axis=axis)
-    level = {"coronal": 50.0, "sagittal": -40.0}[axis]
+    with pytest.raises(UserError, match=f"axis = {axis}: needs a --centre"):
+        ImportOptions(tmp_path, tmp_path, axis=axis)
+    centre = {"coronal": 50.0, "sagittal": -40.0}[axis]
     values, affine = head()
-    found = cut(values, affine, Import(tmp_path, tmp_path, axis=axis, level=level, slices=1))
+    found = cut(
+        values, affine, ImportOptions(tmp_path, tmp_path, axis=axis, centre=centre, slices=1)
+    )
     down, right = np.argwhere(found.images[0] > 130).mean(0) - 119.5
     # the axial middle of a head goes 110 mm down from its top
     assert down == pytest.approx((TOP + (TOP - 110)) / 2 - 10, abs=4)
@@ -141,7 +145,7 @@ def test_other_axes_need_a_level_and_lie_upright(tmp_path: Path, axis):
 def test_voxels_of_other_sizes_give_millimetres(tmp_path: Path):
     values, affine = head()
     thick = np.diag([1.0, 1.0, 2.0, 1.0])
-    options = Import(tmp_path, tmp_path, level=10.0, slices=1, size=200)
+    options = ImportOptions(tmp_path, tmp_path, centre=10.0, slices=1, size=200)
     a = cut(values, affine, options).images[0]
     b = cut(values[:, :, ::2], affine @ thick, options).images[0]
     assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.97
@@ -153,7 +157,7 @@ def test_voxels_of_other_sizes_give_millimetres(tmp_path: Path):
 def test_the_window_is_robust_and_follows_the_rule_of_slices(tmp_path: Path, low, window, black):
     values, affine = head(low=low)
     values[34, 39, 38] = 5000  # a single bright voxel
-    options = Import(tmp_path, tmp_path, level=0.0, slices=20, window=window)
+    options = ImportOptions(tmp_path, tmp_path, centre=0.0, slices=20, window=window)
     found = cut(values, affine, options)
     assert found.black == pytest.approx(black, abs=3)
     assert found.white < 400 if window is None else found.white == 80
@@ -162,7 +166,7 @@ def test_the_window_is_robust_and_follows_the_rule_of_slices(tmp_path: Path, low
 # Import
 
 
-def test_scans_become_a_training_set(options: Import, config: Config, capsys):
+def test_scans_become_a_training_set(options: ImportOptions, config: Config, capsys):
     import_scans(options)
     rows = manifest(options.out)
     assert [row["id"] for row in rows] == [f"I{100 + i}" for i in range(6)]
@@ -173,12 +177,12 @@ def test_scans_become_a_training_set(options: Import, config: Config, capsys):
     with Image.open(next(options.out.rglob("*.png"))) as image:
         assert (image.size, image.mode) == ((64, 64), "L")
     splits, _ = load_slices(replace(config, data_root=options.out))
-    assert set(splits["train"].subjects) >= {"000_S_0001"} - set(splits["test"].subjects)
+    assert set(splits["train"].participants) >= {"000_S_0001"} - set(splits["test"].participants)
     assert splits["train"].classes == ["AD", "NC"]
     assert "6 scans of 6 participants" in capsys.readouterr().out
 
 
-def test_a_folder_of_a_patient_is_the_participant(options: Import, tmp_path: Path):
+def test_a_folder_of_a_patient_is_the_participant(options: ImportOptions, tmp_path: Path):
     values, affine = head()
     root = tmp_path / "patients"
     for label, person in (("AD", "a"), ("AD", "b"), ("CN", "c"), ("CN", "d")):
@@ -196,7 +200,7 @@ def test_a_folder_of_a_patient_is_the_participant(options: Import, tmp_path: Pat
         import_scans(replace(options, scans=root, table=None, pattern="*T1w*"))
 
 
-def test_classes_may_be_called_as_in_the_table(options: Import, capsys):
+def test_classes_may_be_called_as_in_the_table(options: ImportOptions, capsys):
     import_scans(replace(options, classes=("AD", "CN")))
     assert {row["class"] for row in manifest(options.out)} == {"AD", "NC"}
     with pytest.raises(UserError, match="classes: no MCI; there are AD, NC"):
@@ -211,7 +215,7 @@ def test_names_of_any_script_and_length_become_ids():
     assert max(map(len, long)) == 80 and long[0] != long[1] and plain_name(long[0])
 
 
-def test_a_bad_volume_takes_no_place_in_test(options: Import):
+def test_a_bad_volume_takes_no_place_in_test(options: ImportOptions):
     import_scans(options)
     for row in manifest(options.out):
         if row["split"] == "test":  # were it drawn again, its class would have no test
@@ -223,7 +227,7 @@ def test_a_bad_volume_takes_no_place_in_test(options: Import):
     }  # fmt: skip
 
 
-def test_a_second_import_on_the_folder_is_refused(options: Import):
+def test_a_second_import_on_the_folder_is_refused(options: ImportOptions):
     options.out.mkdir()
     with subprocess.Popen([sys.executable, "-c", HOLD, options.out / ".lock"], stdout=-1) as other:
         other.stdout.readline()
@@ -244,13 +248,13 @@ def test_slices_far_apart_are_as_sharp_as_near_ones_however_the_head_was_tilted(
         assert found[1].std() > 0.95 * 40 / np.sqrt(2)
 
 
-def test_16_bits_keep_more_grey_levels(options: Import):
+def test_16_bits_keep_more_grey_levels(options: ImportOptions):
     import_scans(replace(options, bits=16))
     with Image.open(next(options.out.rglob("*.png"))) as image:
         assert image.mode.startswith("I;16") and len(np.unique(np.asarray(image))) > 300
 
 
-def test_without_a_table_the_folders_are_the_classes(options: Import, tmp_path: Path):
+def test_without_a_table_the_folders_are_the_classes(options: ImportOptions, tmp_path: Path):
     values, affine = head()
     root = tmp_path / "folders"
     for i, name in enumerate(("AD/sub-01", "AD/sub-02", "NC/sub-03", "NC/sub-04")):
@@ -261,14 +265,14 @@ def test_without_a_table_the_folders_are_the_classes(options: Import, tmp_path: 
     }  # fmt: skip
 
 
-def test_no_bad_volume_stops_the_rest_and_each_has_its_reason(options: Import, capsys):
+def test_no_bad_volume_stops_the_rest_and_each_has_its_reason(options: ImportOptions, capsys):
     root, (values, affine) = options.scans, head()
     with open(options.table, "a") as table:
         table.writelines(f"B{i},9{i:02}_S_0001,AD,F,70\n" for i in range(12))
     path = write(root / "B0.nii", values, affine)
     path.write_bytes(path.read_bytes()[:5000])
-    packed = write(root / "B1.nii.gz", values, affine)
-    packed.write_bytes(packed.read_bytes()[:5000])
+    safetensors_bytes = write(root / "B1.nii.gz", values, affine)
+    safetensors_bytes.write_bytes(safetensors_bytes.read_bytes()[:5000])
     (root / "B2.nii").write_bytes(b"hello" * 100)
     (root / "B3.nii.gz").write_bytes(b"")
     write(root / "B4.nii", values, np.diag([1e-3, 1e-3, 1e-3, 1]))
@@ -303,7 +307,7 @@ def test_no_bad_volume_stops_the_rest_and_each_has_its_reason(options: Import, c
     assert not list(options.out.rglob("*.partial"))
 
 
-def test_a_volume_without_orientation_is_taken_if_asked(options: Import, tmp_path: Path):
+def test_a_volume_without_orientation_is_taken_if_asked(options: ImportOptions, tmp_path: Path):
     values, affine = head()
     path = write(tmp_path / "a.nii", values, affine)
     raw = bytearray(path.read_bytes())
@@ -320,7 +324,7 @@ def test_what_is_not_a_number_is_background(tmp_path: Path):
     assert (read_volume(write(tmp_path / "a.nii", values, affine), False)[0][0] == 0).all()
 
 
-def test_an_import_goes_on_and_ends_the_same(options: Import, monkeypatch):
+def test_an_import_goes_on_and_ends_the_same(options: ImportOptions, monkeypatch):
     whole = replace(options, out=options.out.with_name("whole"))
     import_scans(whole)
     write_slices, count = slicing.write_slices, [0]
@@ -345,7 +349,7 @@ def test_an_import_goes_on_and_ends_the_same(options: Import, monkeypatch):
     assert len(asked) == 4  # nothing is left to do
 
 
-def test_a_volume_that_changed_is_cut_again(options: Import, monkeypatch):
+def test_a_volume_that_changed_is_cut_again(options: ImportOptions, monkeypatch):
     import_scans(options)
     before = files(options.out)
     values, affine = head(grey=80)
@@ -356,7 +360,7 @@ def test_a_volume_that_changed_is_cut_again(options: Import, monkeypatch):
     assert {re.sub(r"_.*", "", name.split("/")[-1]) for name in changed} == {"I100", "manifest.csv"}
 
 
-def test_a_volume_that_became_unreadable_leaves_no_slices(options: Import):
+def test_a_volume_that_became_unreadable_leaves_no_slices(options: ImportOptions):
     import_scans(options)
     values, affine = head()
     write(options.scans / "000_S_0001" / "ADNI_000_S_0001_I100.nii.gz", values * 0, affine)
@@ -365,7 +369,7 @@ def test_a_volume_that_became_unreadable_leaves_no_slices(options: Import):
     assert not list(options.out.rglob("I100_*"))
 
 
-def test_other_choices_on_the_same_folder_are_refused(options: Import, tmp_path: Path):
+def test_other_choices_on_the_same_folder_are_refused(options: ImportOptions, tmp_path: Path):
     import_scans(options)
     before = files(options.out)
     with pytest.raises(UserError, match="I100 has slices = 4, now 5; use another --out"):
@@ -382,7 +386,7 @@ def test_other_choices_on_the_same_folder_are_refused(options: Import, tmp_path:
         import_scans(replace(options, out=other))
 
 
-def test_who_was_split_stays_on_that_side_when_scans_come(options: Import):
+def test_who_was_split_stays_on_that_side_when_scans_come(options: ImportOptions):
     import_scans(options)
     before = {row["participant"]: row for row in manifest(options.out)}
     values, affine = head()
@@ -399,7 +403,7 @@ def test_who_was_split_stays_on_that_side_when_scans_come(options: Import):
         assert row["split"] == before.get(row["participant"], row)["split"]
 
 
-def test_bad_input_writes_nothing(options: Import, tmp_path: Path):
+def test_bad_input_writes_nothing(options: ImportOptions, tmp_path: Path):
     for change, words in (
         ({"scans": tmp_path / "none"}, "no such folder"),
         ({"scans": tmp_path / "empty"}, "no NIfTI file"),
@@ -421,7 +425,7 @@ def test_bad_input_writes_nothing(options: Import, tmp_path: Path):
 )  # fmt: skip
 def test_bad_options_are_named(tmp_path: Path, change, words):
     with pytest.raises(UserError, match=words):
-        Import(tmp_path, tmp_path, **change)
+        ImportOptions(tmp_path, tmp_path, **change)
 
 
 # Splitting
@@ -461,7 +465,9 @@ def test_a_participant_of_two_classes_is_on_one_side():
 # DICOM
 
 
-def test_a_dicom_folder_is_a_volume_or_says_what_it_needs(options: Import, monkeypatch, capsys):
+def test_a_dicom_folder_is_a_volume_or_says_what_it_needs(
+    options: ImportOptions, monkeypatch, capsys
+):
     folder = options.scans / "100_S_0001" / "I500"
     folder.mkdir(parents=True)
     (folder / "1.dcm").write_bytes(bytes(128) + b"DICM")
@@ -481,7 +487,7 @@ def test_a_dicom_series_gives_the_slices_of_its_nifti_file(tmp_path: Path):
     for k in range(values.shape[2]):
         write_dicom(pydicom, folder / f"{k}.dcm", values, affine, k)
     read, found = read_volume(folder, False)
-    options = Import(tmp_path, tmp_path, level=10.0, slices=3, spacing=5)
+    options = ImportOptions(tmp_path, tmp_path, centre=10.0, slices=3, spacing=5)
     a, b = (cut(v, m, options).images for v, m in ((values, affine), (read, found)))
     np.testing.assert_allclose(a, b, atol=2)
 

@@ -53,10 +53,10 @@ MOMENTS = {
     "compiling": (training.Phases, "backward", 2),
     "waiting for the loader": (dataset.TrainingSlices, "__getitem__", 3),
     "a step": (training, "ema_step", 3),
-    "measuring": (recorder.TrainingFigures, "measure", 1),
+    "measuring": (recorder.Measurements, "measure", 1),
     "drawing a grid": (recorder.Recorder, "save_grid", 1),
     "writing a checkpoint": (torch, "save", 1),
-    "measuring at the end": (recorder.TrainingFigures, "measure", 2),
+    "measuring at the end": (recorder.Measurements, "measure", 2),
 }
 
 
@@ -130,11 +130,11 @@ def test_a_request_that_was_lost_is_made_again(monkeypatch):
 
 def test_a_process_that_waits_where_python_cannot_answer_is_ended_by_a_request():
     """As a rank that waits for rank 0: torchrun would wait half a minute for it."""
-    with StopRequest() as stop, stop.deaf():
+    with StopRequest() as stop, stop.default_handlers():
         waiting = [signal.getsignal(number) for number in SIGNALS]
         assert waiting == [signal.SIG_DFL] * len(SIGNALS)
     with StopRequest() as stop:
-        with stop.deaf():
+        with stop.default_handlers():
             pass
         assert signal.getsignal(signal.SIGTERM) == stop.ask
 

@@ -313,7 +313,7 @@ def test_an_unconditional_run_goes_on_with_labels(config: Config):
     old.load_state_dict(load_checkpoint(checkpoints(plain.out)[-1]))
     new = TrainingState(labelled, 2, torch.device("cpu"))
     for name, weights in runs.source_of_weights(labelled, 2).items():
-        runs.adopt(getattr(new, name), weights)
+        runs.load_fitting_weights(getattr(new, name), weights)
     z, c, none = torch.randn(4, 8), torch.eye(2)[[0, 1, 1, 0]], torch.zeros(4, 0)
     for name in ("G", "G_ema"):
         a, b = getattr(old, name), getattr(new, name)
@@ -348,7 +348,7 @@ def test_a_run_starts_from_a_generator_and_a_discriminator_that_are_shared(confi
     weights = runs.source_of_weights(other, 2)
     new = TrainingState(other, 2, torch.device("cpu"))
     for name in ("G", "D", "G_ema"):
-        runs.adopt(getattr(new, name), weights[name])
+        runs.load_fitting_weights(getattr(new, name), weights[name])
     z, c = torch.randn(4, 8), torch.eye(2)[[0, 1, 1, 0]]
     for name in ("G", "G_ema"):
         images = getattr(new, name)(z, c, noise_mode="const")
@@ -371,7 +371,7 @@ def test_noise_inputs_may_be_left_out_or_begin_in_a_run_that_starts_from_another
         train(source)
         other = replace(config, noise=not noise, init_from=source.out)
         G = Generator(other, 2)
-        runs.adopt(G, runs.source_of_weights(other, 2)["G_ema"])
+        runs.load_fitting_weights(G, runs.source_of_weights(other, 2)["G_ema"])
         expected = load_generator(source.out)[0](z, c, noise_mode="none")
         torch.testing.assert_close(G(z, c), expected)  # what begins has no strength yet
 
@@ -822,7 +822,7 @@ def test_a_run_measures_with_its_own_encoder_wherever_it_goes_on(config: Config,
 
 def test_a_lost_log_does_not_cost_the_best_checkpoint(config: Config, monkeypatch):
     figures = iter([{"fid": fid, "vary_z": 0.4, "vary_noise": 0.1} for fid in (1, 3, 2, 0.5)])
-    monkeypatch.setattr(recorder.TrainingFigures, "measure", lambda *_: next(figures))
+    monkeypatch.setattr(recorder.Measurements, "measure", lambda *_: next(figures))
     config = replace(config, fid_kimg=0.001, fid_images=100)
     train(replace(config, epochs=1))
     (config.out / "log.jsonl").unlink()

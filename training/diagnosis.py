@@ -35,7 +35,9 @@ NOISE_LIMIT = 0.2  # of the variety of real slices that noise alone may make
 SPECTRUM_LIMIT = 3  # power of the finest grain over that of real slices, or the other way round
 LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
 LEAST_SIGNAL = 0.05  # agreement above chance below which classes are taken for noise
-SETTLED = 5  # epochs or measurements before which nothing is expected of D or of the samples
+MIN_MEASUREMENTS = (
+    5  # epochs or measurements before which nothing is expected of D or of the samples
+)
 
 
 def past_its_best(h: History) -> bool:
@@ -54,7 +56,9 @@ def label_effect(h: History) -> float:
     """Agreement above chance, as a share of that of real test slices; NaN where that is low."""
     chance = h.last("agreement_chance")
     real = h.last("agreement_real") - chance
-    return (h.last("agreement", SETTLED) - chance) / real if real > LEAST_SIGNAL else math.nan
+    return (
+        (h.last("agreement", MIN_MEASUREMENTS) - chance) / real if real > LEAST_SIGNAL else math.nan
+    )
 
 
 def with_ada(config: Config) -> bool:
@@ -87,7 +91,7 @@ RULES = {
     ),
     "D too weak": Rule(
         lambda h: (
-            abs(h.last("d_loss", SETTLED) - 2 * math.log(2)) < 0.05
+            abs(h.last("d_loss", MIN_MEASUREMENTS) - 2 * math.log(2)) < 0.05
             and h.last("real_sign") < 0.15
             and not h.last("fid") < 2 * h.last("fid_real")  # G may be as good
         ),
@@ -95,7 +99,7 @@ RULES = {
         ("lower r1_gamma", (lambda c: with_ada(c) and c.ada_p is None, "lower ada_target")),
     ),
     "D overfits": Rule(
-        lambda h: h.last("overfitting", SETTLED) > 0.5,
+        lambda h: h.last("overfitting", MIN_MEASUREMENTS) > 0.5,
         "D holds real slices that it was not trained on for generated ones",
         ((without_ada, "augment = ada"), "a higher r1_gamma, or more data"),
     ),
@@ -124,7 +128,7 @@ RULES = {
         ),
     ),
     "z ignored": Rule(
-        lambda h: h.last("vary_z", SETTLED) < max(0.3, h.last("vary_noise") / 2),
+        lambda h: h.last("vary_z", MIN_MEASUREMENTS) < max(0.3, h.last("vary_noise") / 2),
         "samples hardly change with z: one picture per class, varied by noise alone at most",
         (
             "look at the grid; raise r1_gamma or lower learning_rate",
@@ -133,7 +137,7 @@ RULES = {
         ),
     ),
     "texture comes from noise": Rule(
-        lambda h: h.last("vary_noise", SETTLED) > NOISE_LIMIT,
+        lambda h: h.last("vary_noise", MIN_MEASUREMENTS) > NOISE_LIMIT,
         f"the noise inputs alone make more than {NOISE_LIMIT:.0%} of the variety of real slices",
         (
             "train longer",
@@ -257,15 +261,15 @@ PANELS = (
 def plot_curves(run: Path, path: Path, config: Config) -> None:
     """Everything a run measures of itself, healthy ranges shaded, each with a caption in words."""
     history = read_history(run)
-    shown = [p for p in PANELS if any(len(history.measured(name)) for name in p[1])]
-    if not shown:
+    printable = [p for p in PANELS if any(len(history.measured(name)) for name in p[1])]
+    if not printable:
         return
     columns = 4
-    figure = Figure(figsize=(4.2 * columns, 3.1 * math.ceil(len(shown) / columns)))
-    axes = list(figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False).flat)
-    for ax in axes[len(shown) :]:
+    figure = Figure(figsize=(4.2 * columns, 3.1 * math.ceil(len(printable) / columns)))
+    axes = list(figure.subplots(math.ceil(len(printable) / columns), columns, squeeze=False).flat)
+    for ax in axes[len(printable) :]:
         ax.axis("off")
-    for ax, (title, names, healthy, caption) in zip(axes, shown, strict=False):
+    for ax, (title, names, healthy, caption) in zip(axes, printable, strict=False):
         for i, (name, label) in enumerate(names.items()):
             if len(history.measured(name)):
                 draw_column(ax, history, name, label, f"C{i}")

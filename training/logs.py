@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import Config
-from utils import say, write_atomically
+from utils import print_once, write_atomically
 
 # Statistics of each step, in the order in which they arise
 STATS = (
@@ -85,7 +85,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def cut_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+def truncate_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Start both logs, or cut them back to what the last checkpoint has seen and what is whole.
 
     Returns:
@@ -101,7 +101,7 @@ def cut_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarray]:
     for name, count in whole.items():
         path = run / name
         if lost := max(0, len(whole_lines(path)) - count):
-            say(f"note: {path}: {lost} lines that cannot be read are left out")
+            print_once(f"note: {path}: {lost} lines that cannot be read are left out")
         kept = (len(left[0]), 1 + len(left[1]))[name == "losses.csv"]
         if lost or kept < count or not ends_whole(path):
             write_atomically(path, lambda partial, name=name: partial.write_text(texts[name]()))
@@ -155,7 +155,7 @@ def read_history(run: Path) -> History:
     return history_of(read_log(run), read_losses(run))
 
 
-def counted_fid(line: dict[str, Any]) -> float:
+def meaningful_fid(line: dict[str, Any]) -> float:
     """FID of an epoch where it counts: z moves a pixel further than noise does. Else infinite.
 
     Before, samples are no slices yet, and an encoder that has seen nothing but slices was found to

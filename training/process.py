@@ -75,7 +75,7 @@ class StopRequest:
             self.waits = before
 
     @contextmanager
-    def deaf(self) -> Iterator[None]:
+    def default_handlers(self) -> Iterator[None]:
         """A request within ends the process: it waits where Python cannot answer."""
         before = {number: signal.signal(number, signal.SIG_DFL) for number in self.before}
         try:
@@ -170,7 +170,7 @@ def rank_0_first(device: torch.device) -> Iterator[None]:
     """The other ranks enter when rank 0 has left: they find the files it wrote, or end with it."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if rank() > 0:
-        with STOP.deaf():
+        with STOP.default_handlers():
             dist.init_process_group(backend)
     yield
     if rank() == 0 and num_ranks() > 1:

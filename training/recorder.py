@@ -22,17 +22,15 @@ from torch.utils.tensorboard import SummaryWriter
 from config import Config
 from dataset import Slices
 from evaluation.features import (
-    Fakes,
     averaged,
     class_scores,
     compute_features,
     conditional_variation,
     encoder_extractor,
     features_of,
+    labels_in_proportion,
     load_inception,
-    part_of,
     sample_fakes,
-    spread_labels,
     to_tensor,
     trained_encoder,
 )
@@ -47,9 +45,19 @@ from evaluation.metrics import (
 )
 from modules import Discriminator, Generator
 from training.diagnosis import diagnose, plot_curves, plot_losses
-from training.logs import STATS, append_losses, cut_logs, due_statistics, history_of
+from training.logs import STATS, append_losses, due_statistics, history_of, truncate_logs
 from training.process import most_of_ranks
-from utils import conditions, rank, save_figure, save_grey, say, spread, stream_seed, tile, to_uint8
+from utils import (
+    conditions,
+    evenly_spaced,
+    print_once,
+    rank,
+    save_figure,
+    save_grey,
+    stream_seed,
+    tile,
+    to_uint8,
+)
 
 FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
 GRID_COLUMNS = 8
@@ -59,7 +67,7 @@ MAX_DEVIATION = 1000  # slices of a class for the deviation of a pixel
 # Measuring while training
 
 
-class TrainingFigures:
+class Measurements:
     """What a run measures of itself at an interval, on fresh samples of the averaged generator.
 
     - `fid`, `kid` to the training slices, and `fid_real`, that of the test slices: of other ids.
@@ -81,7 +89,7 @@ class TrainingFigures:
     ) -> None:
         train, test = splits["train"], splits["test"]
         self.config, rng = config, np.random.default_rng(0)
-        self.num_classes = len(train.classes)
+        self.classes, self.num_classes = train.classes, len(train.classes)
         own = config.out / "encoder.safetensors"
         self.encoder, digest = trained_encoder(train, data, config.cache, own)
         if config.fid_extractor == "inception":
@@ -93,31 +101,31 @@ class TrainingFigures:
         unseen = features_of(test.images, self.extractor, config.cache, "test slices")
         self.fid_real = frechet_distance(unseen, self.real)
         self.real = gaussian(self.real), self.real
-        self.labels = spread_labels(train.labels, config.fid_images)
+        self.labels = labels_in_proportion(train.labels, config.fid_images)
         self.samples = {}  # as many slices of each split, for D
         for name, part in splits.items():
             rows = rng.permutation(len(part.labels))  # mixed, as batches are in training
             rows = rows[: config.fid_images]
-            self.samples[name] = part_of(part, rows)
+            self.samples[name] = part.take(rows)
         rows = [np.flatnonzero(train.labels == i) for i in range(len(train.classes))]
-        rows = [r[spread(len(r), MAX_DEVIATION)] for r in rows]
+        rows = [r[evenly_spaced(len(r), MAX_DEVIATION)] for r in rows]
         self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows])) or math.nan
         self.pose = pose(self.samples["train"].images)
         self.grain = grain(self.samples["train"].images) or math.nan
-        self.seen_real = self.agreement(Fakes(test.images, test.labels))
+        self.seen_real = self.agreement(test)
 
     @torch.no_grad()
-    def agreement(self, slices: Fakes) -> float:
+    def agreement(self, slices: Slices) -> float:
         """Share of the slices of a class for which the encoder names it, the mean over classes."""
         named = class_scores(self.encoder, averaged(slices.images))[:, : self.num_classes].argmax(1)
         present = np.unique(slices.labels)
         return float(np.mean([(named == i)[slices.labels == i].mean() for i in present]))
 
     @torch.no_grad()
-    def logits(self, D: Discriminator, slices: Fakes) -> float:
+    def logits(self, D: Discriminator, slices: Slices) -> float:
         """Mean logit of D."""
         device, c_dim = next(D.parameters()).device, 0 if D.embed is None else len(D.embed)
-        c, logits = conditions(slices.labels, slices.levels, c_dim), []
+        c, logits = conditions(slices.labels, slices.positions, c_dim), []
         size = self.config.batch_size
         for i in range(0, max(1, len(c) - size + 1), size):
             x = to_tensor(slices.images[i : i + size]).to(device).float() / 127.5 - 1
@@ -126,11 +134,11 @@ class TrainingFigures:
 
     def measure(self, G: Generator, D: Discriminator) -> dict[str, float | None]:
         """All figures of the averaged generator and the discriminator as they are."""
-        fakes = sample_fakes(G, self.labels, self.config.seed, silent=True)
+        fakes = sample_fakes(G, self.labels, self.classes, self.config.seed, silent=True)
         features = compute_features(fakes.images, self.extractor, None)
         real, test = (self.logits(D, self.samples[name]) for name in ("train", "test"))
         order = np.random.default_rng(0).permutation(len(fakes.labels))
-        fake = self.logits(D, part_of(fakes, order))
+        fake = self.logits(D, fakes.take(order))
         moved = conditional_variation(G, self.config.seed)
         figures = {
             "fid": gaussian_distance(gaussian(features), self.real[0]),
@@ -147,7 +155,7 @@ class TrainingFigures:
         found = {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
         missing = {k for k, v in found.items() if v is None and figures[k] is not None}
         if new := sorted(missing - self.missing):
-            say(f"note: too few slices, or too much alike, to measure {', '.join(new)}")
+            print_once(f"note: too few slices, or too much alike, to measure {', '.join(new)}")
         self.missing |= missing
         return found
 
@@ -170,19 +178,19 @@ class Recorder:
         """Cuts the logs back to `cur_nimg` images."""
         self.config, self.run, self.cur_nimg = config, config.out, cur_nimg
         self.epoch_size = len(slices.images)
-        self.figures: TrainingFigures | None = None
+        self.measurements: Measurements | None = None
         self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, statistics) not yet written
         self.not_finite: tuple[str, int] | None = None
         rng = torch.Generator().manual_seed(stream_seed("grid", config.seed))
         z = torch.randn(1, GRID_COLUMNS, config.z_dim, generator=rng)
         num_rows = len(slices.classes)  # every class shows the same latents, from low to high
         self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(device)
-        levels = np.tile(np.linspace(0, 1, GRID_COLUMNS), num_rows)
+        positions = np.tile(np.linspace(0, 1, GRID_COLUMNS), num_rows)
         labels = np.arange(num_rows).repeat(GRID_COLUMNS)
-        levels = None if slices.levels is None else levels
-        self.c = conditions(labels, levels, slices.c_dim).to(device)
+        positions = None if slices.positions is None else positions
+        self.c = conditions(labels, positions, slices.c_dim).to(device)
         if rank() == 0:
-            self.lines, rows = cut_logs(self.run, cur_nimg)
+            self.lines, rows = truncate_logs(self.run, cur_nimg)
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=cur_nimg + 1)
             self.logged = self.lines[-1]["nimg"] if self.lines else 0
             rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
@@ -199,7 +207,7 @@ class Recorder:
         self.cur_nimg = cur_nimg
         self.pending.append((cur_nimg, stats))
 
-    def flush(self) -> dict[str, float]:
+    def write_losses(self) -> dict[str, float]:
         """Write the waiting rows of losses.csv, which waits for the device. -> the newest."""
         nimg, stats = zip(*self.pending, strict=True)
         values = torch.stack(stats).cpu().double().numpy()
@@ -214,7 +222,7 @@ class Recorder:
                     self.not_finite = self.not_finite or (name, n)
         return dict(zip(STATS, values[-1], strict=True))
 
-    def missed_epoch(self) -> int:
+    def unlogged_epoch(self) -> int:
         """On all ranks: the epoch that ended with the last step, if its line is missing, or 0."""
         missed = rank() == 0 and self.logged < self.cur_nimg
         return most_of_ranks(self.ended_epoch() if missed else 0)
@@ -263,7 +271,7 @@ class Recorder:
         for name, text in diagnose(history, self.config).items():
             if name not in self.warned:
                 self.warned.add(name)
-                say(f"warning: {text}")
+                print_once(f"warning: {text}")
 
     @torch.no_grad()
     def save_grid(self, G_ema: Generator, epoch: int, label_weight: float) -> None:

@@ -16,13 +16,13 @@ from config import Config, UserError
 from modules import Generator
 from utils import (
     DamagedFile,
+    delete_partials,
     ensure_writable,
     first_line,
     is_file_name,
     lock_folder,
+    print_once,
     read_safetensors,
-    say,
-    sweep,
     width_of_c,
     write_atomically,
     write_safetensors,
@@ -47,7 +47,7 @@ def newest_run() -> Path:
     generators = sorted(RUNS.glob("*/generator.safetensors"), key=lambda path: path.stat().st_mtime)
     if generators:
         return generators[-1].parent
-    say(
+    print_once(
         f"No run under {RUNS}/ yet: this is the generator in assets/{DEMO_GENERATOR.name}, trained "
         "on the built-in demo brains (synthetic, template-derived)"
     )
@@ -160,7 +160,7 @@ def open_run(config: Config) -> dict[str, Any] | None:
         try:
             state = load_checkpoint(path)
         except DamagedFile as error:
-            say(f"warning: {error}; looking for the one before it")
+            print_once(f"warning: {error}; looking for the one before it")
             continue
         require_same(state["settings"], config, path)
         return state
@@ -197,7 +197,7 @@ def start_run(
             else:
                 text = "another process trained there; the same command goes on"
                 raise UserError(f"{config.out}: {text}")
-    sweep(config.out)
+    delete_partials(config.out)
     write_run_config(config.out, config, classes, data)
     return lock
 
@@ -226,7 +226,7 @@ def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
     else:
         state = read_safetensors(weights)
     with torch.device("meta"):  # sizes are compared before memory is taken
-        G = Generator(config, width_of_c(len(classes), config.condition_level))
+        G = Generator(config, width_of_c(len(classes), config.condition_position))
     try:
         state = {name: value.float() for name, value in state.items()}
         G.load_state_dict(state, assign=True)
@@ -269,7 +269,7 @@ def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]
 
 
 @torch.no_grad()
-def adopt(net: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+def load_fitting_weights(net: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     """Start from weights trained with other classes, or none: the same function for a label of 0.
 
     What is new keeps its random start: the part of the label, which learns as slowly as all of the
