@@ -34,73 +34,10 @@ from tqdm import tqdm
 
 from config import UserError
 from dataset import Slices, decoded, find_class_folders, load_slices
-from evaluation.features import (
-    DEGRADATIONS,
-    PIXELS,
-    Extractor,
-    averaged,
-    class_scores,
-    conditional_variation,
-    encoder_extractor,
-    extract,
-    features_of,
-    fit_encoder,
-    fresh_slices,
-    labels_in_proportion,
-    load_dinov2,
-    load_inception,
-    planted_copies,
-    sample_fakes,
-    trained_encoder,
-)
-from evaluation.metrics import (
-    Features,
-    Gaussian,
-    aligned,
-    areas,
-    auc,
-    bootstrap_interval,
-    copy_audit,
-    distances_by_halves,
-    effect_interval,
-    effect_size,
-    frechet_distance,
-    gaussian,
-    gaussian_distance,
-    head_box,
-    histogram,
-    infinite_distance,
-    interval,
-    kernel_distance,
-    manifold_figures,
-    mean_by_id,
-    membership,
-    nearest_neighbour,
-    participation_ratio,
-    random_pairs,
-    similarity,
-    without_ids,
-)
-from evaluation.report import (
-    Rows,
-    as_markdown,
-    as_table,
-    draw_pairs_of,
-    draw_report,
-    plain,
-    write_text,
-)
+from evaluation import features, metrics, report
 from modules import Generator
+from training import runs
 from training.process import resolve_device
-from training.runs import (
-    cache_of,
-    load_checkpoint,
-    load_generator,
-    newest_run,
-    output_folder,
-    read_run_config,
-    run_folder,
-)
 from utils import (
     ensure_writable,
     evenly_spaced,
@@ -163,7 +100,7 @@ class References(NamedTuple):
     """What every set of images is measured against, and with."""
 
     splits: dict[str, Slices]
-    extractors: list[Extractor]
+    extractors: list[features.Extractor]
     cache: Path
     seed: int
     fresh: Slices | None = None  # of the demo brains: what a perfect generator draws
@@ -172,57 +109,67 @@ class References(NamedTuple):
 # 1, 2: distributions, and what others would get
 
 
-def compare_sets(fake: Features, reals: dict[str, Features], seed: int) -> dict[str, Any]:
+def compare_sets(
+    fake: metrics.Features, reals: dict[str, metrics.Features], seed: int
+) -> dict[str, Any]:
     """Distances to each real set, and manifold figures against the training slices."""
     row: dict[str, Any] = {"n_fake": len(fake.values)}
     for split, real in reals.items():
         row[f"n_{split}"] = len(real.values)
-        row[f"fid_{split}"] = frechet_distance(fake.values, real.values)
-        kid = kernel_distance(fake.values, real.values, seed)
+        row[f"fid_{split}"] = metrics.frechet_distance(fake.values, real.values)
+        kid = metrics.kernel_distance(fake.values, real.values, seed)
         row[f"kid_{split}"], row[f"kid_{split}_error"] = kid
     n = min(len(fake.values), len(reals["train"].values))
     a, b = (part.take(evenly_spaced(len(part.values), n)) for part in (reals["train"], fake))
-    row |= manifold_figures(a.values, b.values, a.participants, b.participants)
+    row |= metrics.manifold_figures(a.values, b.values, a.participants, b.participants)
     smallest, width = min(len(p.values) for p in (fake, *reals.values())), fake.values.shape[1]
     few = f"n = {smallest} is below the {width} features: FID is biased upwards"
     return row | {"note": few if smallest <= width else ""}
 
 
-def compare_to_unseen(test: Features, sets: dict[str, Features], seed: int) -> Rows:
+def compare_to_unseen(
+    test: metrics.Features, sets: dict[str, metrics.Features], seed: int
+) -> report.Rows:
     """FD to the slices of unseen ids, of samples, of training slices (what a perfect memory gets)
     and, if there are any, of fresh subjects (what a perfect generator gets).
 
     As many slices of each. Ratios to the latter two, with intervals over halves of all ids; of the
     samples below the memory's 1 where they generalise, and at 1 of the fresh ones where perfect.
     """
-    whole, halves = distances_by_halves(test, sets, seed)
+    whole, halves = metrics.distances_by_halves(test, sets, seed)
     n, rows = min(len(part.values) for part in sets.values()), []
     for name, part in sets.items():
         ids = len(np.unique(part.take(evenly_spaced(len(part.values), n)).participants))
         row = {"set": name, "slices": n, "ids": ids, "fd_test": whole[name]}
         row["fd_test_of_halves"] = float(np.median(halves[name]))
-        row["fd_infinite"] = infinite_distance(whole[name], halves[name])
+        row["fd_infinite"] = metrics.infinite_distance(whole[name], halves[name])
         for other, title in (("training slices", "memory"), ("fresh subjects", "perfect")):
             if other in sets and other != name:
                 ratios = halves[name] / np.where(halves[other] > 0, halves[other], math.nan)
                 row[f"over_{title}"] = float(np.median(ratios))
-                row[f"over_{title}_interval"] = interval(ratios)
+                row[f"over_{title}_interval"] = metrics.interval(ratios)
                 row[f"over_{title}_draws"] = {"values": ratios.tolist()}
         rows.append(row)
     return rows
 
 
-def measure_distribution(fakes: Slices, references: References) -> dict[str, Rows]:
+def measure_distribution(fakes: Slices, references: References) -> dict[str, report.Rows]:
     """The headline, to unseen ids; and overall, each class, and test slices against training."""
-    found: dict[str, Rows] = {"headline": [], "distribution": []}
+    found: dict[str, report.Rows] = {"headline": [], "distribution": []}
     for extractor in references.extractors:
         reals = {
-            k: extract(k, s, extractor, references.cache) for k, s in references.splits.items()
+            k: features.extract(k, s, extractor, references.cache)
+            for k, s in references.splits.items()
         }
-        fake, train = extract("samples", fakes, extractor, references.cache), reals["train"]
+        fake, train = (
+            features.extract("samples", fakes, extractor, references.cache),
+            reals["train"],
+        )
         sets = {"samples": fake, "training slices": train}
         if references.fresh is not None:
-            sets["fresh subjects"] = extract("fresh", references.fresh, extractor, references.cache)
+            sets["fresh subjects"] = features.extract(
+                "fresh", references.fresh, extractor, references.cache
+            )
         head = compare_to_unseen(reals["test"], sets, references.seed)
         rows = {}
         for label, name in [(None, "all"), *enumerate(fakes.classes)]:
@@ -246,13 +193,13 @@ def measure_distribution(fakes: Slices, references: References) -> dict[str, Row
 # 3: diversity
 
 
-def measure_diversity(fakes: Slices, references: References) -> dict[str, Rows]:
+def measure_diversity(fakes: Slices, references: References) -> dict[str, report.Rows]:
     """MS-SSIM of pairs of one class and of different ids, within the box of the real heads."""
-    rows, box = [], head_box(references.splits["train"].images)
+    rows, box = [], metrics.head_box(references.splits["train"].images)
     for name, slices in {"fake": fakes, "real": references.splits["train"]}.items():
-        pairs = random_pairs(slices.participants, slices.labels, references.seed)
+        pairs = metrics.random_pairs(slices.participants, slices.labels, references.seed)
         images = slices.images[:, *box]
-        values = similarity(images, pairs) if len(pairs) else np.array([math.nan])
+        values = metrics.similarity(images, pairs) if len(pairs) else np.array([math.nan])
         error = values.std() / math.sqrt(len(values))
         rows.append({"pairs": name, "ms_ssim": float(values.mean()), "error": float(error)})
     return {"diversity": rows}
@@ -268,14 +215,16 @@ def gain_by_id(
     pairs = list(zip(scores[name], scores["TR"], strict=True))
 
     def gain(i: np.ndarray) -> float:
-        return float(np.mean([auc(labels[i], s[i]) - auc(labels[i], r[i]) for s, r in pairs]))
+        return float(
+            np.mean([metrics.auc(labels[i], s[i]) - metrics.auc(labels[i], r[i]) for s, r in pairs])
+        )
 
     ids = np.arange(len(labels))
     row = {"figure": f"{name}TR - TRTR", "unit": "ids", "auc": gain(ids)}
-    return row | {"interval_over_ids": bootstrap_interval(gain, ids, labels, seed)}
+    return row | {"interval_over_ids": metrics.bootstrap_interval(gain, ids, labels, seed)}
 
 
-def measure_labels(fakes: Slices, references: References) -> dict[str, Rows]:
+def measure_labels(fakes: Slices, references: References) -> dict[str, report.Rows]:
     """AUC of a small classifier: real and synthetic training data, real and synthetic tests ([1]).
 
     Trained on real, tested on real (TRTR), and so on; at the level of slices, and of ids, whose
@@ -286,7 +235,7 @@ def measure_labels(fakes: Slices, references: References) -> dict[str, Rows]:
     train, test = references.splits["train"], references.splits["test"]
     if len(train.classes) < 2:
         return {}
-    real, fake, unseen = (averaged(s.images) for s in (train, fakes, test))
+    real, fake, unseen = (features.averaged(s.images) for s in (train, fakes, test))
     sources = {
         "TR": (real, train.labels),
         "TS": (fake, fakes.labels),
@@ -298,14 +247,16 @@ def measure_labels(fakes: Slices, references: References) -> dict[str, Rows]:
             targets = one_hot(labels, len(train.classes))
             seed = stream_seed(name, references.seed, number)
             steps = round(STEPS * (len(x) / len(real) if name == "TR+S" else 1))
-            encoder = fit_encoder(x, targets, F.cross_entropy, seed, steps=steps)
-            scores = class_scores(encoder, unseen)
-            by_id, of_id = mean_by_id(scores, test.participants, test.labels)
+            encoder = features.fit_encoder(x, targets, F.cross_entropy, seed, steps=steps)
+            scores = features.class_scores(encoder, unseen)
+            by_id, of_id = metrics.mean_by_id(scores, test.participants, test.labels)
             scores_of_ids[name].append(by_id)
-            aucs[f"{name}TR", "slices"].append(auc(test.labels, scores))
-            aucs[f"{name}TR", "ids"].append(auc(of_id, by_id))
+            aucs[f"{name}TR", "slices"].append(metrics.auc(test.labels, scores))
+            aucs[f"{name}TR", "ids"].append(metrics.auc(of_id, by_id))
             if name == "TR":
-                aucs["TRTS", "slices"].append(auc(fakes.labels, class_scores(encoder, fake)))
+                aucs["TRTS", "slices"].append(
+                    metrics.auc(fakes.labels, features.class_scores(encoder, fake))
+                )
     rows = [
         {"figure": name, "unit": unit, "auc": float(np.mean(v)), "std_of_seeds": float(np.std(v))}
         for (name, unit), v in aucs.items()
@@ -313,10 +264,10 @@ def measure_labels(fakes: Slices, references: References) -> dict[str, Rows]:
     for name in ("TR", "TS"):
         x, labels = sources[name]
         scores = intensity_scores(x, labels, unseen)
-        by_id, of_id = mean_by_id(scores, test.participants, test.labels)
+        by_id, of_id = metrics.mean_by_id(scores, test.participants, test.labels)
         title = f"{name}TR, intensity alone"
-        rows.append({"figure": title, "unit": "slices", "auc": auc(test.labels, scores)})
-        rows.append({"figure": title, "unit": "ids", "auc": auc(of_id, by_id)})
+        rows.append({"figure": title, "unit": "slices", "auc": metrics.auc(test.labels, scores)})
+        rows.append({"figure": title, "unit": "ids", "auc": metrics.auc(of_id, by_id)})
     gains = [gain_by_id(name, scores_of_ids, of_id, references.seed) for name in ("TS", "TR+S")]
     return {"labels": rows + gains}
 
@@ -342,11 +293,11 @@ def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor) -> np.ndarra
 # 5: anatomy
 
 
-def measure_anatomy(fakes: Slices, references: References) -> dict[str, Rows]:
+def measure_anatomy(fakes: Slices, references: References) -> dict[str, report.Rows]:
     """Areas of real and generated slices: distance of their distributions, effect of the class."""
     sets = {**references.splits, "fake": fakes}
     measured = {
-        k: np.array([areas(image) for image in tqdm(s.images, f"areas, {k}", unit="slice")])
+        k: np.array([metrics.areas(image) for image in tqdm(s.images, f"areas, {k}", unit="slice")])
         for k, s in sets.items()
     }
     measured["real"] = np.concatenate([measured[k] for k in references.splits])
@@ -360,17 +311,19 @@ def measure_anatomy(fakes: Slices, references: References) -> dict[str, Rows]:
         row: dict[str, Any] = {"area": name}
         row |= {f"{k}_mean": float(v.mean()) for k, v in values.items()}
         distance = wasserstein_distance(*values.values()) / (values["real"].std() or math.nan)
-        row |= {"distance_in_sd": float(distance), "histogram": histogram(values)}
+        row |= {"distance_in_sd": float(distance), "histogram": metrics.histogram(values)}
         if len(fakes.classes) == 2:
-            row["real_effect_of_ids"] = effect_size(
-                *mean_by_id(values["real"], participants, labels)
+            row["real_effect_of_ids"] = metrics.effect_size(
+                *metrics.mean_by_id(values["real"], participants, labels)
             )
             for k, of in {
                 "real": (participants, labels),
                 "fake": (fakes.participants, fakes.labels),
             }.items():
-                row[f"{k}_effect"] = effect_size(values[k], of[1])
-                row[f"{k}_effect_interval"] = effect_interval(values[k], *of, references.seed)
+                row[f"{k}_effect"] = metrics.effect_size(values[k], of[1])
+                row[f"{k}_effect_interval"] = metrics.effect_interval(
+                    values[k], *of, references.seed
+                )
         rows.append(row)
     return {"anatomy": rows}
 
@@ -378,7 +331,7 @@ def measure_anatomy(fakes: Slices, references: References) -> dict[str, Rows]:
 # 6: memorisation
 
 
-def measure_memorisation(fakes: Slices, references: References) -> dict[str, Rows]:
+def measure_memorisation(fakes: Slices, references: References) -> dict[str, report.Rows]:
     """Copies of training slices in any pose, and whether training ids are nearer than others.
 
     Heads are aligned first, and looked for among training slices and their mirror images: in
@@ -387,44 +340,49 @@ def measure_memorisation(fakes: Slices, references: References) -> dict[str, Row
     train, test = references.splits["train"], references.splits["test"]
     rng, n = np.random.default_rng(references.seed), len(train.images)
     chosen = np.sort(rng.choice(n, min(NUM_COPIES, n), False))
-    copies = planted_copies(train.images[chosen], references.seed)
+    copies = features.planted_copies(train.images[chosen], references.seed)
     sets = {
         **{k: s.images for k, s in references.splits.items()},
         "samples": fakes.images,
         **copies,
     }
-    sets = {name: aligned(images) for name, images in sets.items()}
+    sets = {name: metrics.aligned(images) for name, images in sets.items()}
     for name in ("train", "samples", "exact"):
         sets[f"{name}, mirrored"] = sets[name][:, :, ::-1].copy()
     rows, memberships = [], []
-    for space in (PIXELS, *(e for e in references.extractors if e.name == "encoder")):
-        points = {k: features_of(v, space, references.cache, k) for k, v in sets.items()}
+    for space in (features.PIXELS, *(e for e in references.extractors if e.name == "encoder")):
+        points = {k: features.features_of(v, space, references.cache, k) for k, v in sets.items()}
         both = {
             k: np.concatenate([points[k], points[f"{k}, mirrored"]])
             for k in ("train", "samples", "exact")
         }
-        result = copy_audit(
+        result = metrics.copy_audit(
             both["train"], points["test"], points["samples"], test.participants, references.seed
         )
         printable = ("share_too_near", "interval_over_ids", "threshold")
         row = {"space": space.name} | {k: result[k] for k in printable}
         for name in copies:
-            gaps, _ = nearest_neighbour(points[name], both["train"])
+            gaps, _ = metrics.nearest_neighbour(points[name], both["train"])
             row[f"found_{name}"] = float((gaps < result["threshold"]).mean())
         gaps = {"fake": result["gaps"], "test": result["test_gaps"]}
         row |= {f"median_gap_{k}": float(np.median(v)) for k, v in gaps.items()}
         order = result["gaps"].argsort()[:20]
         pairs = {"sample": order, "train": result["partners"][order] % n}
         pairs["gap"] = result["gaps"][order]
-        row |= {"gaps": histogram(gaps), "pairs": {k: v.tolist() for k, v in pairs.items()}}
+        row |= {"gaps": metrics.histogram(gaps), "pairs": {k: v.tolist() for k, v in pairs.items()}}
         rows.append(row)
-        ids = [Features(points[k], s.participants, s.labels) for k, s in references.splits.items()]
+        ids = [
+            metrics.Features(points[k], s.participants, s.labels)
+            for k, s in references.splits.items()
+        ]
         planted = f"samples and {len(chosen)} copies"
         for name, near in (
             ("samples", both["samples"]),
             (planted, np.concatenate([both["samples"], both["exact"]])),
         ):
-            row = {"space": space.name, "near": name} | membership(*ids, near, references.seed)
+            row = {"space": space.name, "near": name} | metrics.membership(
+                *ids, near, references.seed
+            )
             memberships.append(row)
     return {"memorisation": rows, "membership": memberships}
 
@@ -432,7 +390,7 @@ def measure_memorisation(fakes: Slices, references: References) -> dict[str, Row
 # 7: what each extractor sees
 
 
-def measure_calibration(_: Slices, references: References) -> dict[str, Rows]:
+def measure_calibration(_: Slices, references: References) -> dict[str, report.Rows]:
     """FD to the training slices of degraded test slices, over that of the same as they are.
 
     In pixels too, at three strengths of each kind, and of ever fewer of the test ids. A
@@ -440,25 +398,30 @@ def measure_calibration(_: Slices, references: References) -> dict[str, Rows]:
     """
     train, test = references.splits["train"], references.splits["test"]
     some, rows = test.images[evenly_spaced(len(test.images), NUM_DEGRADED)], []
-    for extractor in (PIXELS, *references.extractors):
+    for extractor in (features.PIXELS, *references.extractors):
         real, unseen = (
-            extract(k, s, extractor, references.cache)
+            features.extract(k, s, extractor, references.cache)
             for k, s in (("train", train), ("test", test))
         )
-        target, ratio = gaussian(real.values), participation_ratio(real.values)
+        target, ratio = metrics.gaussian(real.values), metrics.participation_ratio(real.values)
 
         def distance(
-            images: np.ndarray, extractor: Extractor = extractor, target: Gaussian = target
+            images: np.ndarray,
+            extractor: features.Extractor = extractor,
+            target: metrics.Gaussian = target,
         ) -> float:
-            values = features_of(images, extractor, references.cache, "degraded test slices")
-            return gaussian_distance(gaussian(values), target)
+            values = features.features_of(
+                images, extractor, references.cache, "degraded test slices"
+            )
+            return metrics.gaussian_distance(metrics.gaussian(values), target)
 
         base, ladder = distance(some), {}
-        for name, (degrade, strengths) in DEGRADATIONS.items():
+        for name, (degrade, strengths) in features.DEGRADATIONS.items():
             ladder[name] = {s: distance(degrade(some, s)) / (base or math.nan) for s in strengths}
-        whole = gaussian_distance(gaussian(unseen.values), target) or math.nan
+        whole = metrics.gaussian_distance(metrics.gaussian(unseen.values), target) or math.nan
         ladder["ids left out, share"] = {
-            s: without_ids(unseen, s, target, references.seed) / whole for s in (0.5, 0.75, 0.9)
+            s: metrics.without_ids(unseen, s, target, references.seed) / whole
+            for s in (0.5, 0.75, 0.9)
         }
         for name, steps in ladder.items():
             values = list(steps.values())
@@ -476,7 +439,7 @@ def measure_calibration(_: Slices, references: References) -> dict[str, Rows]:
 # Report
 
 
-MEASURES: dict[str, Callable[[Slices, References], dict[str, Rows]]] = {
+MEASURES: dict[str, Callable[[Slices, References], dict[str, report.Rows]]] = {
     "distribution": measure_distribution,
     "diversity": measure_diversity,
     "labels": measure_labels,
@@ -486,10 +449,12 @@ MEASURES: dict[str, Callable[[Slices, References], dict[str, Rows]]] = {
 }
 
 
-def measure(fakes: Slices, references: References, metrics: tuple[Group, ...]) -> dict[str, Rows]:
+def measure(
+    fakes: Slices, references: References, groups: tuple[Group, ...]
+) -> dict[str, report.Rows]:
     """The tables of every group asked for, of one set of images."""
-    tables: dict[str, Rows] = {}
-    for name in metrics:
+    tables: dict[str, report.Rows] = {}
+    for name in groups:
         tables |= MEASURES[name](fakes, references)
     return tables
 
@@ -499,40 +464,40 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
 
     Raises UserError for bad input, before anything that takes long.
     """
-    source = options.runs[0] if options.runs else newest_run()
-    run = run_folder(source)
-    G, config, classes = load_generator(source)
+    source = options.runs[0] if options.runs else runs.newest_run()
+    run = runs.run_folder(source)
+    G, config, classes = runs.load_generator(source)
     G.to(resolve_device(options.device))
-    ensure_writable(options.out or output_folder(source, "evaluation"))
-    cache, extractors = options.cache or cache_of(config), []
+    ensure_writable(options.out or runs.output_folder(source, "evaluation"))
+    cache, extractors = options.cache or runs.cache_of(config), []
     device = next(G.parameters()).device
     if "inception" in options.extractors:
-        extractors.append(load_inception(options.inception_weights, device))
+        extractors.append(features.load_inception(options.inception_weights, device))
     if "dinov2" in options.extractors:
-        extractors.append(load_dinov2(options.dinov2_weights, device))
+        extractors.append(features.load_dinov2(options.dinov2_weights, device))
     real = replace(config, data_root=options.data_root or config.data_root, cache=cache)
     splits, data = load_slices(real)
     if splits["train"].classes != classes:
         found = splits["train"].classes
         raise UserError(f"{real.data_root} has classes {found}, the generator {classes}")
-    trained_on_it = data == read_run_config(run)[2]
+    trained_on_it = data == runs.read_run_config(run)[2]
     if not trained_on_it:
         print_once(f"note: {OTHER_DATA}")
     if "encoder" in options.extractors:
         own = run / "encoder.safetensors"  # what the run measured itself with
         own = own if trained_on_it and own.exists() else None
-        encoder, digest = trained_encoder(splits["train"], data, cache, own)
-        extractors.append(encoder_extractor(encoder, digest, data))
+        encoder, digest = features.trained_encoder(splits["train"], data, cache, own)
+        extractors.append(features.encoder_extractor(encoder, digest, data))
     fresh = None
     if real.data_root is None and "distribution" in options.metrics:
-        fresh = fresh_slices(splits["train"], cache, min(options.num_fake, MAX_FRESH))
+        fresh = features.fresh_slices(splits["train"], cache, min(options.num_fake, MAX_FRESH))
     what = {
         **identity_of(source),
         "data": data if trained_on_it else f"{data}: {OTHER_DATA}",
         "resolution": config.img_resolution,
         "resize": "bicubic with antialiasing, after padding to a square",
         "seed": options.seed,
-        **{e.name: e.identity for e in (PIXELS, *extractors)},
+        **{e.name: e.identity for e in (features.PIXELS, *extractors)},
     }
     return G, References(splits, extractors, cache, options.seed, fresh), what
 
@@ -541,7 +506,7 @@ def identity_of(source: Path) -> dict[str, Any]:
     """Which weights: their file, its sha256, and the images seen in training."""
     weights = source / "generator.safetensors" if source.is_dir() else source
     if weights.suffix == ".pt":
-        nimg = load_checkpoint(weights)["cur_nimg"]
+        nimg = runs.load_checkpoint(weights)["cur_nimg"]
     else:
         with safe_open(weights, "numpy") as file:
             nimg = (file.metadata() or {}).get("cur_nimg")  # earlier versions did not keep it
@@ -555,8 +520,8 @@ def fakes_of(
     """The images to evaluate, each an id of its own, and what they are. Raises UserError."""
     train = references.splits["train"]
     if options.images is None:
-        labels = labels_in_proportion(train.labels, options.num_fake)
-        return sample_fakes(G, labels, train.classes, options.seed), {"psi": 1.0}
+        labels = features.labels_in_proportion(train.labels, options.num_fake)
+        return features.sample_fakes(G, labels, train.classes, options.seed), {"psi": 1.0}
     found, files = find_class_folders(options.images)
     if found != train.classes:
         raise UserError(f"images = {options.images}: has classes {found}, not {train.classes}")
@@ -580,24 +545,26 @@ def evaluate(options: Options) -> dict[str, Any]:
     """Compute and write everything asked for. Raises UserError for bad input."""
     G, references, what = prepare(options)
     fakes, origin = fakes_of(options, G, references)
-    report = {"what": what | origin | counts({**references.splits, "fake": fakes})}
-    report |= measure(fakes, references, options.metrics)
+    tables: dict[str, Any] = {"what": what | origin | counts({**references.splits, "fake": fakes})}
+    tables |= measure(fakes, references, options.metrics)
     if "diversity" in options.metrics and options.images is None:
-        report["grey_levels_moved_by"] = [conditional_variation(G, options.seed)]
-    out = options.out or output_folder(Path(what["weights"]), "evaluation")
-    write_text(json.dumps(plain(report), indent=2) + "\n", out / "evaluation.json")
-    write_text(as_markdown(report), out / "evaluation.md")
-    draw_report(report, out / "evaluation.png")
-    for row in report.get("memorisation", ()):
-        draw_pairs_of(row, fakes, references.splits["train"], out / f"nearest_{row['space']}.png")
-    print_once(as_markdown(report))
-    return report
+        tables["grey_levels_moved_by"] = [features.conditional_variation(G, options.seed)]
+    out = options.out or runs.output_folder(Path(what["weights"]), "evaluation")
+    report.write_text(json.dumps(report.plain(tables), indent=2) + "\n", out / "evaluation.json")
+    report.write_text(report.as_markdown(tables), out / "evaluation.md")
+    report.draw_report(tables, out / "evaluation.png")
+    for row in tables.get("memorisation", ()):
+        report.draw_pairs_of(
+            row, fakes, references.splits["train"], out / f"nearest_{row['space']}.png"
+        )
+    print_once(report.as_markdown(tables))
+    return tables
 
 
-def over_runs(reports: list[dict[str, Any]]) -> Rows:
+def over_runs(reports: list[dict[str, Any]]) -> report.Rows:
     """The samples' headline over several runs: means, ranges, and intervals of all runs' draws."""
     rows = []
-    heads = [[r for r in report["headline"] if r["set"] == "samples"] for report in reports]
+    heads = [[r for r in tables["headline"] if r["set"] == "samples"] for tables in reports]
     for same in zip(*heads, strict=True):
         row = {"extractor": same[0]["extractor"], "runs": len(same)}
         for name in ("fd_test", "fd_infinite", "over_memory", "over_perfect"):
@@ -605,7 +572,7 @@ def over_runs(reports: list[dict[str, Any]]) -> Rows:
             if values:
                 row |= {name: float(np.mean(values)), f"{name}_range": [min(values), max(values)]}
             if draws := [r[f"{name}_draws"]["values"] for r in same if f"{name}_draws" in r]:
-                row[f"{name}_interval"] = interval(np.concatenate(draws))
+                row[f"{name}_interval"] = metrics.interval(np.concatenate(draws))
         rows.append(row)
     return rows
 
@@ -613,9 +580,11 @@ def over_runs(reports: list[dict[str, Any]]) -> Rows:
 def main() -> None:
     """Command line of this module."""
     options = tyro.cli(Options, description=__doc__)
-    reports = [evaluate(replace(options, runs=(run,))) for run in options.runs or (newest_run(),)]
+    reports = [
+        evaluate(replace(options, runs=(run,))) for run in options.runs or (runs.newest_run(),)
+    ]
     if len(reports) > 1 and "distribution" in options.metrics:
-        print_once(f"## Over {len(reports)} runs\n\n{as_table(over_runs(reports))}")
+        print_once(f"## Over {len(reports)} runs\n\n{report.as_table(over_runs(reports))}")
 
 
 if __name__ == "__main__":

@@ -41,19 +41,11 @@ from dataset import Slices, load_slices
 from evaluation.features import averaged
 from evaluation.metrics import mean_by_id
 from modules import Generator
+from training import runs
 from training.diagnosis import draw_loss
 from training.logs import read_log
 from training.process import resolve_device
 from training.recorder import read_square
-from training.runs import (
-    FREE_TO_CHANGE,
-    cache_of,
-    load_generator,
-    newest_run,
-    output_folder,
-    plain_settings,
-    read_run_config,
-)
 from utils import (
     compiled_folder,
     conditions,
@@ -320,22 +312,22 @@ def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
 
 def differences(configs: Sequence[Config]) -> list[str]:
     """For each run, the settings in which it differs from the others and that change its step."""
-    settings = [plain_settings(config) for config in configs]
+    settings = [runs.plain_settings(config) for config in configs]
     names = [n for n in settings[0] if len({str(s[n]) for s in settings}) > 1]
-    printable = [n for n in names if n not in FREE_TO_CHANGE and n[:4] not in ("ada_", "fid_")]
+    printable = [n for n in names if n not in runs.FREE_TO_CHANGE and n[:4] not in ("ada_", "fid_")]
     return [", ".join(f"{n} {s[n]}" for n in printable) for s in settings]
 
 
-def plot_comparison(runs: Sequence[Path], path: Path) -> None:
+def plot_comparison(folders: Sequence[Path], path: Path) -> None:
     """A column for each run: its last images, its losses on common axes; FID of all in one plot.
 
     Titles name what differs between the runs, but for the control of `ada` and of measuring.
     """
-    configs = [read_run_config(run)[0] for run in runs]
-    figure = Figure(figsize=(max(8, 3 * len(runs)), 9))
-    axes = figure.subplots(3, len(runs), squeeze=False, height_ratios=(2, 3, 5))
+    configs = [runs.read_run_config(run)[0] for run in folders]
+    figure = Figure(figsize=(max(8, 3 * len(folders)), 9))
+    axes = figure.subplots(3, len(folders), squeeze=False, height_ratios=(2, 3, 5))
     titles = differences(configs)
-    for (top, middle, _), run, title in zip(axes.T, runs, titles, strict=True):
+    for (top, middle, _), run, title in zip(axes.T, folders, titles, strict=True):
         for grid in sorted((run / "grids").glob("epoch*.png"))[-1:]:
             top.imshow(read_square(grid), cmap="gray", vmin=0, vmax=255)
         top.axis("off")
@@ -346,18 +338,20 @@ def plot_comparison(runs: Sequence[Path], path: Path) -> None:
         middle.legend(fontsize=8)
     for ax in axes[2]:
         ax.remove()
-    draw_fid(figure.add_subplot(axes[2, 0].get_gridspec()[2, :]), runs)
+    draw_fid(figure.add_subplot(axes[2, 0].get_gridspec()[2, :]), folders)
     figure.tight_layout()
     save_figure(figure, path)
 
 
-def draw_fid(ax: Axes, runs: Sequence[Path]) -> None:
+def draw_fid(ax: Axes, folders: Sequence[Path]) -> None:
     """FID of each run against the images it was shown, and of test slices; of one kind of features.
 
     Runs whose features or data are not those of the first are left out: they do not compare.
     """
-    kinds = [(read_run_config(r)[0].fid_extractor, read_run_config(r)[2]) for r in runs]
-    for i, (run, kind) in enumerate(zip(runs, kinds, strict=True)):
+    kinds = [
+        (runs.read_run_config(r)[0].fid_extractor, runs.read_run_config(r)[2]) for r in folders
+    ]
+    for i, (run, kind) in enumerate(zip(folders, kinds, strict=True)):
         log = [e for e in read_log(run) if e.get("fid") is not None]
         line = [(e["nimg"] / 1000, e["fid"], e.get("fid_real")) for e in log]
         if line and kind == kinds[0]:
@@ -392,7 +386,7 @@ def real_slices(config: Config, options: Options, known: list[str]) -> dict[str,
             f"{root} is not here: no embedding of real slices (--data-root names another place)"
         )
         return None
-    cache = options.cache or cache_of(config)
+    cache = options.cache or runs.cache_of(config)
     splits, _ = load_slices(replace(config, data_root=root, cache=cache))
     if splits["train"].classes != known:
         raise UserError(f"{root} has classes {splits['train'].classes}, the generator {known}")
@@ -401,17 +395,17 @@ def real_slices(config: Config, options: Options, known: list[str]) -> dict[str,
 
 def predict(options: Options) -> Path:
     """Draw every figure. Returns the folder that holds them. Raises UserError for bad input."""
-    source = options.checkpoint or newest_run()
-    G, config, known = load_generator(source)
+    source = options.checkpoint or runs.newest_run()
+    G, config, known = runs.load_generator(source)
     if options.position is not None and not G.by_position:
         raise UserError(
             f"position = {options.position}: a generator without condition_position has none"
         )
     G.to(resolve_device(options.device))
     classes = chosen_classes(options.classes, known)
-    out = options.out or output_folder(source, "predict")
+    out = options.out or runs.output_folder(source, "predict")
     ensure_writable(out)
-    cache = options.cache or cache_of(config)
+    cache = options.cache or runs.cache_of(config)
     os.environ.setdefault("NUMBA_CACHE_DIR", compiled_folder(cache))  # of UMAP
     splits = real_slices(config, options, known)
     seeds = list(options.seeds or range(options.count))

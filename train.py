@@ -41,34 +41,9 @@ from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader, normalize
 from evaluation.features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
+from training import logs, process, runs
 from training.diagnosis import diagnose, plot_curves
-from training.logs import STATS, due_statistics, meaningful_fid, read_history
-from training.process import (
-    STOP,
-    Stopped,
-    average_over_ranks,
-    broadcast_from_rank_0,
-    feature_dtype,
-    keep_freed_memory,
-    leave,
-    lost_workers_named,
-    most_of_ranks,
-    rank_0_first,
-    resolve_device,
-    tune,
-)
 from training.recorder import FLUSH_STEPS, Measurements, Recorder
-from training.runs import (
-    NETWORK,
-    checkpoints,
-    load_fitting_weights,
-    open_run,
-    plain_settings,
-    read_run_config,
-    save_generator,
-    source_of_weights,
-    start_run,
-)
 from utils import (
     first_line,
     num_ranks,
@@ -191,7 +166,7 @@ class Phases:
             stats = self.backward(phase, seed, *args)
         parameters = optimizer.param_groups[0]["params"]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        average_over_ranks(gradients + list(stats.values()))
+        process.average_over_ranks(gradients + list(stats.values()))
         stats[f"{phase.__name__}_grad"] = torch.nn.utils.get_total_norm(gradients)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -204,7 +179,7 @@ class Phases:
         print_once(f"compiling {phase.__name__} ...")
         started = time.perf_counter()
         try:
-            with STOP.waiting(False):
+            with process.STOP.waiting(False):
                 stats = self.backward(phase, seed, *args)
             print_once(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
         except Exception as error:  # the compiler's are of many types
@@ -238,7 +213,7 @@ class TrainingState:
     def __init__(self, config: Config, c_dim: int, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         like_conv = {"device": device, "memory_format": MEMORY_FORMAT}
-        dtype = feature_dtype(config, device)
+        dtype = process.feature_dtype(config, device)
         self.config, self.device = config, device
         self.G = Generator(config, c_dim, dtype=dtype).to(**like_conv)
         self.D = Discriminator(config, c_dim, dtype=dtype).to(**like_conv)
@@ -261,7 +236,7 @@ class TrainingState:
             "cur_nimg": self.cur_nimg,
             "best_fid": self.best_fid,
             "num_ranks": num_ranks(),
-            "settings": plain_settings(self.config),
+            "settings": runs.plain_settings(self.config),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -317,7 +292,7 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
         [len(STATS)], NaN where a penalty was not due.
     """
     config, G, D = state.config, state.G, state.D
-    N, due = len(real), due_statistics(config, state.cur_nimg)
+    N, due = len(real), logs.due_statistics(config, state.cur_nimg)
 
     def run(phase: Callable, optimizer: torch.optim.Adam, *args: Any) -> dict[str, Tensor]:
         seed = stream_seed(phase.__name__, config.seed, rank(), state.cur_nimg)
@@ -342,7 +317,7 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
         D.augment.adapt(stats["real_sign"], state.cur_nimg)
         stats["ada_p"] = D.augment.p.clone()
     missing = torch.full([], math.nan, device=real.device)
-    return torch.stack([stats.get(name, missing) for name in STATS])
+    return torch.stack([stats.get(name, missing) for name in logs.STATS])
 
 
 def write_checkpoint(state: TrainingState, path: Path) -> None:
@@ -358,14 +333,14 @@ def save_run(state: TrainingState) -> None:
     """Write a checkpoint and the generator; keep the newest few checkpoints."""
     run = state.config.out
     write_checkpoint(state, run / "checkpoints" / f"{state.cur_nimg:010d}.pt")
-    save_generator(run, state.G_ema, state.cur_nimg)
-    for old in checkpoints(run)[:-KEPT_CHECKPOINTS]:
+    runs.save_generator(run, state.G_ema, state.cur_nimg)
+    for old in runs.checkpoints(run)[:-KEPT_CHECKPOINTS]:
         old.unlink()
 
 
 def diverged(state: TrainingState, where: str, nimg: float) -> UserError:
     """The error that ends a run whose numbers are no longer finite."""
-    last = checkpoints(state.config.out)
+    last = runs.checkpoints(state.config.out)
     advice = "lower --learning-rate or raise --r1-gamma, in another --out"
     return UserError(
         f"not a finite number: {where}, at image {nimg:,.0f}. "
@@ -398,9 +373,9 @@ def batches(
             steps.popleft().synchronize()
         asked = time.perf_counter()
         try:
-            with STOP.waiting(num_ranks() > 1):  # many ranks end after the same step
+            with process.STOP.waiting(num_ranks() > 1):  # many ranks end after the same step
                 batch = next(iterator, None)
-        except Stopped:
+        except process.Stopped:
             return
         recorder.waited += time.perf_counter() - asked
         if batch is None:
@@ -442,14 +417,14 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
     weight = label_weight(config, state.cur_nimg)
     line = recorder.summary(epoch, state.pl_mean.item())
     try:
-        with STOP.waiting(False):
+        with process.STOP.waiting(False):
             if recorder.measurements is not None and (last or recorder.comes_due(config.fid_kimg)):
                 if weight == 1:  # else labels are half trained
                     line |= recorder.measurements.measure(state.G_ema, state.D)
-    except Stopped:
+    except process.Stopped:
         return
     recorder.write_line(line)
-    if improved := (fid := meaningful_fid(line)) < state.best_fid:
+    if improved := (fid := logs.meaningful_fid(line)) < state.best_fid:
         state.best_fid = fid
         write_checkpoint(state, config.out / "best.pt")
     if last or recorder.grid_due(epoch):
@@ -463,7 +438,7 @@ def save_if_new(state: TrainingState, recorder: Recorder, anew: bool = False) ->
     """Write a checkpoint of this moment, unless there is one; `anew` where it says less."""
     if recorder.pending:
         write_losses(state, recorder)
-    newest = checkpoints(state.config.out)[-1:]
+    newest = runs.checkpoints(state.config.out)[-1:]
     if anew or not newest or newest[0].stem != f"{state.cur_nimg:010d}":
         save_run(state)
 
@@ -480,12 +455,12 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
             f"batch_size = {config.batch_size}: must split evenly over the {num_ranks()} "
             "processes, 2 images or more for each"
         )
-    saved = open_run(config)
+    saved = runs.open_run(config)
     if config.fid_kimg and config.fid_extractor == "inception":
         find_weights(None, INCEPTION)
     splits, data = load_slices(config)
     if saved is None and config.init_from is not None:
-        source_of_weights(config, splits["train"].c_dim)
+        runs.source_of_weights(config, splits["train"].c_dim)
     return saved, splits, data
 
 
@@ -500,26 +475,26 @@ def start_state(config: Config, slices: Slices, device: torch.device, saved: Any
             f"resuming {config.out} at {state.cur_nimg:,} images{other * (before != num_ranks())}"
         )
     elif config.init_from is not None:
-        for name, weights in source_of_weights(config, slices.c_dim).items():
-            load_fitting_weights(getattr(state, name), weights)
+        for name, weights in runs.source_of_weights(config, slices.c_dim).items():
+            runs.load_fitting_weights(getattr(state, name), weights)
         print_once(f"starting from the weights of {config.init_from}")
     for value in (state.cur_nimg, len(slices.images)):
-        most, least = most_of_ranks(value), -most_of_ranks(-value)
+        most, least = process.most_of_ranks(value), -process.most_of_ranks(-value)
         if most != least:
             raise UserError(f"{config.out} or the data differ between nodes: use shared storage")
     for net in (state.G, state.D, state.G_ema):
-        broadcast_from_rank_0(list(net.parameters()) + list(net.buffers()))
+        process.broadcast_from_rank_0(list(net.parameters()) + list(net.buffers()))
     return state
 
 
 def train(config: Config) -> None:
     """Train to `config.epochs`, or until asked to stop. Raises UserError for bad input or NaN."""
-    with STOP:
+    with process.STOP:
         try:
             prepare_and_train(config)
-        except Stopped:
-            STOP.waits = True
-            saved = checkpoints(config.out)[-1:]
+        except process.Stopped:
+            process.STOP.waits = True
+            saved = runs.checkpoints(config.out)[-1:]
             print_once(
                 stopped_line(f"the newest checkpoint is {saved[0]}" if saved else "nothing yet")
             )
@@ -533,18 +508,19 @@ def train(config: Config) -> None:
 
 def stopped_line(saved: str) -> str:
     """What is said at a request to stop."""
-    return f"stopped by {STOP.name or 'another rank'}; saved: {saved}; the same command goes on"
+    asked = process.STOP.name or "another rank"
+    return f"stopped by {asked}; saved: {saved}; the same command goes on"
 
 
 def prepare_and_train(config: Config) -> None:
     """All of training. Raises Stopped where nothing is left to be saved."""
-    device = resolve_device(config.device)
-    tune(device, config.cache)
-    keep_freed_memory(device)
-    with rank_0_first(device):
+    device = process.resolve_device(config.device)
+    process.tune(device, config.cache)
+    process.keep_freed_memory(device)
+    with process.rank_0_first(device):
         saved, splits, data = prepare(config)
         classes = splits["train"].classes
-        lock = start_run(config, classes, data, saved) if rank() == 0 else nullcontext()
+        lock = runs.start_run(config, classes, data, saved) if rank() == 0 else nullcontext()
     with lock:
         train_and_save(config, splits, data, saved, device)
 
@@ -567,19 +543,19 @@ def train_and_save(
 
     if config.fid_kimg and rank() == 0:
         recorder.measurements = Measurements(splits, data, config, device)
-    with STOP.waiting(True):
+    with process.STOP.waiting(True):
         try:
             if missed and rank() == 0:
                 end_epoch(state, recorder, missed)
-            if not most_of_ranks(bool(STOP.name)):
-                with lost_workers_named(config):
+            if not process.most_of_ranks(bool(process.STOP.name)):
+                with process.lost_workers_named(config):
                     loop(state, slices, recorder, total)
             if rank() == 0:
                 save_if_new(state, recorder)
         finally:
             recorder.close()
     images = f"{state.cur_nimg:,} images, {config.out}"
-    done = state.cur_nimg >= total and not STOP.name
+    done = state.cur_nimg >= total and not process.STOP.name
     print_once(f"done: {images}" if done else stopped_line(images))
 
 
@@ -600,7 +576,7 @@ def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -
             bar.update(config.batch_size)
             if rank() == 0 and (newest := end_step(state, recorder, stats)):
                 bar.set_postfix({k: f"{newest[k]:.2f}" for k in ("d_loss", "g_loss")})
-            if most_of_ranks(bool(STOP.name)):
+            if process.most_of_ranks(bool(process.STOP.name)):
                 return
 
 
@@ -616,8 +592,8 @@ def parse_settings(args: list[str] | None = None) -> Config:
     cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
     default = Config(**(GPU if cuda else CPU))
     if given.init_from != "None":
-        source = read_run_config(Path(given.init_from))[0]
-        default = replace(default, **{name: getattr(source, name) for name in NETWORK})
+        source = runs.read_run_config(Path(given.init_from))[0]
+        default = replace(default, **{name: getattr(source, name) for name in runs.NETWORK})
     return tyro.cli(
         Config,
         default=default,
@@ -629,8 +605,8 @@ def parse_settings(args: list[str] | None = None) -> Config:
 
 def print_diagnosis(run: Path) -> None:
     """What looks wrong in a run. Raises UserError if it is none."""
-    config, _, _ = read_run_config(run)
-    found = diagnose(read_history(run), config)
+    config, _, _ = runs.read_run_config(run)
+    found = diagnose(logs.read_history(run), config)
     print_once("\n".join(found.values()) or f"{run}: nothing looks wrong")
     plot_curves(run, run / "curves.png", config)
 
@@ -652,4 +628,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     run_command(main)
-    leave()
+    process.leave()

@@ -34,7 +34,7 @@ from dataset import (
     find_positions,
     folder_once,
 )
-from evaluation.metrics import Features, segment
+from evaluation import metrics
 from modules import MEMORY_FORMAT, Generator
 from utils import (
     NUM_POSITIONS,
@@ -409,10 +409,10 @@ def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str
     return np.array(make_array_once(path, write))
 
 
-def extract(name: str, slices: Slices, extractor: Extractor, cache: Path) -> Features:
+def extract(name: str, slices: Slices, extractor: Extractor, cache: Path) -> metrics.Features:
     """The features of a set of slices; the name is for the progress bar."""
     values = features_of(slices.images, extractor, cache, name)
-    return Features(values, slices.participants, slices.labels)
+    return metrics.Features(values, slices.participants, slices.labels)
 
 
 @torch.no_grad()
@@ -453,7 +453,7 @@ def fill_ventricles(images: np.ndarray, share: float) -> np.ndarray:
     """Ventricles as light as the brain's median, or a share of the way there."""
     found = images.astype(np.float64)
     for image in found:
-        brain, ventricles = segment(image)
+        brain, ventricles = metrics.segment(image)
         if ventricles.any():
             image[ventricles] += share * (np.median(image[brain]) - image[ventricles])
     return to_grey(found)

@@ -41,7 +41,7 @@ from evaluate import (
     prepare,
     write_text,
 )
-from evaluation.features import blurred, fresh_slices, labels_in_proportion, planted_copies
+from evaluation import features
 from evaluation.metrics import halves_by_id
 from training.runs import run_folder
 from utils import run_command
@@ -54,7 +54,7 @@ def largest_mix(labels: np.ndarray, available: list[np.ndarray], most: int) -> n
     """As many labels in the proportions of the given ones as every set can fill."""
     top = np.min([np.bincount(a, minlength=labels.max() + 1) for a in available], 0)
     for n in range(most, 0, -1):
-        wanted = labels_in_proportion(labels, n)
+        wanted = features.labels_in_proportion(labels, n)
         if (np.bincount(wanted, minlength=len(top)) <= top).all():
             return wanted
     raise UserError("half of the test ids lacks a class: too few ids for impostors")
@@ -84,14 +84,16 @@ def impostors(
     wanted = largest_mix(train.labels, labels, len(samples.labels))
     perfect, *copied = (choose(s, wanted, rng) for s in (other, train, few))
     copied, dropped = (
-        replace(s, images=planted_copies(s.images[:, :, ::-1].copy(), references.seed)["noisy"])
+        replace(
+            s, images=features.planted_copies(s.images[:, :, ::-1].copy(), references.seed)["noisy"]
+        )
         for s in copied
     )
     sets = {
         "perfect": perfect,
         "copied": copied,
         "dropped": dropped,
-        "degraded": replace(perfect, images=blurred(perfect.images, 0.6)),
+        "degraded": replace(perfect, images=features.blurred(perfect.images, 0.6)),
         "samples": choose(samples, wanted, rng),
     }
     return sets, references
@@ -124,7 +126,7 @@ def compare(options: Options) -> Rows:
     other = None
     if references.fresh is not None:
         count = len(references.fresh.labels)
-        other = fresh_slices(references.splits["train"], references.cache, count, seed=1)
+        other = features.fresh_slices(references.splits["train"], references.cache, count, seed=1)
     sets, references = impostors(samples, references, other)
     tables = {}
     for name, fakes in sets.items():

@@ -28,7 +28,7 @@ from config import Config, UserError
 from dataset import load_slices, make_loader
 from predict import Options, predict
 from train import train
-from training import recorder
+from training import logs
 from training.logs import STATS, losses_text, read_log, read_losses
 from training.runs import checkpoints, load_checkpoint, load_generator
 from utils import append_checksum, has_checksum, make_array_once
@@ -95,9 +95,9 @@ def test_a_kill_at_the_worst_moment_loses_nothing(whole, config: Config, monkeyp
     config = replace(whole, out=config.out)
     shutil.rmtree(config.cache)
     owner, name, at_call = {
-        "decoding": (dataset, "decode_subject", 3),
+        "decoding": (dataset, "resized_scan", 3),
         "writing a checkpoint": (torch, "save", 2),
-        "writing a line": (recorder, "append_losses", 2),
+        "writing a line": (logs, "append_losses", 2),
     }[moment]
     function, calls = getattr(owner, name), itertools.count(1)
 
@@ -357,7 +357,7 @@ def attack(run: Path, **changes: object) -> None:
         ({"augment": "bogus"}, "augment = bogus"),
         ({"seed": 0.5}, "seed = 0.5"),
         ({"w_dim": True}, "w_dim = True"),
-        ({"w_dim": 10**9}, "w_dim = 1000000000: must be 65536 or less"),
+        ({"w_dim": 10**9}, "w_dim = 1000000000: must be int, 1 to 65536"),
         ({"mapping_layers": 10**9}, "mapping_layers = 1000000000"),
         ({"z_dim": 2**16, "w_dim": 2**16, "channel_max": 2**16}, "does not fit"),
         ({"img_resolution": 512, "channel_base": 2**20, "channel_max": 2**16}, "does not fit"),

@@ -47,9 +47,9 @@ def interrupted(function: Callable, number: int, at_call: int = 1) -> Callable:
 # Where each moment is: the object and the name of what runs then, and which call is cut
 MOMENTS = {
     "writing demo brains": (demo_brains, "write_subject", 3),
-    "decoding": (dataset, "decode_subject", 3),
+    "decoding": (dataset, "resized_scan", 3),
     "training the encoder": (features.Encoder, "embedding", 3),
-    "features of the training slices": (recorder, "features_of", 1),
+    "features of the training slices": (features, "features_of", 1),
     "compiling": (training.Phases, "backward", 2),
     "waiting for the loader": (dataset.TrainingSlices, "__getitem__", 3),
     "a step": (training, "ema_step", 3),

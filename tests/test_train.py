@@ -844,7 +844,7 @@ def test_the_command_line_prints_its_settings_and_one_line_for_an_error(
     assert "Traceback" not in done.stderr
     monkeypatch.chdir(tmp_path)
     assert command("--epochs", "0") == 2
-    assert "epochs = 0: must be 1 or more" in capsys.readouterr().err
+    assert "epochs = 0: must be int, 1 to" in capsys.readouterr().err
     assert command("--data-root", "nowhere") == 2
     assert capsys.readouterr().err.strip() == "error: data_root = nowhere: no such folder"
     assert not (tmp_path / "runs" / "default").exists()

@@ -21,31 +21,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from config import Config
 from dataset import Slices
-from evaluation.features import (
-    averaged,
-    class_scores,
-    compute_features,
-    conditional_variation,
-    encoder_extractor,
-    features_of,
-    labels_in_proportion,
-    load_inception,
-    sample_fakes,
-    to_tensor,
-    trained_encoder,
-)
-from evaluation.metrics import (
-    frechet_distance,
-    gaussian,
-    gaussian_distance,
-    grain,
-    kernel_distance,
-    leaks,
-    pose,
-)
+from evaluation import features, metrics
 from modules import Discriminator, Generator
+from training import logs
 from training.diagnosis import diagnose, plot_curves, plot_losses
-from training.logs import STATS, append_losses, due_statistics, history_of, truncate_logs
 from training.process import most_of_ranks
 from utils import (
     conditions,
@@ -91,17 +70,19 @@ class Measurements:
         self.config, rng = config, np.random.default_rng(0)
         self.classes, self.num_classes = train.classes, len(train.classes)
         own = config.out / "encoder.safetensors"
-        self.encoder, digest = trained_encoder(train, data, config.cache, own)
+        self.encoder, digest = features.trained_encoder(train, data, config.cache, own)
         if config.fid_extractor == "inception":
-            self.extractor = load_inception(None, device)
+            self.extractor = features.load_inception(None, device)
         else:
-            self.extractor = encoder_extractor(self.encoder, digest, data)
+            self.extractor = features.encoder_extractor(self.encoder, digest, data)
         self.missing: set[str] = set()
-        self.real = features_of(train.images, self.extractor, config.cache, "training slices")
-        unseen = features_of(test.images, self.extractor, config.cache, "test slices")
-        self.fid_real = frechet_distance(unseen, self.real)
-        self.real = gaussian(self.real), self.real
-        self.labels = labels_in_proportion(train.labels, config.fid_images)
+        self.real = features.features_of(
+            train.images, self.extractor, config.cache, "training slices"
+        )
+        unseen = features.features_of(test.images, self.extractor, config.cache, "test slices")
+        self.fid_real = metrics.frechet_distance(unseen, self.real)
+        self.real = metrics.gaussian(self.real), self.real
+        self.labels = features.labels_in_proportion(train.labels, config.fid_images)
         self.samples = {}  # as many slices of each split, for D
         for name, part in splits.items():
             rows = rng.permutation(len(part.labels))  # mixed, as batches are in training
@@ -110,14 +91,16 @@ class Measurements:
         rows = [np.flatnonzero(train.labels == i) for i in range(len(train.classes))]
         rows = [r[evenly_spaced(len(r), MAX_DEVIATION)] for r in rows]
         self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows])) or math.nan
-        self.pose = pose(self.samples["train"].images)
-        self.grain = grain(self.samples["train"].images) or math.nan
+        self.pose = metrics.pose(self.samples["train"].images)
+        self.grain = metrics.grain(self.samples["train"].images) or math.nan
         self.seen_real = self.agreement(test)
 
     @torch.no_grad()
     def agreement(self, slices: Slices) -> float:
         """Share of the slices of a class for which the encoder names it, the mean over classes."""
-        named = class_scores(self.encoder, averaged(slices.images))[:, : self.num_classes].argmax(1)
+        named = features.class_scores(self.encoder, features.averaged(slices.images))[
+            :, : self.num_classes
+        ].argmax(1)
         present = np.unique(slices.labels)
         return float(np.mean([(named == i)[slices.labels == i].mean() for i in present]))
 
@@ -128,24 +111,24 @@ class Measurements:
         c, logits = conditions(slices.labels, slices.positions, c_dim), []
         size = self.config.batch_size
         for i in range(0, max(1, len(c) - size + 1), size):
-            x = to_tensor(slices.images[i : i + size]).to(device).float() / 127.5 - 1
+            x = features.to_tensor(slices.images[i : i + size]).to(device).float() / 127.5 - 1
             logits.append(D(x, c[i : i + size].to(device)))
         return float(torch.cat(logits).mean())
 
     def measure(self, G: Generator, D: Discriminator) -> dict[str, float | None]:
         """All figures of the averaged generator and the discriminator as they are."""
-        fakes = sample_fakes(G, self.labels, self.classes, self.config.seed, silent=True)
-        features = compute_features(fakes.images, self.extractor, None)
+        fakes = features.sample_fakes(G, self.labels, self.classes, self.config.seed, silent=True)
+        values = features.compute_features(fakes.images, self.extractor, None)
         real, test = (self.logits(D, self.samples[name]) for name in ("train", "test"))
         order = np.random.default_rng(0).permutation(len(fakes.labels))
         fake = self.logits(D, fakes.take(order))
-        moved = conditional_variation(G, self.config.seed)
+        moved = features.conditional_variation(G, self.config.seed)
         figures = {
-            "fid": gaussian_distance(gaussian(features), self.real[0]),
+            "fid": metrics.gaussian_distance(metrics.gaussian(values), self.real[0]),
             "fid_real": self.fid_real,
-            "kid": kernel_distance(features, self.real[1], subsets=10)[0],
-            **leaks(self.pose, pose(fakes.images)),
-            "spectrum": grain(fakes.images) / self.grain,
+            "kid": metrics.kernel_distance(values, self.real[1], subsets=10)[0],
+            **metrics.leaks(self.pose, metrics.pose(fakes.images)),
+            "spectrum": metrics.grain(fakes.images) / self.grain,
             **{f"vary_{name}": value / self.deviation for name, value in moved.items()},
             "overfitting": (real - test) / (real - fake) if real - fake > 0.1 else None,
         }
@@ -190,7 +173,7 @@ class Recorder:
         positions = None if slices.positions is None else positions
         self.c = conditions(labels, positions, slices.c_dim).to(device)
         if rank() == 0:
-            self.lines, rows = truncate_logs(self.run, cur_nimg)
+            self.lines, rows = logs.truncate_logs(self.run, cur_nimg)
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=cur_nimg + 1)
             self.logged = self.lines[-1]["nimg"] if self.lines else 0
             rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
@@ -214,13 +197,13 @@ class Recorder:
         self.pending = []
         rows = np.column_stack([nimg, values])
         self.epoch_rows.extend(rows)
-        append_losses(self.run, rows)
+        logs.append_losses(self.run, rows)
         for n, row in zip(nimg, values, strict=True):
-            due = due_statistics(self.config, n - self.config.batch_size)
-            for name, value in zip(STATS, row, strict=True):
+            due = logs.due_statistics(self.config, n - self.config.batch_size)
+            for name, value in zip(logs.STATS, row, strict=True):
                 if math.isinf(value) or (math.isnan(value) and due.get(name, True)):
                     self.not_finite = self.not_finite or (name, n)
-        return dict(zip(STATS, values[-1], strict=True))
+        return dict(zip(logs.STATS, values[-1], strict=True))
 
     def unlogged_epoch(self) -> int:
         """On all ranks: the epoch that ended with the last step, if its line is missing, or 0."""
@@ -253,7 +236,7 @@ class Recorder:
             "img_per_s": round((nimg - self.started_nimg) / seconds, 2),
             "data_wait": round(self.waited / seconds, 4),
         }
-        columns = dict(zip(STATS, np.array(self.epoch_rows).T[1:], strict=True))
+        columns = dict(zip(logs.STATS, np.array(self.epoch_rows).T[1:], strict=True))
         for name, column in columns.items():
             line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
         return line | {"pl_mean": pl_mean, "d_loss_spread": float(columns["d_loss"].std())}
@@ -266,7 +249,7 @@ class Recorder:
             if value is not None:
                 self.board.add_scalar(name, value, self.cur_nimg)
         self.lines.append(line)
-        history = history_of(self.lines, np.array(self.epoch_rows))
+        history = logs.history_of(self.lines, np.array(self.epoch_rows))
         self.epoch_rows = []
         for name, text in diagnose(history, self.config).items():
             if name not in self.warned:
