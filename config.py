@@ -38,6 +38,7 @@ Angle = Annotated[float, Range(0, 180)]
 Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Interval = Annotated[int, Range(1)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 Width = Annotated[int, Range(1, 2**16)]
 
 
@@ -60,7 +61,7 @@ class Config:
     """Adam's step size for both networks, above 0."""
     batch_size: Annotated[int, Range(2, 2**16)] = 32
     """Images per step over all devices, 2 or more."""
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    seed: Seed = 0
     """Seed of weights, latents, sample order and augmentation, 0 to 2^63 - 1."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute; auto takes CUDA, then MPS, then the CPU."""
@@ -172,32 +173,45 @@ class Config:
     """Features of FID: of a small network trained on the training slices, or FID's own."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Config, include_extras=True).items():
-            if not fits(getattr(self, name), hint):
-                raise UserError(f"{name} = {getattr(self, name)}: must be {in_words(hint)}")
+        check_fields(self)
+
+
+def check_fields(options: Any) -> None:
+    """Compare the fields of a dataclass with their types and Ranges. Raises UserError."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        if not fits(value := getattr(options, name), hint):
+            raise UserError(f"{name} = {value}: must be {in_words(hint)}")
 
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value has a type, and lies in its Range if there is one; True is no number."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return fits(value, parts[0]) and value in parts[1]
+        ranges = [part for part in parts[1:] if isinstance(part, Range)]
+        return fits(value, parts[0]) and all(value in allowed for allowed in ranges)
     if origin is Literal:
         return value in parts and type(value) is type(parts[0])
-    if parts:  # a union
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = parts if parts[-1] is not ... else parts[:1] * len(value)
+        return len(value) == len(kinds) and all(map(fits, value, kinds))
+    if parts and origin is not dict:  # a union
         return any(fits(value, part) for part in parts)
     if isinstance(value, bool):
         return hint is bool
-    return isinstance(value, int | float if hint is float else hint)
+    return isinstance(value, int | float if hint is float else origin or hint)
 
 
 def in_words(hint: Any) -> str:
     """A type for a message, such as "float, 0 to 1, or None"."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return f"{parts[0].__name__}, {parts[1]}"
+        return f"{in_words(parts[0])}, {parts[1]}"
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
+    if origin is tuple:
+        return f"one or more of: {in_words(parts[0])}"
     return ", or ".join(map(in_words, parts)) or hint.__name__.replace("NoneType", "None")
 
 

@@ -25,7 +25,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
 
 from assets.demo_brains import write_demo
 from config import Config, UserError
@@ -364,16 +363,15 @@ def decode(path: Path) -> Tensor:
         if "A" in image.getbands() or "transparency" in image.info:  # what is transparent is black
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
-        return v2.functional.to_image(
-            v2.functional.to_grayscale(image.convert("RGB")) if image.mode != "L" else image
-        ).as_subclass(Tensor)
+        grey = image if image.mode == "L" else image.convert("RGB").convert("L")
+        return torch.from_numpy(np.array(grey))[None]
 
 
 def pad_to_square(image: Tensor) -> Tensor:
     """[1, H, W] -> [1, S, S] with S = max(H, W): black borders, nothing stretched."""
     H, W = image.shape[-2:]
     top, left = (max(H, W) - H) // 2, (max(H, W) - W) // 2
-    return v2.functional.pad(image, [left, top, max(H, W) - W - left, max(H, W) - H - top])
+    return F.pad(image, (left, max(H, W) - W - left, top, max(H, W) - H - top))
 
 
 def reason(path: Path, error: Exception) -> str:
@@ -421,6 +419,8 @@ def decode_scan(paths: list[Path]) -> tuple[list[Tensor], tuple[float, float], l
 
 def resized_scan(paths: list[Path], resolution: int) -> tuple[Tensor | None, list[str]]:
     """All slices of one id as uint8 [n, R, R], or None, with what is wrong with each bad file."""
+    from torchvision.transforms import v2  # imports the compiler: seconds
+
     resize = v2.Resize([resolution, resolution], v2.InterpolationMode.BICUBIC, antialias=True)
     images, (low, high), problems = decode_scan(paths)
     if problems:

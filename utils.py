@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from config import UserError
 
+MIN_SHOWN = 96  # pixels of an image in a picture that shows several
 CHUNK = 500  # images that are worked on at a time
 SIGNALS = [  # that ask a process to end
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -430,10 +432,23 @@ def to_uint8(img: Tensor) -> np.ndarray:
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images [N, H, W], N a multiple of columns -> one picture [rows * H, columns * W]."""
+    """Images uint8 [N, H, W], N a multiple of columns, as one picture in rows.
+
+    Images below 96 pixels are enlarged by a whole factor k, with a sharp filter (Lanczos).
+
+    Returns:
+        uint8 [rows * k * H, columns * k * W].
+    """
     N, H, W = images.shape
-    rows = images.reshape(N // columns, columns, H, W)
-    return rows.transpose(0, 2, 1, 3).reshape(-1, columns * W)
+    k = math.ceil(MIN_SHOWN / max(H, W))
+    if k > 1:
+        size = (k * W, k * H)
+        resized = [
+            Image.fromarray(image).resize(size, Image.Resampling.LANCZOS) for image in images
+        ]
+        images = np.stack([np.asarray(image) for image in resized])
+    rows = images.reshape(N // columns, columns, k * H, k * W)
+    return rows.transpose(0, 2, 1, 3).reshape(-1, columns * k * W)
 
 
 def save_grey(picture: np.ndarray, path: Path) -> None:

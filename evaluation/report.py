@@ -145,13 +145,15 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
 
 def draw_pairs_of(row: dict[str, Any], fakes: Slices, train: Slices, path: Path) -> None:
     """The 20 samples nearest to a training slice, each above it, with their distance."""
-    pairs, R = row["pairs"], fakes.images.shape[-1]
+    pairs = row["pairs"]
     blocks = np.array_split(np.arange(len(pairs["gap"])), 2)
     figure = Figure(figsize=(11, 5.4), layout="tight")
     for ax, block in zip(figure.subplots(2, 1), blocks, strict=True):
         rows = [source.images[np.array(pairs[k])[block]]
                 for k, source in (("sample", fakes), ("train", train))]  # fmt: skip
-        ax.imshow(tile(np.concatenate(rows), len(block)), cmap="gray", vmin=0, vmax=255)
+        picture = tile(np.concatenate(rows), len(block))
+        R = len(picture) / 2
+        ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
         ax.set_yticks([R * 0.5, R * 1.5], ["generated", "training"])
         middles = R * (np.arange(len(block)) + 0.5)
         ax.set_xticks(middles, [f"{pairs['gap'][i]:.3g}" for i in block])

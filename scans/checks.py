@@ -20,8 +20,6 @@ import tyro
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import fft, ndimage
-from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from config import UserError
@@ -303,6 +301,8 @@ def near_duplicates(folder: CheckedFolder) -> tuple[list[Pair], float]:
     Also the highest correlation of the other pairs. The candidates are those of the most alike
     wholes.
     """
+    from sklearn.neighbors import NearestNeighbors
+
     split = np.array([s.split if not s.blank else "" for s in folder.slices])
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
     if not min(map(len, rows.values())):
@@ -389,6 +389,8 @@ def most_telling(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
     NaN if there are no two.
     """
+    from sklearn.metrics import roc_auc_score
+
     found = [(math.nan, math.nan)]
     for a, b in itertools.combinations(np.unique(labels), 2):
         chosen = (labels == a) | (labels == b)

@@ -11,14 +11,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import nibabel
 import numpy as np
 import tyro
 from scipy import ndimage
 
-from config import UserError
+from config import Range, Seed, UserError, check_fields
 from utils import otsu_threshold
 
 MAX_VOXELS = 512**3
@@ -52,33 +52,27 @@ class ImportOptions:
     """Across which the slices lie."""
     centre: float | None = None
     """Middle of the slices, mm of the affine; None: the ventricles' by the size of the head."""
-    slices: int = 20
+    slices: Annotated[int, Range(1, 1000)] = 20
     """Slices of a scan, 1 or more."""
-    spacing: float = 1.0
+    spacing: Annotated[float, Range(0, 100, above=True)] = 1.0
     """mm from one to the next, above 0."""
-    size: int = 240
+    size: Annotated[int, Range(64, 512)] = 240
     """Side of a slice in mm, of a pixel each, around the head: 64 to 512."""
     window: tuple[float, float] | None = None
     """Values that become black and white; None: 0 (or a percentile below 0), 99.9th percentile."""
     bits: Literal[8, 16] = 8
     """Of a pixel."""
-    test_share: float = 0.2
+    test_share: Annotated[float, Range(0.001, 0.999)] = 0.2
     """Of the participants of each class, above 0, below 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the split."""
     unoriented: bool = False
     """Take volumes whose header gives no orientation, as they lie."""
 
     def __post_init__(self) -> None:
-        for name, valid, allowed in (
-            ("slices", 1 <= self.slices <= 1000, "1 to 1000"),
-            ("spacing", 0 < self.spacing <= 100, "above 0, up to 100 mm"),
-            ("size", 64 <= self.size <= 512, "64 to 512"),
-            ("test_share", 0 < self.test_share < 1, "above 0, below 1"),
-            ("window", self.window is None or self.window[0] < self.window[1], "black below white"),
-        ):
-            if not valid:
-                raise UserError(f"{name} = {getattr(self, name)}: must be {allowed}")
+        check_fields(self)
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise UserError(f"window = {self.window}: black must be below white")
         if self.columns and self.table is None:
             raise UserError("columns: there is no --table that has them")
         if self.axis != "axial" and self.centre is None:

@@ -253,6 +253,8 @@ def peer_phases(
     config: Config, form: Form, device: torch.device, folder: Path
 ) -> dict[str, Callable[[], Any]]:
     """The phases of stylegan2-ada-pytorch, called as its own training loop calls them."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "training"]:
+        del sys.modules[name]  # ours: the peer has a folder of the same name
     sys.path.insert(0, str(folder))
     mend_peer()
     from training.loss import StyleGAN2Loss
@@ -407,11 +409,11 @@ def resampling_table(config: Config, device: torch.device, seconds: float) -> li
     """
     filters: dict[str, Callable[[Tensor], Tensor]] = {
         "depthwise": lambda x: fir_depthwise(x, padding=1, gain=4),
-        "means of neighbours": lambda x: modules.means_of_neighbours(x, 3, padding=1, gain=4),
+        "in use": lambda x: modules.binomial_filter(x, 3, padding=1, gain=4),
         "shift-and-add": fir_shift_and_add,
     }
     if device.type == "cuda":
-        for name in ("means of neighbours", "shift-and-add"):
+        for name in ("in use", "shift-and-add"):
             filters[f"{name}, compiled"] = torch.compile(filters[name])
     rows = []
     for resolution in [2**i for i in range(4, config.img_resolution.bit_length())]:

@@ -146,7 +146,9 @@ def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def short_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder of FID, where a run measures it, is trained for a moment only."""
     fit = features.fit_encoder
-    monkeypatch.setattr(features, "fit_encoder", lambda *args, **kw: fit(*args, **kw, steps=5))
+    monkeypatch.setattr(
+        features, "fit_encoder", lambda *args, **kw: fit(*args, **{"steps": 5} | kw)
+    )
 
 
 @pytest.fixture

@@ -30,19 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config import UserError
 from dataset import Slices
-from evaluate import (
-    Options,
-    References,
-    Rows,
-    as_table,
-    counts,
-    fakes_of,
-    measure,
-    prepare,
-    write_text,
-)
+from evaluate import Options, References, counts, fakes_of, measure, prepare
 from evaluation import features
 from evaluation.metrics import halves_by_id
+from evaluation.report import Rows, as_table, write_text
 from training.runs import run_folder
 from utils import run_command
 

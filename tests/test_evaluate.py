@@ -23,7 +23,6 @@ from evaluate import (
     NUM_COPIES,
     Options,
     References,
-    as_table,
     evaluate,
     fakes_of,
     measure_anatomy,
@@ -33,6 +32,7 @@ from evaluate import (
 from evaluation import metrics
 from evaluation.features import planted_copies
 from evaluation.metrics import copy_audit, pose
+from evaluation.report import as_table
 from predict import predict
 from train import train
 from training.logs import read_log
@@ -200,7 +200,7 @@ def test_without_two_ids_in_a_class_there_is_no_pair(tmp_path):
         replace(slices, participants=ids(8, 1)), References({"train": slices}, [], tmp_path, 0)
     )["diversity"]
     assert math.isnan(real["ms_ssim"]) and 0 < fake["ms_ssim"] < 1
-    assert evaluation.as_table([real]).splitlines()[-1] == "| real | not measured | not measured |"
+    assert as_table([real]).splitlines()[-1] == "| real | not measured | not measured |"
 
 
 SMALL = {  # ids and slices of each in train and test, grey level or None for noise, settings
@@ -399,7 +399,7 @@ def test_a_missing_network_is_said_before_anything_is_computed(trained: Config, 
 
 
 def test_invalid_options_are_named():
-    with pytest.raises(UserError, match="num_fake = 5: must be 100 or more"):
+    with pytest.raises(UserError, match="num_fake = 5: must be int, 100 or more"):
         Options(num_fake=5)
-    with pytest.raises(UserError, match="seed = -1: must be 0 or more"):
+    with pytest.raises(UserError, match="seed = -1: must be int, 0 to"):
         Options(seed=-1)

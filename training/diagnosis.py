@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.signal import lfilter
 
 from config import Config
 from modules import AdaptiveAugment
@@ -192,6 +191,8 @@ def diagnose(history: History, config: Config) -> dict[str, str]:
 
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
     """Exponential moving average with a half-life in steps, without the bias of its start."""
+    from scipy.signal import lfilter  # slow to import
+
     decay = 0.5 ** (1 / half_life)
     weights = 1 - decay ** np.arange(1, len(values) + 1)
     return lfilter([1 - decay], [1, -decay], values) / weights

@@ -17,7 +17,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from config import Config
 from dataset import Slices
@@ -174,6 +173,8 @@ class Recorder:
         self.c = conditions(labels, positions, slices.c_dim).to(device)
         if rank() == 0:
             self.lines, rows = logs.truncate_logs(self.run, cur_nimg)
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=cur_nimg + 1)
             self.logged = self.lines[-1]["nimg"] if self.lines else 0
             rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
