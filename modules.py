@@ -25,8 +25,8 @@ from config import Config
 
 NoiseMode = Literal["random", "const", "none"]
 ACTIVATION_GAIN = math.sqrt(2)  # keeps unit variance through a leaky ReLU
-MEMORY_FORMAT = torch.channels_last  # of features and kernels: as CPUs and tensor cores want them
-HIGH_RESOLUTION = 16  # pixels; features of this size and above take the dtype of their network
+MEMORY_FORMAT = torch.channels_last  # layout of features and kernels: fast on CPUs, tensor cores
+HIGH_RESOLUTION = 16  # pixels; features of this size and above have the dtype of their network
 
 
 def normalize_2nd_moment(x: Tensor) -> Tensor:
@@ -35,16 +35,16 @@ def normalize_2nd_moment(x: Tensor) -> Tensor:
 
 
 def channels(resolution: int, channel_base: int, channel_max: int) -> int:
-    """Feature maps at a resolution: halved at each doubling of it, up to `channel_max`."""
+    """Number of feature maps at a resolution: channel_base / resolution, 1 to `channel_max`."""
     return max(1, min(channel_base // resolution, channel_max))
 
 
 def binomial_filter(x: Tensor, order: int, padding: int, gain: float = 1) -> Tensor:
-    """Low-pass filter ([5]) with the taps [1, 2, 1] (order 2) or [1, 3, 3, 1] (3), of sum `gain`.
+    """Low-pass filter ([5]) with the taps [1, 2, 1] (order 2) or [1, 3, 3, 1] (order 3).
 
-    It is a sum of shifted images along each axis, of which a compiler makes one pass, and so are
-    its derivatives of any order. On CPUs a depthwise convolution is faster where it is derived
-    once; PyTorch would take the second derivative channel by channel.
+    The taps sum to `gain`. The filter adds shifted images along each axis; a compiler makes one
+    pass of the sum and of its derivatives of any order. On a CPU, outside of a second derivative,
+    a depthwise convolution is faster; PyTorch takes its second derivative channel by channel.
     [N, C, H, W] -> [N, C, H + 2p - order, W + 2p - order], p = `padding`.
     """
     derived_once = not torch._C._are_functorch_transforms_active()
@@ -60,25 +60,21 @@ def binomial_filter(x: Tensor, order: int, padding: int, gain: float = 1) -> Ten
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Zero insertion and [1, 3, 3, 1] of gain 4. [N, C, H, W] -> [N, C, 2H, 2W].
-
-    That is each pixel twice, and then [1, 2, 1].
-    """
+    """Zero insertion and [1, 3, 3, 1] of gain 4. [N, C, H, W] -> [N, C, 2H, 2W]."""
+    # equal to repeating each pixel, then filtering with [1, 2, 1]
     return binomial_filter(F.interpolate(x, scale_factor=2), order=2, padding=1)
 
 
 def downsample(x: Tensor) -> Tensor:
-    """[1, 3, 3, 1] and decimation. [N, C, 2H, 2W] -> [N, C, H, W].
-
-    That is [1, 2, 1] and then the mean of each pair.
-    """
+    """[1, 3, 3, 1] and decimation. [N, C, 2H, 2W] -> [N, C, H, W]."""
+    # equal to filtering with [1, 2, 1], then averaging each pair
     return F.avg_pool2d(binomial_filter(x, order=2, padding=1), 2)
 
 
 def sinc_matrix(size: int, reach: int = 3) -> Tensor:
-    """Doubles the density of a row by windowed sinc interpolation, zero outside. -> [2 size, size].
+    """Matrix that doubles the density of a row by windowed sinc interpolation. -> [2 size, size].
 
-    Its transpose over 2 is the sharp low-pass filter and decimation back.
+    Outside the row the signal is 0. The transpose, halved, filters sharply and decimates back.
     """
     t = (torch.arange(2 * size)[:, None] + 0.5) / 2 - 0.5 - torch.arange(size)
     weights = torch.sinc(t) * (t * (math.pi / 2 / reach)).cos().square() * (t.abs() < reach)
@@ -86,7 +82,7 @@ def sinc_matrix(size: int, reach: int = 3) -> Tensor:
 
 
 def leaky_relu(x: Tensor) -> Tensor:
-    """Leaky ReLU of slope 0.2; its gain is applied by the layer before, since it commutes."""
+    """Leaky ReLU of slope 0.2. The layer before it applies the gain, which commutes with it."""
     return F.leaky_relu(x, 0.2)
 
 
@@ -100,19 +96,13 @@ def modulated_conv2d(
 ) -> Tensor:
     """Convolution whose input channels are scaled per image by `styles` ([1], section 2.2).
 
-    The paper scales the weights of each image (equations 1 and 3). Scaling input and output is
-    equal, y = d * conv(s * x, W) with d_o = rsqrt(sum_i s_i^2 sum_k W_oik^2 + 1e-8), and keeps
-    one dense convolution for the whole batch.
+    x [N, I, H, W], weight [O, I, K, K], styles [N, I] -> [N, O, H, W], or [N, O, 2H, 2W] with `up`,
+    by a transposed convolution of stride 2 and the low-pass filter. `demodulate` scales each output
+    map to the expected deviation `gain`.
 
-    Args:
-        x: features [N, I, H, W].
-        weight: [O, I, K, K], shared by the batch.
-        styles: scale of each input channel [N, I].
-        demodulate: give each output map the expected deviation `gain`.
-        up: double the size: stride-2 transposed convolution, then the low-pass filter.
-
-    Returns:
-        [N, O, H, W], or [N, O, 2H, 2W] with `up`.
+    The paper scales the weights of each image (equations 1 and 3). Scaling input and output gives
+    the same result, y = d * conv(s * x, W) with d_o = rsqrt(sum_i s_i^2 sum_k W_oik^2 + 1e-8), and
+    needs only one dense convolution for the whole batch.
     """
     x = x * styles.to(x.dtype)[:, :, None, None]
     kernel = weight.to(x.dtype)
@@ -130,7 +120,7 @@ def modulated_conv2d(
 class EqualizedLinear(nn.Module):
     """Fully connected layer with equalized learning rate ([3], section 4.1). [N, I] -> [N, O].
 
-    Weights are stored with a deviation of 1 / `lr_multiplier` and scaled at run time, so that Adam
+    Weights are stored with a deviation of 1 / `lr_multiplier` and scaled in `forward`. So Adam
     moves every layer at the same relative speed.
     """
 
@@ -158,12 +148,7 @@ class EqualizedConv2d(nn.Module):
     """Convolution with equalized learning rate ([3], section 4.1). [N, I, H, W] -> [N, O, H, W]."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        gain: float = 1,
-        down: bool = False,
+        self, in_channels: int, out_channels: int, kernel: int, gain: float = 1, down: bool = False
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel, kernel))
@@ -173,12 +158,12 @@ class EqualizedConv2d(nn.Module):
         self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, I, H, W] -> [N, O, H, W] or [N, O, H / 2, W / 2]; filtered before it is decimated."""
+        """[N, I, H, W] -> [N, O, H, W], or with `down` filtered, decimated [N, O, H / 2, W / 2]."""
         weight, padding = (self.weight * self.weight_gain).to(x.dtype), self.weight.shape[-1] // 2
         bias = (self.bias * self.bias_gain).to(x.dtype)
         if not self.down:
             return F.conv2d(x, weight, bias, padding=padding)
-        if padding == 0:  # a 1x1 kernel commutes with the filter: decimate first
+        if padding == 0:  # a 1x1 kernel commutes with the filter: decimating first is cheaper
             return F.conv2d(downsample(x), weight, bias)
         return F.conv2d(binomial_filter(x, order=3, padding=2), weight, bias, stride=2)
 
@@ -196,7 +181,7 @@ class SynthesisLayer(nn.Module):
         up: bool = False,
     ) -> None:
         super().__init__()
-        weight_gain = 1 / math.sqrt(in_channels * 9)  # of the convolution: it scales its styles
+        weight_gain = 1 / math.sqrt(in_channels * 9)  # the convolution's: styles carry it
         self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1, gain=weight_gain)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
         self.up, self.noise = up, noise
@@ -222,7 +207,7 @@ class ToRGB(nn.Module):
 
     def __init__(self, in_channels: int, img_channels: int, w_dim: int) -> None:
         super().__init__()
-        weight_gain = 1 / math.sqrt(in_channels)  # of the convolution: it scales its styles
+        weight_gain = 1 / math.sqrt(in_channels)  # the convolution's: styles carry it
         self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1, gain=weight_gain)
         self.weight = nn.Parameter(torch.randn(img_channels, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(img_channels))
@@ -234,10 +219,10 @@ class ToRGB(nn.Module):
 
 
 class MinibatchStd(nn.Module):
-    """Append the standard deviation over small groups of images as one more map ([3], section 3).
+    """Append the standard deviation within small groups of images as one more map ([3], section 3).
 
-    The group is the largest divisor of N up to `group_size`, so any batch size works; for a prime N
-    above it the map is constant.
+    A group has as many images as the largest divisor of N up to `group_size`, so any batch size
+    works. For a prime N above `group_size` the map is constant.
     """
 
     def __init__(self, group_size: int = 4) -> None:
@@ -245,7 +230,7 @@ class MinibatchStd(nn.Module):
         self.group_size = group_size
 
     def forward(self, x: Tensor, batches: int = 1) -> Tensor:
-        """[N, C, H, W] -> [N, C + 1, H, W]; no group mixes the `batches` that x is made of."""
+        """[N, C, H, W] -> [N, C + 1, H, W]. x holds equal `batches`; no group mixes them."""
         N, C, H, W = x.shape
         n = N // batches
         G = next(size for size in range(min(self.group_size, n), 0, -1) if n % size == 0)
@@ -256,12 +241,12 @@ class MinibatchStd(nn.Module):
 
 
 class MappingNetwork(nn.Module):
-    """Latents and labels to intermediate latents by slow linear layers ([2], section 2: eight).
+    """Latents and labels to intermediate latents, by fully connected layers ([2], section 2).
 
-    The label enters as an embedding beside z, both normalized to unit second moment; one whose
-    entries sum to less than 1 counts that much less, one of zeros not at all. With `c_dim` 0 the
-    network is unconditional and ignores c. `w_avg` [max(1, c_dim), w_dim] is the mean of w in
-    each class, so that truncation draws towards the typical image of the class asked for.
+    An embedding of the label is concatenated with z; both are normalized to unit second moment. The
+    sum of the label's entries weighs the embedding: a label of zeros has no effect. With `c_dim` 0
+    the network is unconditional and ignores c. `w_avg` [max(1, c_dim), w_dim] is the mean of w
+    in each class: truncation draws w towards the typical image of its class.
     """
 
     def __init__(
@@ -294,7 +279,7 @@ class MappingNetwork(nn.Module):
         truncation_psi: float = 1,
         truncation_cutoff: int | None = None,
     ) -> Tensor:
-        """z [N, z_dim], c [N, c_dim] -> ws [N, num_ws, w_dim], the first ones truncated."""
+        """z [N, z_dim], c [N, c_dim] -> ws [N, num_ws, w_dim], truncated before the cutoff."""
         ws = self.map(z, c)[:, None].expand(-1, self.num_ws, -1)
         if truncation_psi == 1:
             return ws
@@ -305,7 +290,7 @@ class MappingNetwork(nn.Module):
 
     @torch.no_grad()
     def estimate_w_avg(self, num_samples: int = 4096, seed: int = 0) -> None:
-        """Set `w_avg` from fresh samples: true to averaged weights too, and less state."""
+        """Estimate `w_avg` from new latents: it fits the averaged weights, and needs no state."""
         rng = torch.Generator().manual_seed(seed)
         z = torch.randn(num_samples, self.z_dim, generator=rng).to(self.w_avg.device)
         labels = torch.eye(self.c_dim, device=z.device) if self.c_dim else [None]
@@ -348,7 +333,8 @@ class SynthesisBlock(nn.Module):
 class SynthesisNetwork(nn.Module):
     """Intermediate latents to an image of fixed resolution, from a constant ([1], section 4).
 
-    A layer shares its w with the ToRGB before it: num_ws = 2 log2(img_resolution) - 2.
+    The first layer of a block shares its w with the ToRGB of the block before:
+    num_ws = 2 log2(img_resolution) - 2.
     """
 
     def __init__(self, config: Config, img_channels: int, dtype: torch.dtype) -> None:
@@ -371,7 +357,7 @@ class SynthesisNetwork(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latents z and labels c to images: the mapping and the synthesis network ([1], figure 2)."""
+    """Latents z and labels c to images, by mapping and synthesis network ([1], figure 2)."""
 
     def __init__(
         self, config: Config, c_dim: int, img_channels: int = 1, dtype: torch.dtype = torch.float32
@@ -402,7 +388,7 @@ class DiscriminatorBlock(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.conv0 = EqualizedConv2d(in_channels, in_channels, 3, ACTIVATION_GAIN)
-        half = math.sqrt(0.5)  # gain of each of the two summands: the sum keeps unit variance
+        half = math.sqrt(0.5)  # gain of each of the two summands; their sum keeps unit variance
         self.conv1 = EqualizedConv2d(in_channels, out_channels, 3, ACTIVATION_GAIN * half, True)
         self.skip = EqualizedConv2d(in_channels, out_channels, 1, half, True)
 
@@ -415,8 +401,8 @@ class DiscriminatorBlock(nn.Module):
 class Discriminator(nn.Module):
     """Images and labels to logits, high for real ([1], section 4.1; label projection of [4]).
 
-    `features` is the layer before the logit; the label adds the product of its embedding with it.
-    In training, images pass `augment` before.
+    The logit is a linear function of `features`, plus the product of `features` and the label's
+    embedding. Training applies `augment` to images before it calls D.
     """
 
     def __init__(
@@ -449,7 +435,7 @@ class Discriminator(nn.Module):
     def forward(self, img: Tensor, c: Tensor | None = None, batches: int = 1) -> Tensor:
         """Images [N, img_channels, H, W], labels [N, c_dim] -> logits [N].
 
-        `batches` of equal size, one after the other, give the logits that each would give alone.
+        img holds equal `batches`, one after the other; each gets the logits that it has alone.
         """
         x = self.features(img, batches)
         logits = self.out(x)[:, 0]
@@ -459,11 +445,12 @@ class Discriminator(nn.Module):
 
 
 class AdaptiveAugment(nn.Module):
-    """Changes of whatever D sees, real or generated, each image and kind with probability p ([6]).
+    """Random changes of all images that D sees, real or generated ([6]).
 
-    As no change is certain, G learns images without it ([6], section 2.1). The kinds are those that
-    leave a head a head: no up-down flip, no quarter turn, no hue. Images are in [-1, 1], their
-    background is -1; what a change does not concern keeps every bit. Strengths: config.ada_*.
+    Each kind of change is applied to each image with probability p. As no change is certain, G
+    learns images without changes ([6], section 2.1). Only changes that leave a head a head are
+    used: no up-down flip, no quarter turn, no hue. Images are in [-1, 1], with background -1; an
+    image that is not chosen keeps every bit. Settings: config.ada_*.
     """
 
     P_MAX = 0.8  # beyond it changes leak into the samples ([6], figure 4)
@@ -478,27 +465,27 @@ class AdaptiveAugment(nn.Module):
     def forward(self, img: Tensor) -> Tensor:
         """[N, C, R, R] -> [N, C, R, R]. Differentiable once."""
         if self.p.device.type == "cpu" and not torch.compiler.is_compiling() and self.p == 0:
-            return img  # the same, sooner: on a GPU the question would have to wait for an answer
+            return img  # equal and faster; on a GPU, reading p would wait for the device
         img = torch.where(self.draw(img) < self.p * self.config.ada_flip, img.flip(3), img)
         for change in (self.shift, self.warp, self.contrast, self.brightness, self.noise, self.cut):
             img = change(img)
         return img
 
     def draw(self, img: Tensor, count: int = 1) -> Tensor:
-        """Uniform numbers in [0, 1) for each image. -> [N, 1, 1, count]."""
+        """Draw uniform numbers in [0, 1) for each image. -> [N, 1, 1, count]."""
         return torch.rand([len(img), 1, 1, count], device=img.device, dtype=img.dtype)
 
     def chosen(self, img: Tensor) -> Tensor:
-        """Which images a change concerns. -> [N, 1, 1, 1]."""
+        """Draw the images that a change is applied to. -> bool [N, 1, 1, 1]."""
         return self.draw(img) < self.p
 
     def normal(self, img: Tensor, deviation: float, count: int = 1) -> Tensor:
-        """Normal numbers for each image, zero where it is not chosen. -> [N, 1, 1, count]."""
+        """Draw normal numbers for each image; 0 for images not chosen. -> [N, 1, 1, count]."""
         value = torch.randn([len(img), 1, 1, count], device=img.device, dtype=img.dtype)
         return torch.where(self.chosen(img), value * deviation, 0)
 
     def shift(self, img: Tensor) -> Tensor:
-        """Whole pixels, up to `ada_translation` of the side."""
+        """Shift by whole pixels, up to `ada_translation` of the side."""
         N, C, H, W = img.shape
         most = round(self.config.ada_translation * W)
         drawn = (self.draw(img, 2) * (2 * most + 1)).long() - most
@@ -511,7 +498,7 @@ class AdaptiveAugment(nn.Module):
         return torch.where(inside, moved, -1)
 
     def warp(self, img: Tensor) -> Tensor:
-        """Scale, rotation and a shift by fractions, in one resampling at twice the density."""
+        """Scale, rotate and shift by parts of a pixel, in one resampling at twice the density."""
         N, C, H, W = img.shape
         strength = self.config
         size = self.normal(img, strength.ada_scale)
@@ -519,7 +506,7 @@ class AdaptiveAugment(nn.Module):
         angle = (2 * self.draw(img) - 1) * math.radians(strength.ada_rotation)
         angle = torch.where(self.chosen(img), angle, 0)
         x, y = self.normal(img, 2 * strength.ada_translation, 2).split(1, 3)
-        a, b = (-size - ratio).exp2(), (-size + ratio).exp2()  # output to input: the inverse
+        a, b = (-size - ratio).exp2(), (-size + ratio).exp2()  # inverse: from output to input
         cos, sin = angle.cos(), angle.sin()
         rows = torch.cat([a * cos, -a * sin, x, b * sin, b * cos, y], 3)  # [N, 1, 1, 6]
         grid = F.affine_grid(rows.view(N, 2, 3), [N, C, 2 * H, 2 * W], align_corners=False)
@@ -530,20 +517,20 @@ class AdaptiveAugment(nn.Module):
         return torch.where(still, img, warped)
 
     def contrast(self, img: Tensor) -> Tensor:
-        """The distance of each pixel from the background, times a factor."""
+        """Multiply the distance of each pixel from the background by a factor."""
         log2 = self.normal(img, self.config.ada_contrast)
         return torch.where(log2 == 0, img, (img + 1) * log2.exp2() - 1)
 
     def brightness(self, img: Tensor) -> Tensor:
-        """One number added to all pixels."""
+        """Add one number to all pixels."""
         return img + self.normal(img, self.config.ada_brightness)
 
     def noise(self, img: Tensor) -> Tensor:
-        """White noise, whose strength differs between images."""
+        """Add white noise, with a strength drawn for each image."""
         return img + self.normal(img, self.config.ada_noise) * torch.randn_like(img)
 
     def cut(self, img: Tensor) -> Tensor:
-        """A square of background, anywhere."""
+        """Fill a square at a random place with background."""
         H, W = img.shape[2:]
         middle = self.draw(img, 2)
         y = torch.arange(H, device=img.device)[:, None] + 0.5
@@ -554,11 +541,10 @@ class AdaptiveAugment(nn.Module):
 
     @torch.no_grad()
     def adapt(self, real_sign: Tensor, cur_nimg: int) -> None:
-        """After a step: every `ada_interval` steps move p towards its target ([6], section 3.1).
+        """Move p towards its target, every `ada_interval` steps ([6], section 3.1).
 
-        Args:
-            real_sign: mean sign of D at the real images of the step, over all ranks.
-            cur_nimg: images seen, that step included.
+        `real_sign` is the mean sign of D(real) in the step that just ended, over all ranks.
+        `cur_nimg` counts the images seen, including that step.
         """
         config = self.config
         self.sign_sum += real_sign

@@ -1,7 +1,7 @@
-"""What evaluation and training measure: samples of a generator, and features of images.
+"""Samples of a generator, features of images, and degradations that features must show.
 
-Features are [n, F], one row a slice, of a network (an `Extractor`); figures of different ones are
-never compared.
+Features are [n, F], one row per slice. A network (an `Extractor`) computes them; measurements in
+features of different extractors cannot be compared.
 
 References:
     [1] Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule, arXiv:1706.08500
@@ -12,7 +12,10 @@ References:
 
 import hashlib
 import importlib.util
+import math
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,43 +26,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import dataset
+import utils
 from assets.demo_brains import write_fresh
 from config import Config, UserError
-from dataset import (
-    CACHE_VERSION,
-    Slices,
-    augment,
-    decoded,
-    find_class_folders,
-    find_positions,
-    folder_once,
-)
 from evaluation import metrics
 from modules import MEMORY_FORMAT, Generator
-from utils import (
-    NUM_POSITIONS,
-    conditions,
-    evenly_spaced,
-    is_whole,
-    make_array_once,
-    make_once,
-    map_on_cores,
-    one_hot,
-    print_once,
-    read_safetensors,
-    safetensors_bytes,
-    sha256_of,
-    stream_seed,
-    to_uint8,
-)
 
 BATCH = 50  # images through a network at a time
-DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
-EMBEDDING = 64  # features of the encoder's network
-COMPONENTS = 32  # of the slices, that it learns to tell
-BANDS = 4  # of frequencies, on each axis
-MAX_BANDS = 1000  # slices that they are measured on
-ENCODER_VERSION = 2  # of what it learns: part of its cache key
+DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # red, green and blue
+EMBEDDING = 64  # features of the encoder that its network computes
+COMPONENTS = 32  # principal components of a slice that the encoder learns to predict
+BANDS = 4  # bands of frequencies on each axis
+MAX_BANDS = 1000  # slices that the amplitudes of bands are measured on
+ENCODER_VERSION = 2  # part of the encoder's cache key: raise it when its training changes
 
 
 # Samples of a generator
@@ -68,52 +48,49 @@ ENCODER_VERSION = 2  # of what it learns: part of its cache key
 @torch.no_grad()
 def sample_fakes(
     G: Generator, labels: np.ndarray, classes: list[str], seed: int, silent: bool = False
-) -> Slices:
-    """Untruncated samples with fresh noise, one for each label, each a participant of its own.
-
-    A generator that takes a position gets a random one for each sample.
-    """
+) -> dataset.Slices:
+    """Untruncated samples with new noise, one for each label, each a participant of its own."""
     device, images = next(G.parameters()).device, []
     positions = np.random.default_rng(seed).random(len(labels)) if G.by_position else None
-    conditioned = conditions(labels, positions, G.c_dim)
+    conditioned = utils.conditions(labels, positions, G.c_dim)
     for start in tqdm(range(0, len(labels), BATCH), "sampling", unit="batch", disable=silent):
-        torch.manual_seed(stream_seed("evaluate", seed, start))
+        torch.manual_seed(utils.stream_seed("evaluate", seed, start))
         c = conditioned[start : start + BATCH].to(device)
-        images.append(to_uint8(G(torch.randn(len(c), G.z_dim, device=device), c)))
+        images.append(utils.to_uint8(G(torch.randn(len(c), G.z_dim, device=device), c)))
     participants = np.arange(len(labels)).astype(str)
-    return Slices(np.concatenate(images), labels, participants, classes, positions)
+    return dataset.Slices(np.concatenate(images), labels, participants, classes, positions)
 
 
 def labels_in_proportion(labels: np.ndarray, count: int) -> np.ndarray:
-    """`count` labels in the proportions of the given ones."""
+    """`count` labels in the proportions of the given labels."""
     return np.sort(labels)[np.linspace(0, len(labels) - 1, count).round().astype(int)]
 
 
 @torch.no_grad()
 def conditional_variation(G: Generator, seed: int, count: int = 64) -> dict[str, float]:
-    """Deviation of a pixel, in grey levels, when z, or the noise, or the class alone changes.
+    """Standard deviation of a pixel, in grey levels, if only z, only the noise or only c changes.
 
-    Of z that of the class it moves least, of noise the mean over the classes, of the class that
-    over 8 latents.
+    "z": in the class that z changes least. "noise": mean over the classes. "class": mean over 8
+    latents; missing if there is one class.
     """
     device = next(G.parameters()).device
-    num = G.c_dim // NUM_POSITIONS if G.by_position else max(1, G.c_dim)
-    positions = np.full(num, 0.5) if G.by_position else None  # one for all
-    torch.manual_seed(stream_seed("variation", seed))
+    num = G.c_dim // utils.NUM_POSITIONS if G.by_position else max(1, G.c_dim)
+    positions = np.full(num, 0.5) if G.by_position else None
+    torch.manual_seed(utils.stream_seed("variation", seed))
     z = torch.randn(count, G.z_dim, device=device)
-    labels = conditions(np.arange(num), positions, G.c_dim).to(device)
+    labels = utils.conditions(np.arange(num), positions, G.c_dim).to(device)
 
-    def deviation(z: Tensor, c: Tensor, noise_mode: str) -> float:
-        """Over one batch: z and c have one row, or as many as there are images."""
+    def deviation(z: Tensor, c: Tensor, noise_mode: str = "const") -> float:
+        """Over n images; z and c have n rows, or a single one for all images."""
         n = max(len(z), len(c))
         images = G(z.expand(n, -1), c.expand(n, -1), noise_mode=noise_mode)
         return float(images.std(0).mean() * 127.5)
 
-    found = {"z": np.min([deviation(z, c, "const") for c in labels.split(1)])}
-    one = [z[:1].expand(count, -1), labels]
-    found["noise"] = np.mean([deviation(one[0], c, "random") for c in labels.split(1)])
+    one = z[:1].expand(count, -1)
+    found = {"z": np.min([deviation(z, c) for c in labels.split(1)])}
+    found["noise"] = np.mean([deviation(one, c, "random") for c in labels.split(1)])
     if num > 1:
-        found["class"] = np.mean([deviation(row, labels, "const") for row in z[:8].split(1)])
+        found["class"] = np.mean([deviation(row, labels) for row in z[:8].split(1)])
     return {name: float(value) for name, value in found.items()}
 
 
@@ -121,29 +98,26 @@ def conditional_variation(G: Generator, seed: int, count: int = 64) -> dict[str,
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 [n, R, R], which may be a read-only map of a file -> uint8 [n, 1, R, R]."""
+    """uint8 [n, R, R] -> uint8 [n, 1, R, R], a copy: the array may be a read-only map of a file."""
     return torch.from_numpy(np.array(images))[:, None]
 
 
 def averaged(images: np.ndarray, size: int = 64) -> Tensor:
-    """uint8 [n, R, R] -> float32 [n, 1, size, size] in grey levels, or R if that is less."""
+    """uint8 [n, R, R] -> grey levels float32 [n, 1, S, S], S the smaller of `size` and R."""
     size = min(size, images.shape[-1])
-    parts = [
-        F.adaptive_avg_pool2d(to_tensor(images[i : i + BATCH]).float(), size)
-        for i in range(0, len(images), BATCH)
-    ]
-    return torch.cat(parts)
+    parts = (to_tensor(images[i : i + BATCH]).float() for i in range(0, len(images), BATCH))
+    return torch.cat([F.adaptive_avg_pool2d(part, size) for part in parts])
 
 
 class Weights(NamedTuple):
-    """Where the file of a network comes from."""
+    """Source of a file with the weights of a network."""
 
-    name: str  # of its extractor
+    name: str  # of the extractor
     package: str
     file: str
     sha256: str
-    how: str
-    option: str
+    how: str  # command that installs the file
+    option: str  # setting that names another place of the file
 
 
 INCEPTION = Weights(
@@ -159,7 +133,7 @@ DINOV2 = Weights(
 
 
 class Extractor(NamedTuple):
-    """A network that maps images to features; figures of different ones are never compared."""
+    """A network that maps images to features."""
 
     name: str
     identity: str  # weights, input size, resize filter: part of every cache key
@@ -167,40 +141,37 @@ class Extractor(NamedTuple):
 
 
 def find_weights(path: Path | None, source: Weights) -> tuple[Path, str]:
-    """The file of a network, and its sha256. Raises UserError if it is not here, or another one."""
+    """File of the weights and its sha256. Raises UserError if it is missing or a different file."""
     if path is None:
         package = importlib.util.find_spec(source.package)
         folder = package and package.submodule_search_locations
         path = Path(folder[0]) / source.file if folder else None
     if path is None or not path.is_file():
-        raise UserError(
-            f"{source.option} = {path}: no such file; {source.how} brings it, or leave "
-            f"{source.name} out of --extractors"
-        )
-    digest = sha256_of(path)
+        how = f"{source.how} installs it, or leave {source.name} out of --extractors"
+        raise UserError(f"{source.option} = {path}: no such file; {how}")
+    digest = utils.sha256_of(path)
     if digest != source.sha256:
         raise UserError(f"{path}: sha256 {digest[:8]}..., not {source.sha256[:8]}...")
     return path, digest
 
 
 def load_inception(path: Path | None, device: torch.device) -> Extractor:
-    """The 2015 Inception-v3 of FID ([1]), 2048 features. Raises UserError if it is not here."""
+    """The 2015 Inception-v3 of FID ([1]), 2048 features. Raises UserError as `find_weights`."""
     path, digest = find_weights(path, INCEPTION)
     network = torch.jit.load(path, map_location=device).eval()
 
     def features(images: Tensor) -> Tensor:
         x = resize_like_fid(images.to(device).float()).expand(-1, 3, -1, -1)
-        x = ((x - 128) / 128).contiguous(memory_format=MEMORY_FORMAT)  # faster, on a CPU too
-        return network(x)
+        return network(((x - 128) / 128).contiguous(memory_format=MEMORY_FORMAT))
 
     return Extractor("inception", f"{digest}, 299 x 299, bilinear as in TensorFlow 1", features)
 
 
 def load_dinov2(path: Path | None, device: torch.device) -> Extractor:
-    """DINOv2's ViT-S/14 ([2]) tuned on brain MRI for the rating of artefacts ([3]), 384 features.
+    """DINOv2's ViT-S/14 ([2]) tuned on brain MRI to rate artefacts ([3]), 384 features.
 
-    Of pictures of 112 pixels or less at 112 pixels, else at 224. Raises UserError if it, or timm,
-    is not here.
+    Images of up to 112 pixels are resized to 112 pixels, larger ones to 224. Raises UserError as
+    `find_weights`, and if timm is not installed.
     """
     path, digest = find_weights(path, DINOV2)
     if importlib.util.find_spec("timm") is None:
@@ -208,13 +179,9 @@ def load_dinov2(path: Path | None, device: torch.device) -> Extractor:
     import timm
 
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (DINO_MEAN, DINO_STD))
-    networks = {
-        size: timm.create_model(
-            "vit_small_patch14_reg4_dinov2", pretrained=True, img_size=size, num_classes=0,
-            pretrained_cfg_overlay={"file": str(path)},
-        ).to(device).eval()
-        for size in (112, 224)
-    }  # fmt: skip
+    settings = {"num_classes": 0, "pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    create = partial(timm.create_model, "vit_small_patch14_reg4_dinov2", **settings)
+    networks = {size: create(img_size=size).to(device).eval() for size in (112, 224)}
 
     def features(images: Tensor) -> Tensor:
         size = 112 if images.shape[-1] <= 112 else 224
@@ -226,7 +193,7 @@ def load_dinov2(path: Path | None, device: torch.device) -> Extractor:
 
 
 def resize_like_fid(x: Tensor, size: int = 299) -> Tensor:
-    """TensorFlow 1's bilinear: no antialiasing, corners at the origin. -> [N, C, size, size]."""
+    """TensorFlow 1's bilinear resize, without antialiasing or centred pixels. -> [N, C, S, S]."""
     at = torch.arange(size, device=x.device) * (x.shape[-1] / size)
     low = at.floor().long()
     high, part = (low + 1).clamp(max=x.shape[-1] - 1), at - low
@@ -237,20 +204,17 @@ def resize_like_fid(x: Tensor, size: int = 299) -> Tensor:
 class Encoder(nn.Module):
     """A small convolutional network: slices in [-1, 1] [N, 1, R, R] -> outputs [N, num_outputs].
 
-    `features` [N, 80] are what it tells slices by, 64 numbers of the slice averaged down to 64
-    pixels at most; and the amplitude in 16 bands of frequencies of the slice as it is, which no
-    network need learn to see, in deviations of those that `measure_bands` was shown.
+    `features` [N, 80] are 64 numbers that the network computes from the slice, averaged down to 64
+    pixels at most, and the amplitudes of the slice in 16 bands of frequencies, which need no
+    learning. Amplitudes are standardised with the slices given to `measure_bands`.
     """
 
     def __init__(self, num_outputs: int, resolution: int) -> None:
         super().__init__()
-        widths, side = (1, 16, 32, 64, 128), min(64, resolution)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, 2, 1) for i, o in zip(widths, widths[1:], strict=False)
-        )
+        widths = (1, 16, 32, 64, 128)
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1) for i, o in pairwise(widths))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
-        for _ in self.convs:
-            side = (side + 1) // 2
+        side = math.ceil(min(64, resolution) / 2 ** len(self.convs))
         self.embed = nn.Linear(widths[-1] * side**2, EMBEDDING)
         self.head = nn.Linear(EMBEDDING, num_outputs)
         self.register_buffer("band_mean", torch.zeros(BANDS**2))
@@ -269,7 +233,7 @@ class Encoder(nn.Module):
         return torch.cat([self.embedding(x), bands], 1)
 
     def measure_bands(self, x: Tensor) -> None:
-        """Count bands in deviations of these slices from now on."""
+        """Set the mean and deviation with which `features` standardises amplitudes."""
         bands = torch.cat([band_amplitudes(part) for part in x.split(BATCH)])
         self.band_mean, self.band_deviation = bands.mean(0), bands.std(0, False).clamp(min=1e-3)
 
@@ -289,13 +253,10 @@ def band_amplitudes(x: Tensor) -> Tensor:
 def fit_encoder(
     x: Tensor, targets: Tensor, loss: Callable, seed: int, steps: int = 600, apart: float = 0
 ) -> Encoder:
-    """Train an Encoder with flips and small shifts, on the CPU, the same for the same seed.
+    """Train an Encoder with flips and small shifts, on the CPU; the seed determines the result.
 
-    Args:
-        x: slices in grey levels [n, 1, R, R].
-        targets: [n, ...], passed with the outputs to `loss`.
-        loss: (outputs [N, T], targets [N, ...]) -> scalar; T is the last dimension of targets.
-        apart: weight of a penalty that keeps its 64 numbers varied and uncorrelated ([4]).
+    x: slices in grey levels [n, 1, R, R]; targets: [n, T]; loss: (outputs [N, T], targets [N, T])
+    -> scalar; apart: weight of a penalty that keeps the 64 numbers varied and uncorrelated ([4]).
     """
     torch.manual_seed(seed)
     encoder = Encoder(targets.shape[1], x.shape[-1])
@@ -316,7 +277,7 @@ def fit_encoder(
 
 
 def redundancy(z: Tensor) -> Tensor:
-    """How far features [N, F] vary by less than 1 each, and are correlated ([4], section 4.1)."""
+    """Penalty on features [N, F] that are correlated or vary by less than 1 ([4], section 4.1)."""
     covariance = z.T.cov()
     deviation = (covariance.diagonal() + 1e-4).sqrt()
     off = covariance.square().sum() - covariance.diagonal().square().sum()
@@ -324,7 +285,7 @@ def redundancy(z: Tensor) -> Tensor:
 
 
 def principal_components(x: Tensor) -> Tensor:
-    """The first 32 of slices [n, 1, R, R] at 16 x 16 pixels, of unit variance. -> [n, 32]."""
+    """First 32 components of slices [n, 1, R, R] at 16 x 16 pixels, of variance 1. -> [n, 32]."""
     x = F.adaptive_avg_pool2d(x, 16).flatten(1)
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     u = torch.where(s > 1e-4 * s[0], u, 0) * len(x) ** 0.5
@@ -332,14 +293,14 @@ def principal_components(x: Tensor) -> Tensor:
 
 
 def trained_encoder(
-    train: Slices, data: str, cache: Path, own: Path | None = None
+    train: dataset.Slices, data: str, cache: Path, own: Path | None = None
 ) -> tuple[Encoder, str]:
-    """An Encoder trained to tell what varies among the training slices, and its sha256.
+    """An Encoder trained to predict what varies among the training slices, and its sha256.
 
-    Its outputs are a score for each class, the level, and the principal components: class and level
-    alone left features of two dimensions. It is trained once for each cache; a run keeps `own`, a
-    copy that comes before the cache: elsewhere another one would come out. Raises UserError where
-    `own` is of an earlier version.
+    Its outputs are a score for each class, the position, and the principal components: trained on
+    class and position alone, it had features of two dimensions. It is trained once and kept in the
+    cache. A run keeps a copy, `own`, and uses that first, since training on another machine gives
+    another encoder. Raises UserError if the tensors of `own` have other shapes.
     """
     num_classes, resolution = len(train.classes), train.images.shape[-1]
     key = hashlib.sha256(repr((data, train.classes)).encode()).hexdigest()[:16]
@@ -352,72 +313,65 @@ def trained_encoder(
         return F.cross_entropy(scores, one_hots) + 10 * position + components
 
     def write(path: Path) -> None:
-        print_once("training the encoder on the training slices")
-        x, position = averaged(train.images), find_positions(train.participants)
-        targets = [one_hot(train.labels, num_classes), torch.from_numpy(position)[:, None]]
+        utils.print_once("training the encoder on the training slices")
+        x, position = averaged(train.images), dataset.find_positions(train.participants)
+        targets = [utils.one_hot(train.labels, num_classes), torch.from_numpy(position)[:, None]]
         targets = torch.cat([*targets, principal_components(x)], 1).float()
         encoder = fit_encoder(x, targets, loss, seed=0, apart=1)
-        encoder.measure_bands(to_tensor(train.images[evenly_spaced(len(x), MAX_BANDS)]) / 127.5 - 1)
-        path.write_bytes(safetensors_bytes(encoder.state_dict()))
+        some = train.images[utils.evenly_spaced(len(x), MAX_BANDS)]
+        encoder.measure_bands(to_tensor(some) / 127.5 - 1)
+        path.write_bytes(utils.safetensors_bytes(encoder.state_dict()))
 
-    if own is None or not is_whole(own):
-        make_once(path, write, is_whole)
+    if own is None or not utils.is_whole(own):
+        utils.make_once(path, write, utils.is_whole)
         if own is not None:
-            make_once(own, lambda copy: copy.write_bytes(path.read_bytes()), is_whole)
+            utils.make_once(own, lambda copy: copy.write_bytes(path.read_bytes()), utils.is_whole)
     path = own or path
     encoder = Encoder(num_classes + 1 + COMPONENTS, resolution).eval()
-    state, ours = read_safetensors(path), encoder.state_dict()
+    state, ours = utils.read_safetensors(path), encoder.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in ours.items()}:
-        raise UserError(f"{path} is of an earlier version: remove it, and figures start anew")
+        raise UserError(f"{path} does not fit this encoder: delete it to train a new one")
     encoder.load_state_dict(state)
-    return encoder, sha256_of(path)
+    return encoder, utils.sha256_of(path)
 
 
 def encoder_extractor(encoder: Encoder, digest: str, data: str) -> Extractor:
-    """The features of `trained_encoder`: of a network that must see anatomy, and of the grain."""
+    """The `features` of a trained encoder as an Extractor; `data` is the data's identity."""
     identity = f"{digest}, trained on {data[:16]}, averaged to 64 x 64 at most"
     return Extractor("encoder", identity, lambda images: encoder.features(images / 127.5 - 1))
 
 
 PIXELS = Extractor(
-    "pixels",
-    "averaged to 32 x 32",
-    lambda images: F.adaptive_avg_pool2d(images.float(), 32).flatten(1),
+    "pixels", "averaged to 32 x 32", lambda x: F.adaptive_avg_pool2d(x.float(), 32).flatten(1)
 )
 
 
 def compute_features(images: np.ndarray, extractor: Extractor, bar: str | None) -> np.ndarray:
-    """Features float32 [n, F] of uint8 images [n, R, R]; under a progress bar of that name."""
+    """Features float32 [n, F] of uint8 images [n, R, R]; `bar` names a progress bar."""
 
     @torch.no_grad()
     def work(start: int) -> Tensor:
         return extractor.network(to_tensor(images[start : start + BATCH])).cpu().flatten(1).float()
 
-    return torch.cat(map_on_cores(work, range(0, len(images), BATCH), bar, "batch")).numpy()
+    return torch.cat(utils.map_on_cores(work, range(0, len(images), BATCH), bar, "batch")).numpy()
 
 
 def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str) -> np.ndarray:
-    """Features float32 [n, F] of uint8 images [n, R, R], computed once for each content."""
+    """Features float32 [n, F] of uint8 images [n, R, R], cached by content; `name` is for a bar."""
     key = hashlib.sha256(extractor.identity.encode())
     key.update(np.ascontiguousarray(images).data)
     path = cache / f"features-{extractor.name}-{key.hexdigest()[:16]}.npy"
 
     def write(path: Path) -> None:
-        with open(path, "wb") as file:  # np.save would add its own suffix to the name
+        with open(path, "wb") as file:  # np.save would add a suffix to a file name
             np.save(file, compute_features(images, extractor, f"{extractor.name} of {name}"))
 
-    return np.array(make_array_once(path, write))
-
-
-def extract(name: str, slices: Slices, extractor: Extractor, cache: Path) -> metrics.Features:
-    """The features of a set of slices; the name is for the progress bar."""
-    values = features_of(slices.images, extractor, cache, name)
-    return metrics.Features(values, slices.participants, slices.labels)
+    return np.array(utils.make_array_once(path, write))
 
 
 @torch.no_grad()
 def class_scores(encoder: Encoder, x: Tensor) -> np.ndarray:
-    """Softmax of all outputs of an encoder. Grey levels [n, 1, R, R] -> [n, outputs]."""
+    """Softmax over all outputs of an encoder. Grey levels [n, 1, R, R] -> [n, outputs]."""
     return torch.cat([encoder(p / 127.5 - 1).softmax(1) for p in x.split(500)]).numpy()
 
 
@@ -425,32 +379,32 @@ def class_scores(encoder: Encoder, x: Tensor) -> np.ndarray:
 
 
 def lattice(images: np.ndarray, levels: float) -> np.ndarray:
-    """A checkerboard of single pixels over the head, `levels` from dark to light."""
+    """Add a checkerboard of single pixels to the head; fields differ by `levels` grey levels."""
     board = np.indices(images.shape[1:]).sum(0) % 2 - 0.5
     return to_grey(np.where(images > 20, images + levels * board, images))
 
 
 def noisy(images: np.ndarray, levels: float) -> np.ndarray:
-    """Normal noise over the head, of so many grey levels."""
+    """Add normal noise to the head; its standard deviation is `levels` grey levels."""
     noise = np.random.default_rng(0).normal(0, levels, images.shape)
     return to_grey(np.where(images > 20, images + noise, images))
 
 
 def blurred(images: np.ndarray, pixels: float) -> np.ndarray:
-    """A Gaussian blur of so many pixels."""
+    """Gaussian blur with a standard deviation in pixels."""
     return ndimage.gaussian_filter(images, (0, pixels, pixels))
 
 
 def mirror_hemispheres(images: np.ndarray, share: float) -> np.ndarray:
-    """The right half replaced by the left one's mirror image, in a share of the slices."""
+    """In a share of the slices, replace the right half by the mirror image of the left half."""
     found, half = images.copy(), images.shape[-1] // 2
-    rows = evenly_spaced(len(images), round(share * len(images)))
+    rows = utils.evenly_spaced(len(images), round(share * len(images)))
     found[rows, :, -half:] = images[rows, :, :half][:, :, ::-1]
     return found
 
 
 def fill_ventricles(images: np.ndarray, share: float) -> np.ndarray:
-    """Ventricles as light as the brain's median, or a share of the way there."""
+    """Move the grey of the ventricles a share of the way to the brain's median."""
     found = images.astype(np.float64)
     for image in found:
         brain, ventricles = metrics.segment(image)
@@ -460,7 +414,7 @@ def fill_ventricles(images: np.ndarray, share: float) -> np.ndarray:
 
 
 def shifted(images: np.ndarray, pixels: float) -> np.ndarray:
-    """Moved to the right by so many pixels."""
+    """Move images to the right by whole pixels, around the border."""
     return np.roll(images, int(pixels), 2)
 
 
@@ -479,8 +433,8 @@ DEGRADATIONS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], tuple[f
 
 
 def planted_copies(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """What an audit must find: images as they are, and in seven ways that a copy may differ."""
-    draws, config = torch.from_numpy(np.random.default_rng(seed).random((len(images), 4))), Config()
+    """Copies that an audit must find: exact ones, and copies changed in seven ways."""
+    draws = torch.from_numpy(np.random.default_rng(seed).random((len(images), 4))).float()
     grey = torch.from_numpy(images)[:, None].float() / 255
     noise = np.random.default_rng(seed).normal(0, 2, images.shape)
     return {
@@ -491,20 +445,16 @@ def planted_copies(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         "turned": ndimage.rotate(images, 5, (1, 2), reshape=False, order=1),
         "blurred": blurred(images, 0.8),
         "darkened": to_grey(images * 0.9),
-        "augmented": to_grey(255 * augment(grey, draws.float(), config)[:, 0].numpy()),
+        "augmented": to_grey(255 * dataset.augment(grey, draws, Config())[:, 0].numpy()),
     }
 
 
-def fresh_slices(like: Slices, cache: Path, count: int, seed: int = 0) -> Slices:
-    """A slice each of `count` subjects that no demo set has: what a perfect generator draws.
-
-    Of the size and the classes of `like`, slices of a demo set.
-    """
-    name = f"fresh-{CACHE_VERSION}-{count}-{seed}"
-    root = folder_once(cache / name, lambda folder: write_fresh(folder, count, seed))
-    classes, files = find_class_folders(root)
-    images = decoded(files, root, like.images.shape[-1], cache)
-    labels, participants = (
-        np.array([getattr(f, k) for f in files]) for k in ("label", "participant")
-    )
-    return Slices(images, labels * (like.classes == classes), participants, like.classes)
+def fresh_slices(like: dataset.Slices, cache: Path, count: int, seed: int = 0) -> dataset.Slices:
+    """One slice of each of `count` demo subjects in no demo set, size and classes as in `like`."""
+    name = f"fresh-{dataset.CACHE_VERSION}-{count}-{seed}"
+    root = dataset.folder_once(cache / name, lambda folder: write_fresh(folder, count, seed))
+    classes, files = dataset.find_class_folders(root)
+    images = dataset.decoded(files, root, like.images.shape[-1], cache)
+    labels = np.array([f.label for f in files]) * (like.classes == classes)  # 0 in a single class
+    participants = np.array([f.participant for f in files])
+    return dataset.Slices(images, labels, participants, like.classes)

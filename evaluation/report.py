@@ -1,4 +1,4 @@
-"""The report of an evaluation: tables, as Markdown and as JSON can hold them, and pictures."""
+"""The report of an evaluation: tables for Markdown and JSON, and pictures."""
 
 import math
 from collections.abc import Callable
@@ -12,15 +12,13 @@ from matplotlib.figure import Figure
 from dataset import Slices
 from utils import printable, save_figure, tile, write_atomically
 
-Rows = list[dict[str, Any]]  # of a table
-TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # of ratios
-
-
-# Tables
+Row = dict[str, Any]  # a row of a table, by column
+Rows = list[Row]
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # axis of ratios
 
 
 def cell(value: Any) -> str:
-    """A value of a table as text; an interval is a list."""
+    """A value of a table as text; a list is an interval."""
     if isinstance(value, list):
         return " to ".join(dict.fromkeys(map(cell, value)))
     if isinstance(value, float):
@@ -29,7 +27,7 @@ def cell(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Nested values as JSON can hold them: null where a number is not finite."""
+    """Nested values for JSON; a number that is not finite becomes null."""
     if isinstance(value, dict):
         return {name: plain(v) for name, v in value.items()}
     if isinstance(value, list):
@@ -38,7 +36,7 @@ def plain(value: Any) -> Any:
 
 
 def as_table(rows: Rows) -> str:
-    """Rows as a Markdown table, without what is only drawn: histograms and pairs."""
+    """Rows as a Markdown table, without dictionaries (histograms and pairs are only drawn)."""
     columns = dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict))
     lines = [[c.replace("_", " ") for c in columns], ["---"] * len(columns)]
     lines += [[cell(row.get(c, "")) for c in columns] for row in rows]
@@ -53,38 +51,36 @@ def as_markdown(report: dict[str, Any]) -> str:
             rows = [{"of": k, "value": v} for k, v in rows.items()]
         text += f"\n## {title.capitalize().replace('_', ' ')}\n\n{as_table(rows)}"
     return text + (
-        "\n'Not measured': too few slices or ids for that figure, or all of them alike. "
-        "FD to unseen ids: samples that generalise have less than a perfect memory, which repeats "
-        "the training slices; a perfect generator is known of the demo brains only. The audit "
-        "looks for training slices that are turned, moved, mirrored, lit otherwise or blurred as "
-        "in its planted copies; it finds no parts of slices, and is no guarantee of privacy. "
-        "Figures of different extractors must not be compared.\n"
+        "\n'Not measured': there are too few slices or participants, or all are alike. FD to "
+        "unseen participants: samples that generalise have a lower FD than a perfect memory, which "
+        "repeats the training slices; a perfect generator is known for the demo brains only. The "
+        "audit finds whole training slices, also rotated, moved, mirrored, blurred or darkened as "
+        "its planted copies are, but no copied parts: it is no guarantee of privacy. Measurements "
+        "of different extractors cannot be compared.\n"
     )
 
 
 def write_text(text: str, path: Path) -> None:
+    """Write a text file; readers see the old file or the whole new one."""
     write_atomically(path, lambda partial: partial.write_text(text))
 
 
-# Figures
-
-
 def draw_ratios(ax: Axes, rows: Rows) -> None:
-    """FD of samples to unseen ids over that of others, with intervals."""
+    """FD of samples to unseen participants over that of memory or generator, with intervals."""
     points = [
         (f"{row['extractor']}, {name}", row[f"over_{name}"], row[f"over_{name}_interval"])
         for row in rows
         for name in ("memory", "perfect")
         if math.isfinite(row.get(f"over_{name}", math.nan))
     ]
-    for place, (_, value, limits) in enumerate(points):
-        reach = [[value - limits[0]], [limits[1] - value]]
-        ax.errorbar(value, place, xerr=np.abs(reach), fmt="o", color="C0", capsize=4)
+    for place, (_, value, (low, high)) in enumerate(points):
+        reach = np.abs([[value - low], [high - value]])
+        ax.errorbar(value, place, xerr=reach, fmt="o", color="C0", capsize=4)
         ax.text(value, place - 0.08, f"{value:.3g}", ha="center", va="bottom")
     ax.axvline(1, color="k", ls="--", lw=1)
     ax.set(xscale="log", yticks=range(len(points)), yticklabels=[name for name, *_ in points])
     ax.set(ylim=(len(points) - 0.5, -0.5), title="Samples over a perfect memory or generator")
-    ax.set_xlabel("ratio of FDs to unseen ids")
+    ax.set_xlabel("ratio of FDs to unseen participants")
     ends = [1.0, *(end for *_, limits in points for end in limits)]
     ticks = [t for t in TICKS if min(ends) / 2 < t < max(ends) * 2]
     ax.set_xticks(ticks, map(str, ticks))
@@ -96,20 +92,22 @@ def draw_histograms(
 ) -> None:
     """The densities of a `histogram` as steps, the real set in blue."""
     ax.set(title=title, xlabel=label, yticks=[], ylabel="density")
-    for name in sorted(found.keys() - {"edges"}):
+    names = sorted(found.keys() - {"edges"})
+    for name in names:
         color = "C1" if name == "fake" else "C0"
         ax.stairs(found[name], found["edges"], fill=True, alpha=0.45, color=color, label=name)
-    ax.set_ylim(0, 1.35 * max(max(found[name]) for name in found.keys() - {"edges"}))  # legend
+    ax.set_ylim(0, 1.35 * max(max(found[name]) for name in names))  # room for the legend
     if threshold is not None:
         ax.axvline(threshold, color="k", ls="--", lw=1, label="1st percentile of test")
     ax.legend(fontsize=8, loc="upper right")
 
 
 def draw_labels(ax: Axes, rows: Rows) -> None:
-    """AUC by id, that of synthetic tests by slice, with the spread over seeds."""
-    bars = {r["figure"]: r for r in rows if (r["unit"] == "ids") != (r["figure"] == "TRTS")}
-    bars = [bars[k] for k in ("TRTR", "TSTR", "TRTS", "TR+STR")]
-    names = [f"{r['figure']}\nby {r['unit'][:-1]}" for r in bars]
+    """AUC by participant, for synthetic tests by slice, with the standard deviation over seeds."""
+    units = dict.fromkeys(("TRTR", "TSTR", "TRTS", "TR+STR"), "participants") | {"TRTS": "slices"}
+    found = {(r["measurement"], r["unit"]): r for r in rows}
+    bars = [found[pair] for pair in units.items()]
+    names = [f"{name}\nby {unit[:-1]}" for name, unit in units.items()]
     heights, errors = [r["auc"] for r in bars], [r["std_of_seeds"] for r in bars]
     ax.bar(names, heights, yerr=errors, capsize=4, color=["C0", "C1", "C1", "C2"])
     ax.axhline(0.5, color="k", ls="--", lw=1)
@@ -119,7 +117,7 @@ def draw_labels(ax: Axes, rows: Rows) -> None:
 
 
 def draw_report(report: dict[str, Any], path: Path) -> None:
-    """One picture of what was measured, a panel for each figure."""
+    """One picture of the report, with a panel for each measurement."""
     panels: list[Callable[[Axes], None]] = []
     rows = [r for r in report.get("headline", ()) if r["set"] == "samples"]
     if any(math.isfinite(r.get("over_memory", math.nan)) for r in rows):
@@ -135,29 +133,26 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
         panels.append(lambda ax, args=args: draw_histograms(ax, *args))
     if not panels:
         return
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
+    columns, lines = min(3, len(panels)), math.ceil(len(panels) / 3)
     figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="tight")
     for number, draw in enumerate(panels, 1):
         draw(figure.add_subplot(lines, columns, number))
     save_figure(figure, path)
 
 
-def draw_pairs_of(row: dict[str, Any], fakes: Slices, train: Slices, path: Path) -> None:
-    """The 20 samples nearest to a training slice, each above it, with their distance."""
-    pairs = row["pairs"]
-    blocks = np.array_split(np.arange(len(pairs["gap"])), 2)
+def draw_nearest(row: Row, fakes: Slices, train: Slices, path: Path) -> None:
+    """The 20 samples nearest to a training slice, each above that slice, with their distance."""
+    pairs = {name: np.array(values) for name, values in row["pairs"].items()}
     figure = Figure(figsize=(11, 5.4), layout="tight")
+    blocks = np.array_split(np.arange(len(pairs["gap"])), 2)
     for ax, block in zip(figure.subplots(2, 1), blocks, strict=True):
-        rows = [source.images[np.array(pairs[k])[block]]
-                for k, source in (("sample", fakes), ("train", train))]  # fmt: skip
+        rows = fakes.images[pairs["sample"][block]], train.images[pairs["train"][block]]
         picture = tile(np.concatenate(rows), len(block))
         R = len(picture) / 2
         ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
         ax.set_yticks([R * 0.5, R * 1.5], ["generated", "training"])
         middles = R * (np.arange(len(block)) + 0.5)
         ax.set_xticks(middles, [f"{pairs['gap'][i]:.3g}" for i in block])
-    figure.axes[0].set_title(
-        f"Nearest in {row['space']}: distances below; too near is under {row['threshold']:.3g}"
-    )
+    title = f"Nearest in {row['space']}, with distances; below {row['threshold']:.3g} is too near"
+    figure.axes[0].set_title(title)
     save_figure(figure, path)

@@ -1,9 +1,9 @@
-"""Would training on a folder of slices be honest? A page in words, a contact sheet, an exit code.
+"""Check a folder of slices before training: duplicates, leaks between splits, confounds, bad files.
 
     python prepare.py check AD_NC --table subjects.csv
 
-What it cannot see: slices of one person under two ids that no table joins, unless they show the
-same picture; pictures upside down; whatever the scans went through before.
+The check cannot see that one person has two scan ids, unless a table or manifest says so or both
+show the same picture. It also misses pictures that are upside down, and earlier processing.
 """
 
 import hashlib
@@ -22,56 +22,28 @@ from PIL import Image
 from scipy import fft, ndimage
 from torch.nn import functional as F
 
+import dataset
+import utils
 from config import UserError
-from dataset import (
-    FORMATS,
-    SPLITS,
-    Entry,
-    SliceFile,
-    decode_scan,
-    describe,
-    doubtful_classes,
-    pad_to_square,
-    read_manifest,
-    read_splits,
-    rows_by_scan,
-    set_participants,
-    shared_ids,
-)
 from scans.tables import RENAMED, EntryFinder
-from utils import (
-    CHUNK,
-    ensure_writable,
-    evenly_spaced,
-    map_in_chunks,
-    map_on_cores,
-    moments,
-    otsu_threshold,
-    print_once,
-    printable,
-    rotate_and_centre,
-    save_figure,
-)
 
-SIDE = 96  # pixels of a slice in which its detail is compared
-HASH_SIDE = 24  # and its whole
-HEAD_DEVIATION = (
-    0.28  # deviation of a head's pixels from its middle, in sides of a picture, when upright
-)
-NEIGHBOURS = 3  # of the same whole, whose detail is compared
-SAME_EDGES = 0.7  # correlation from which two slices show one picture
-SUSPICIOUS_AUC = 0.65  # AUC from which a single number is said to tell the class
+SIDE = 96  # pixels of the small pictures whose edges are compared
+HASH_SIDE = 24  # pixels of the still smaller pictures whose grey values are compared
+HEAD_DEVIATION = 0.28  # standard deviation of a head's pixel positions in a normalised picture
+NEIGHBOURS = 3  # training slices with the most similar grey, whose edges are compared
+SAME_EDGES = 0.7  # from this correlation on, two slices show the same picture
+SUSPICIOUS_AUC = 0.65  # from this AUC on, a single number tells the classes apart
 COLUMNS, EXTREMES = 12, 2  # of the contact sheet
-MAX_LISTED = 5  # of what is found many times
+MAX_LISTED = 5  # items of a long list that are printed
 
 
 class CheckedSlice(NamedTuple):
-    """What is known of a slice that could be read."""
+    """One readable slice."""
 
-    file: SliceFile
+    file: dataset.SliceFile
     split: str
     size: str
-    mode: str  # as Pillow calls it
+    mode: str  # Pillow's name
     file_hash: bytes
     pixel_hash: bytes
     picture: np.ndarray  # uint8 [SIDE, SIDE]
@@ -79,13 +51,13 @@ class CheckedSlice(NamedTuple):
 
 
 class CheckedFolder(NamedTuple):
-    """All that was read of a folder, and what is wrong with it."""
+    """All readable slices of a folder, and a list of its problems."""
 
     root: Path
     classes: list[str]
     slices: list[CheckedSlice]
     pictures: np.ndarray  # uint8 [n, SIDE, SIDE]
-    entries: dict[str, Entry]  # by scan, where a table or a manifest has it
+    entries: dict[str, dataset.Entry]  # by scan, if a table or manifest has the scan
     problems: list[str]
 
 
@@ -93,39 +65,32 @@ class CheckedFolder(NamedTuple):
 
 
 def read_scan(
-    files: list[SliceFile], split: str
+    files: list[dataset.SliceFile], split: str
 ) -> tuple[list[CheckedSlice], list[float], list[str]]:
-    """The slices of one scan, and what is wrong with them.
+    """The slices of one scan, the range of their values, and a list of problems.
 
-    In between, where their values are not 8-bit, their least and largest, the share below 0, and
-    which become black and white.
+    The range is empty for 8-bit files; else it holds the lowest value, the highest, the share of
+    values below 0, and the values that become black and white.
     """
-    images, (low, high), problems = decode_scan([f.path for f in files])
+    images, (low, high), problems = dataset.decode_scan([f.path for f in files])
     if problems:
         return [], [], problems
     found = []
     deep = images[0].is_floating_point()
     for file, image in zip(files, images, strict=True):
         grey = (image.float() - low) * (255 / max(high - low, 1e-8)) if deep else image.float()
-        square = pad_to_square(grey.clamp(0, 255))[None]
-        if square.shape[-1] >= 2 * SIDE:  # cheaper than an antialiased resize, and as good here
+        square = dataset.pad_to_square(grey.clamp(0, 255))[None]
+        if square.shape[-1] >= 2 * SIDE:  # faster than an antialiased resize, and as good here
             square = F.avg_pool2d(square, square.shape[-1] // SIDE)
         small = F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)
+        picture = small[0, 0].round().byte().numpy()
         pixels, content = image.numpy().tobytes(), file.path.read_bytes()
-        with Image.open(BytesIO(content), formats=FORMATS) as header:
+        with Image.open(BytesIO(content), formats=dataset.FORMATS) as header:
             mode = header.mode
-        found.append(
-            CheckedSlice(
-                file,
-                split,
-                f"{image.shape[2]}x{image.shape[1]}",
-                mode,
-                hashlib.sha256(content).digest(),
-                hashlib.sha256(pixels + repr(image.shape).encode()).digest(),
-                small[0, 0].round().byte().numpy(),
-                bool(image.min() == image.max()),
-            )
-        )
+        size, blank = f"{image.shape[2]}x{image.shape[1]}", bool(image.min() == image.max())
+        hashed = content, pixels + repr(image.shape).encode()
+        hashes = [hashlib.sha256(part).digest() for part in hashed]
+        found.append(CheckedSlice(file, split, size, mode, *hashes, picture, blank))
     if not deep:
         return found, [], []
     values = torch.cat([image.flatten() for image in images])
@@ -134,48 +99,39 @@ def read_scan(
 
 
 def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> CheckedFolder:
-    """Every slice, in small. Says what is there. Raises UserError where nothing can be read."""
+    """Read every slice and print a summary. Raises UserError if there is nothing to read."""
     finder = EntryFinder(table, columns) if table else None
-    classes, splits = read_splits(root, any_classes=True)
-    entries, other = dict(read_manifest(root)), defaultdict(set)
+    classes, splits = dataset.read_splits(root, any_classes=True)
+    entries = dict(dataset.read_manifest(root))
+    scans = {file.scan for files in splits.values() for file in files}
+    if finder:
+        found = {scan: entry_of_scan(finder, scan) for scan in scans - entries.keys()}
+        entries |= {scan: entry for scan, entry in found.items() if entry}
     for files in splits.values():
-        for file in files:
-            if finder and file.scan not in entries and (entry := entry_of_id(finder, file.scan)):
-                entries[file.scan] = entry
-            if entry := entries.get(file.scan):
-                says, lies = (RENAMED.get(n, n) for n in (entry.label, classes[file.label]))
-                if says and says != lies:
-                    other[f"{says}, lies in {lies}"].add(file.scan)
-        set_participants(files, entries)
-    describe(root, classes, splits)
-    problems = shared_ids(splits)
+        dataset.set_participants(files, entries)
+    dataset.describe(root, classes, splits)
+    problems = dataset.shared_participants(splits)
     if table:
-        ids = {file.scan for files in splits.values() for file in files}
-        known = len(ids & entries.keys())
-        print_once(f"{table} names {known} of {len(ids)} ids")
+        known = len(scans & entries.keys())
+        utils.print_once(f"{table} names {known} of {len(scans)} scans")
         if not known:
-            problems.append(f"{table} names none of the ids: whose they are is not known")
-    for what, scans in other.items():
-        problems.append(
-            f"of class {what}: {', '.join(sorted(scans)[:MAX_LISTED])} ({len(scans)} ids)"
-        )
-    of_scans = [
-        (split, [files[row] for row in rows])
-        for split, files in splits.items()
-        for rows in rows_by_scan(files)
-    ]
-    found = map_on_cores(lambda item: read_scan(item[1], item[0]), of_scans, printable(root), "id")
-    slices = [seen for part, _, _ in found for seen in part]
-    problems += [line for _, _, bad in found for line in bad]
-    if doubt := doubtful_classes(classes, splits["train"]):
-        print_once(f"note: {doubt}: training asks for --any-classes")
-    print_kinds(slices, [ranges for _, ranges, _ in found if ranges])
+            problems.append(f"{table} names none of the scans: their participants are unknown")
+    problems += wrong_classes(classes, splits, entries)
+    of_scans: list[tuple] = []
+    for split, files in splits.items():
+        of_scans += [([files[i] for i in rows], split) for rows in dataset.rows_by_scan(files)]
+    read = utils.map_on_cores(lambda job: read_scan(*job), of_scans, utils.printable(root), "scan")
+    slices = [seen for part, _, _ in read for seen in part]
+    problems += [line for _, _, bad in read for line in bad]
+    if doubt := dataset.doubtful_classes(classes, splits["train"]):
+        utils.print_once(f"note: {doubt}: training will need --any-classes")
+    print_kinds(slices, [ranges for _, ranges, _ in read if ranges])
     pictures = np.array([s.picture for s in slices]).reshape(-1, SIDE, SIDE)
     return CheckedFolder(root, classes, slices, pictures, entries, problems)
 
 
-def entry_of_id(finder: EntryFinder, scan: str) -> Entry | None:
-    """The entry of an id: of a mere number also that of ADNI's image, which has an I before it."""
+def entry_of_scan(finder: EntryFinder, scan: str) -> dataset.Entry | None:
+    """The entry of a scan; ADNI's table writes the id I123 for files that are called 123."""
     try:
         entry = finder.named_in(scan)
         return finder.named_in(f"I{scan}") if entry is None and scan.isdigit() else entry
@@ -183,35 +139,46 @@ def entry_of_id(finder: EntryFinder, scan: str) -> Entry | None:
         return None
 
 
+def wrong_classes(
+    classes: list[str], splits: dataset.Splits, entries: dict[str, dataset.Entry]
+) -> list[str]:
+    """A message for each class and each other class folder that holds scans of that class."""
+    wrong = defaultdict(set)
+    for file in itertools.chain(*splits.values()):
+        label = entries[file.scan].label if file.scan in entries else ""
+        own, folder = (RENAMED.get(name, name) for name in (label, classes[file.label]))
+        if own and own != folder:
+            wrong[own, folder].add(file.scan)
+    return [
+        f"class {own} in the table, folder {folder}: {len(scans)} scans, "
+        + ", ".join(sorted(scans)[:MAX_LISTED])
+        for (own, folder), scans in wrong.items()
+    ]
+
+
 def print_kinds(slices: list[CheckedSlice], ranges: list[list[float]]) -> None:
-    """Say of which sizes and values the slices are, and how many an id has."""
-    for title, counts in (
-        ("pixels", Counter(s.size for s in slices)),
-        ("modes", Counter(s.mode for s in slices)),
-    ):
+    """Print sizes, modes and value ranges of the slices, and how many a scan has."""
+    for title, kinds in (("pixels", [s.size for s in slices]), ("modes", [s.mode for s in slices])):
+        counts = Counter(kinds)
         text = "; ".join(f"{name} ({count})" for name, count in counts.most_common(MAX_LISTED))
-        print_once(
-            f"{title}: {text}"
-            + f"; and {len(counts) - MAX_LISTED} more" * (len(counts) > MAX_LISTED)
-        )
+        more = f"; and {len(counts) - MAX_LISTED} more" if len(counts) > MAX_LISTED else ""
+        utils.print_once(f"{title}: {text}{more}")
     if ranges:
         low, high, below, black, white = np.array(ranges).T
-        text = f"{low.min():g} to {high.max():g}, {below.mean():.1%} below 0"
-        text += f"; an id's black is {black.min():g} to {black.max():g}"
-        print_once(
-            f"values of {len(ranges)} ids: {text}, its white {white.min():g} to {white.max():g}"
-        )
-    of_id = Counter((s.split, s.file.path.parent, s.file.scan) for s in slices).values()
-    print_once(f"slices of an id: {min(of_id, default=0)} to {max(of_id, default=0)}")
+        text = f"{low.min():g} to {high.max():g}, {below.mean():.1%} below 0; black of a scan: "
+        text += f"{black.min():g} to {black.max():g}, white: {white.min():g} to {white.max():g}"
+        utils.print_once(f"values of {len(ranges)} scans: {text}")
+    per_scan = Counter((s.split, s.file.path.parent, s.file.scan) for s in slices).values()
+    utils.print_once(f"slices per scan: {min(per_scan, default=0)} to {max(per_scan, default=0)}")
     if blank := sum(s.blank for s in slices):
-        print_once(f"note: {blank} slices are of a single value")
+        utils.print_once(f"note: {blank} slices have a single grey value")
 
 
 # Duplicates
 
 
 def exact_duplicates(folder: CheckedFolder) -> None:
-    """The same file, or the same pixels, more than once: across splits or classes a problem."""
+    """Report equal files and equal pixels: a problem across splits or classes, else a note."""
     found: dict[tuple, list[list[CheckedSlice]]] = defaultdict(list)
     for kind, name in (("file_hash", "the same file"), ("pixel_hash", "the same pixels")):
         groups = defaultdict(list)
@@ -219,21 +186,19 @@ def exact_duplicates(folder: CheckedFolder) -> None:
             if not seen.blank:
                 groups[getattr(seen, kind)].append(seen)
         for group in groups.values():
-            said = kind == "pixel_hash" and len({s.file_hash for s in group}) == 1
-            if len(group) > 1 and not said:
+            reported = kind == "pixel_hash" and len({s.file_hash for s in group}) == 1
+            if len(group) > 1 and not reported:
                 where = "train and test" if len({s.split for s in group}) > 1 else ""
                 if not where and len({s.file.label for s in group}) > 1:
                     where = "two classes"
-                ids = tuple(sorted({s.file.scan for s in group}))
-                found[name, where, ids].append(group)
-    for (name, where, ids), groups in found.items():
-        paths = ", ".join(str(s.file.path.relative_to(folder.root)) for s in groups[0][:MAX_LISTED])
+                found[name, where, tuple(sorted({s.file.scan for s in group}))].append(group)
+    for (name, where, scans), groups in found.items():
+        text = f"{name} in {where or 'one split'}, {len(groups)} times"
         if where:
-            folder.problems.append(f"{name} in {where}, {len(groups)} times, such as: {paths}")
+            paths = (str(s.file.path.relative_to(folder.root)) for s in groups[0][:MAX_LISTED])
+            folder.problems.append(f"{text}, such as: {', '.join(paths)}")
         else:
-            print_once(
-                f"note: {name} in one split, {len(groups)} times, of {', '.join(ids[:MAX_LISTED])}"
-            )
+            utils.print_once(f"note: {text}, in scans {', '.join(scans[:MAX_LISTED])}")
 
 
 def edges(pictures: np.ndarray) -> np.ndarray:
@@ -248,46 +213,43 @@ def edges(pictures: np.ndarray) -> np.ndarray:
 def best_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The highest correlation of the edges of pairs of pictures [n, S, S] over all shifts. -> [n].
 
-    Of a duplicate it is near 1 however it was shifted, lit or encoded.
+    It is near 1 for duplicates, also if one is shifted, darker or encoded anew.
     """
     product = fft.rfft2(edges(a)) * fft.rfft2(edges(b)).conj()
     return fft.irfft2(product, a.shape[1:]).max((1, 2))
 
 
-def upright(pictures: np.ndarray) -> np.ndarray:
-    """Heads turned upright, moved to the middle and scaled to one size. uint8 [n, SIDE, SIDE].
+def normalise_pose(pictures: np.ndarray) -> np.ndarray:
+    """Turn heads upright, centre them and scale them to one size. uint8 [n, SIDE, SIDE] -> same.
 
-    By the moments of what is brighter than a seventh of the bright: not by how it is lit.
+    The pose is that of the mask of pixels above 15 % of the 99th percentile; so it does not
+    depend on the lighting.
     """
 
     def work(part: np.ndarray) -> np.ndarray:
         black = np.percentile(part, 5, (1, 2), keepdims=True)
         grey = (part - black).clip(0).astype(np.float32)
         mask = grey > 0.15 * np.percentile(grey, 99, (1, 2), keepdims=True)
-        x, y, tilt, _ = moments(mask)
+        x, y, tilt, _ = utils.moments(mask)
         at, count = np.arange(SIDE) - (SIDE - 1) / 2, np.maximum(mask.sum((1, 2)), 1)
         columns, rows = (mask.sum(axis) / count[:, None] for axis in (1, 2))
         variance = columns @ at**2 - x**2 + rows @ at**2 - y**2
         scale = np.sqrt(np.maximum(variance, 1)) / (HEAD_DEVIATION * SIDE)
-        return rotate_and_centre(grey, x, y, tilt, scale)
+        return utils.rotate_and_centre(grey, x, y, tilt, scale)
 
-    return map_in_chunks(work, pictures)
+    return utils.map_in_chunks(work, pictures)
 
 
 def perceptual_hashes(pictures: np.ndarray) -> np.ndarray:
-    """A perceptual hash of upright pictures: small, lit alike. -> float32 [n, HASH_SIDE^2]."""
+    """Normalised pictures, small and with a mean grey of 50. -> float32 [n, HASH_SIDE^2]."""
     size = SIDE // HASH_SIDE
-
-    def work(part: np.ndarray) -> np.ndarray:
-        small = part.reshape(-1, HASH_SIDE, size, HASH_SIDE, size).mean((2, 4), dtype=np.float32)
-        small = small.reshape(len(part), -1)
-        return small * (50 / np.maximum(small.mean(1, keepdims=True), 1))
-
-    return map_in_chunks(work, pictures)
+    blocks = pictures.reshape(-1, HASH_SIDE, size, HASH_SIDE, size)
+    small = blocks.mean((2, 4), dtype=np.float32).reshape(len(pictures), -1)
+    return small * (50 / np.maximum(small.mean(1, keepdims=True), 1))
 
 
 class Pair(NamedTuple):
-    """A test and a training slice, and how far their edges correlate."""
+    """A test and a training slice, and the correlation of their edges."""
 
     score: float
     test: CheckedSlice
@@ -296,33 +258,31 @@ class Pair(NamedTuple):
 
 
 def near_duplicates(folder: CheckedFolder) -> tuple[list[Pair], float]:
-    """Test slices whose picture, not of the very same pixels, is in training too.
+    """Test slices that show the picture of a training slice, but not with the very same pixels.
 
-    Also the highest correlation of the other pairs. The candidates are those of the most alike
-    wholes.
+    Each test slice is compared with the training slices of the most similar hashes. Also returns
+    the highest correlation of the other pairs.
     """
     from sklearn.neighbors import NearestNeighbors
 
     split = np.array([s.split if not s.blank else "" for s in folder.slices])
-    rows = {name: np.flatnonzero(split == name) for name in SPLITS}
+    rows = {name: np.flatnonzero(split == name) for name in dataset.SPLITS}
     if not min(map(len, rows.values())):
         return [], 0.0
     train = folder.pictures[rows["train"]]
-    train_up = upright(train)
+    train_normal = normalise_pose(train)
     finder, best = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(train))), {}
-    finder.fit(perceptual_hashes(train_up))
+    finder.fit(perceptual_hashes(train_normal))
     for mirrored in (False, True):
         test = folder.pictures[rows["test"]][:, :, :: -1 if mirrored else 1]
-        test_up = upright(test)
-        alike = finder.kneighbors(
-            perceptual_hashes(test_up), return_distance=False
-        )  # [tests, NEIGHBOURS]
-        for part in np.array_split(np.arange(len(test)), math.ceil(len(test) / CHUNK)):
+        test_normal = normalise_pose(test)
+        hashes = perceptual_hashes(test_normal)
+        alike = finder.kneighbors(hashes, return_distance=False)  # [tests, NEIGHBOURS]
+        for part in np.array_split(np.arange(len(test)), math.ceil(len(test) / utils.CHUNK)):
             for column in alike[part].T:
-                scores = np.maximum(
-                    best_correlation(test[part], train[column]),
-                    best_correlation(test_up[part], train_up[column]),
-                )
+                raw = best_correlation(test[part], train[column])
+                normal = best_correlation(test_normal[part], train_normal[column])
+                scores = np.maximum(raw, normal)
                 for i, score, j in zip(rows["test"][part], scores, column, strict=True):
                     best[i] = max(best.get(i, (-1.0, 0, False)), (float(score), int(j), mirrored))
     pairs = [
@@ -334,18 +294,19 @@ def near_duplicates(folder: CheckedFolder) -> tuple[list[Pair], float]:
 
 
 def report_duplicates(folder: CheckedFolder) -> None:
-    """Say what is there twice; across splits or classes it is a problem."""
+    """Report exact duplicates, and pictures that are in both training and test set."""
     exact_duplicates(folder)
     same, most = near_duplicates(folder)
     if folder.pictures.size:
-        print_once(f"edges of other test and training slices correlate by {most:.2f} at most")
-    of_ids = defaultdict(list)
+        text = f"edges of all other test and training slices correlate by at most {most:.2f}"
+        utils.print_once(text)
+    of_scans = defaultdict(list)
     for pair in sorted(same, key=lambda pair: -pair.score):
-        of_ids[pair.test.file.scan, pair.train.file.scan].append(pair)
-    for pairs in of_ids.values():
+        of_scans[pair.test.file.scan, pair.train.file.scan].append(pair)
+    for pairs in of_scans.values():
         score, *both, mirrored = pairs[0]
-        paths = " and ".join(str(s.file.path.relative_to(folder.root)) for s in both)
         how = f"{len(pairs)} slices{', mirrored' * mirrored}, correlation up to {score:.2f}"
+        paths = " and ".join(str(s.file.path.relative_to(folder.root)) for s in both)
         folder.problems.append(f"one picture in test and train ({how}): {paths}")
 
 
@@ -353,69 +314,58 @@ def report_duplicates(folder: CheckedFolder) -> None:
 
 
 def report_confounds(folder: CheckedFolder) -> None:
-    """Say what participants are like in each class, and how well one number tells the class."""
+    """Print age, sex and mean grey of each class, and how well each tells the classes apart."""
     people: dict[str, list[int]] = defaultdict(list)
     for row, seen in enumerate(folder.slices):
         people[seen.file.participant].append(row)
-    first = {name: folder.slices[rows[0]].file for name, rows in people.items()}
-    entries = [folder.entries.get(file.scan) for file in first.values()]
+    first = [folder.slices[rows[0]].file for rows in people.values()]
+    entries = [folder.entries.get(file.scan) for file in first]
     numbers = {
         "age": [e.age if e else math.nan for e in entries],
         "sex (women)": [float(e.sex == "F") if e and e.sex else math.nan for e in entries],
         "mean grey": [float(folder.pictures[rows].mean()) for rows in people.values()],
     }
-    labels = np.array([file.label for file in first.values()])
+    labels = np.array([file.label for file in first])
     for name, column in numbers.items():
-        values = np.array(column)
-        known = np.isfinite(values)
+        known = np.isfinite(column)
         if not known.any():
             continue
-        means = [
-            f"{title} {values[known & (labels == i)].mean():.2f}"
-            for i, title in enumerate(folder.classes)
-            if (known & (labels == i)).any()
-        ]
-        best, chance = most_telling(values[known], labels[known])
-        text = f"{name} of {known.sum()} ids: {', '.join(means)}"
-        if math.isfinite(best):
-            text += f"; tells the class with an AUC of {best:.2f}"
-            if best >= max(SUSPICIOUS_AUC, chance):
-                text += f": what is learned of the class may be its {name}"
-        print_once(text)
+        values, label = np.array(column)[known], labels[known]
+        means = [f"{folder.classes[i]} {values[label == i].mean():.2f}" for i in np.unique(label)]
+        text = f"{name} of {known.sum()} participants: {', '.join(means)}"
+        auc, chance = most_telling_auc(values, label)
+        if math.isfinite(auc):
+            text += f"; it tells the classes apart with an AUC of {auc:.2f}"
+            if auc >= max(SUSPICIOUS_AUC, chance):
+                text += f": a network may learn the {name} in place of the class"
+        utils.print_once(text)
 
 
-def most_telling(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """The largest AUC by which a number tells two of the classes, and what chance may reach there.
-
-    NaN if there are no two.
-    """
+def most_telling_auc(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """The highest AUC between two classes, and the highest likely by chance; NaN for one class."""
     from sklearn.metrics import roc_auc_score
 
-    found = [(math.nan, math.nan)]
+    found = []
     for a, b in itertools.combinations(np.unique(labels), 2):
         chosen = (labels == a) | (labels == b)
         value = roc_auc_score(labels[chosen] == b, values[chosen])
         n, m = (labels == a).sum(), (labels == b).sum()
         deviation = math.sqrt((n + m + 1) / (12 * n * m))  # of the AUC of a number without meaning
         found.append((max(value, 1 - value), 0.5 + 2 * deviation))
-    return max(found[1:], default=found[0])
-
-
-# Contact sheet
+    return max(found, default=(math.nan, math.nan))
 
 
 def draw_sheet(folder: CheckedFolder, path: Path) -> None:
-    """A row of slices for each class; at its end the darkest, brightest, smallest and largest."""
+    """Draw a row of slices for each class; it ends with dark, bright, small and large ones."""
     labels = np.array([seen.file.label for seen in folder.slices])
-    rows = [np.flatnonzero(labels == i) for i in range(len(folder.classes))]
-    rows = [row for row in rows if len(row)]
-    figure = Figure(figsize=(COLUMNS + 4 * EXTREMES, 1.15 * len(rows) + 0.5))
-    axes = figure.subplots(len(rows), COLUMNS + 4 * EXTREMES, squeeze=False)
-    for line, row in zip(axes, rows, strict=True):
-        pictures = folder.pictures[row]
+    present = np.unique(labels)
+    figure = Figure(figsize=(COLUMNS + 4 * EXTREMES, 1.15 * len(present) + 0.5))
+    axes = figure.subplots(len(present), COLUMNS + 4 * EXTREMES, squeeze=False)
+    for line, label in zip(axes, present, strict=True):
+        pictures = folder.pictures[labels == label]
         grey = pictures.mean((1, 2))
-        size = np.array([(p > otsu_threshold(p) / 2).mean() for p in pictures])
-        at = {"": evenly_spaced(len(row), COLUMNS)}
+        size = np.array([(p > utils.otsu_threshold(p) / 2).mean() for p in pictures])
+        at = {"": utils.evenly_spaced(len(pictures), COLUMNS)}
         for name, values in (("dark", grey), ("bright", -grey), ("small", size), ("large", -size)):
             at[name] = np.argsort(values, kind="stable")[:EXTREMES]
         titles = [name for name, chosen in at.items() for _ in chosen]
@@ -423,13 +373,9 @@ def draw_sheet(folder: CheckedFolder, path: Path) -> None:
             ax.imshow(pictures[i], cmap="gray", vmin=0, vmax=255)
             ax.set_title(name, fontsize=8)
         for ax in line:
-            ax.set_xticks([])
-            ax.set_yticks([])
-        line[0].set_ylabel(printable(folder.classes[folder.slices[row[0]].file.label]))
-    save_figure(figure, path)
-
-
-# Command line
+            ax.set(xticks=[], yticks=[])
+        line[0].set_ylabel(utils.printable(folder.classes[label]))
+    utils.save_figure(figure, path)
 
 
 def check(
@@ -438,22 +384,23 @@ def check(
     columns: dict[str, str] = {},  # noqa: B006
     out: Path = Path("check.png"),
 ) -> None:
-    """Say what is in a folder, and whether training on it would be honest: else exit code 2.
+    """List the contents of a folder and look for leaks and bad files; exit code 2 if there are any.
 
     Args:
         root: folder that holds train/ and test/, or the class folders.
-        table: CSV or TSV that tells whose scans these are, and age and sex.
-        columns: columns that are called otherwise, such as: participant RID age AGE.
+        table: CSV or TSV with the participant of each scan, and age and sex.
+        columns: other names of columns, such as: participant RID age AGE.
         out: PNG of the contact sheet.
     """
-    ensure_writable(out.parent)
+    utils.ensure_writable(out.parent)
     folder = read_folder(root, table, columns)
     if folder.slices:
         report_duplicates(folder)
         report_confounds(folder)
         draw_sheet(folder, out)
-        print_once(f"contact sheet: {out}")
+        utils.print_once(f"contact sheet: {out}")
     if folder.problems:
         lines = "\n  ".join(folder.problems)
-        raise UserError(f"{root}: training would not be honest, or fail:\n  {lines}")
-    print_once("no id is on both sides, no picture either; every file can be read")
+        raise UserError(f"{root}: training would fail or its evaluation would mislead:\n  {lines}")
+    text = "no participant and no picture is in both train and test; every file can be read"
+    utils.print_once(text)

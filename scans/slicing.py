@@ -1,12 +1,13 @@
-"""Scans and a spreadsheet in, a training set out: volumes become slices in class folders.
+"""Import scans: cut slices from volumes, and sort them into class folders by a table.
 
     python prepare.py import SCANS --out AD_NC --table subjects.csv
 
-A volume is a NIfTI file or, with the program dcm2niix, a folder of DICOM files, at any depth. Its
-row of the table is the one whose scan or, if there is none, whose participant is a part of its
-path: not a mere number within a name, which may be a date. Without a table SCANS/CLASS/... is the
-class, and whose it is stands in the path (sub-01, 002_S_0295, OAS1_0001), or is the folder in that
-of the class, or the file. CN becomes NC as a class of a table, and a CDR above 0 becomes AD.
+A volume is a NIfTI file, or a folder of DICOM files if the program dcm2niix is installed, at any
+depth. Its row of the table is the one whose scan, or else whose participant, is part of its path.
+Plain numbers count only if they are a whole file or folder name, since others may be dates. Without
+a table the class is the first folder, SCANS/CLASS/..., and the participant is a name such as
+sub-01, 002_S_0295 or OAS1_0001 in the path, else the next folder, else the file name. The class CN
+of a table becomes NC, and a CDR above 0 becomes AD.
 """
 
 import csv
@@ -27,33 +28,25 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import tyro
 
+import utils
 from config import UserError
 from dataset import MANIFEST, SPLITS, Entry, manifest_rows
 from scans.tables import RENAMED, EntryFinder, participant_in, plain_name, stem
 from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
-from utils import (
-    delete_partials,
-    ensure_writable,
-    first_line,
-    lock_folder,
-    map_on_cores,
-    print_once,
-    printable,
-    save_grey,
-    sha256_of,
-    write_atomically,
-)
 
 SUFFIXES = (".nii", ".nii.gz")
-MOST_LETTERS = 80  # of an id
-MANIFEST_SECONDS = 5  # of work that a kill may cost
+MAX_LETTERS = 80  # of a scan's id
+MANIFEST_SECONDS = 5  # from one writing of the manifest to the next; a kill may cost this much work
+Split = dict[str, str]  # train or test, by participant
+Reasons = dict[str, str]  # why a volume is left out, by its path inside SCANS
+Rows = dict[str, dict[str, str]]  # of the manifest, by scan
 
 
 # Finding
 
 
 class Scan(NamedTuple):
-    """A volume on disk, the name that its slices get, and what is known of it."""
+    """A volume on disk, the id in the names of its slices, and its entry of the table."""
 
     path: Path
     name: str
@@ -61,10 +54,7 @@ class Scan(NamedTuple):
 
 
 def find_volumes(root: Path, pattern: str) -> list[Path]:
-    """NIfTI files, and folders that hold DICOM files. Raises UserError if there are none.
-
-    What BIDS calls derivatives, masks and segmentations is left out.
-    """
+    """NIfTI files and DICOM folders, but no BIDS derivatives or masks. Raises UserError if none."""
     if not root.is_dir():
         raise UserError(f"scans = {root}: no such folder")
     files = sorted(p for p in root.rglob("*") if p.name[0] != "." and p.is_file())
@@ -79,7 +69,7 @@ def find_volumes(root: Path, pattern: str) -> list[Path]:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its name or, without an ending, by its first bytes."""
+    """Whether a file is DICOM by its ending or, if it has none, by its first bytes."""
     if path.suffix.lower() in (".dcm", ".ima"):
         return True
     if path.suffix and not path.suffix[1:].isdigit():
@@ -91,78 +81,73 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def participant_of(inside: Path) -> str:
-    """Whose a volume is by its path CLASS/.../FILE: as it says, or the folder within the class."""
-    own = inside.parts[1] if len(inside.parts) > 2 else stem(inside.name)
-    return participant_in(str(inside)) or own.strip()
-
-
 def id_of(name: str) -> str:
-    """A name that any file system takes, and that a slice's number can follow."""
+    """A scan's id from any name: valid as a file name on any system, and not too long."""
     plain = re.sub(r"[^\w.+-]+", "-", name).strip("-.")
-    if len(plain) <= MOST_LETTERS and plain:
+    if len(plain) <= MAX_LETTERS and plain:
         return plain
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
-    return f"{plain[: MOST_LETTERS - 9]}-{digest}"
+    return f"{plain[: MAX_LETTERS - 9]}-{digest}"
 
 
-def match_to_table(
-    options: ImportOptions, volumes: list[Path], problems: dict[str, str]
-) -> list[Scan]:
-    """Each volume with its class and participant; why not, for the others, in `problems`.
+def entry_of_volume(inside: Path, finder: EntryFinder | None) -> Entry:
+    """The entry of a volume by its path within SCANS. Raises ValueError if it has no class."""
+    if finder:
+        entry = finder.named_in(inside.parent / stem(inside.name))
+        if entry is None:
+            raise ValueError("no row of the table names it")
+        if not entry.label:
+            raise ValueError("its row has no class, or its participant has rows of several classes")
+    elif len(inside.parts) < 2:
+        raise ValueError("lies in no class folder, and there is no --table")
+    else:
+        own = inside.parts[1] if len(inside.parts) > 2 else stem(inside.name)
+        participant = participant_in(str(inside)) or own.strip()
+        entry = Entry("", participant, inside.parts[0], math.nan, "")
+    if not plain_name(entry.label):
+        raise ValueError("its folder has a name that cannot be a class")
+    return entry
 
-    Raises:
-        UserError: a table that cannot be read.
+
+def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reasons) -> list[Scan]:
+    """The volumes that have a class and a participant; `problems` gets the others, with reasons.
+
+    Raises UserError if the table cannot be read, or no volume has one of the wanted classes.
     """
     finder = EntryFinder(options.table, options.columns) if options.table else None
-    labels: set[str] = set()
-    wanted = options.classes and {
-        RENAMED.get(name, name) if finder else name for name in options.classes
-    }
-    found, names = [], Counter(stem(path.name) for path in volumes)
+    wanted, labels = set(options.classes or ()), set()
+    if finder:
+        wanted = {RENAMED.get(name, name) for name in wanted}
+    found, stems = [], Counter(stem(path.name) for path in volumes)
     for path in volumes:
-        inside = path.relative_to(options.scans)
+        inside, name = path.relative_to(options.scans), stem(path.name)
         try:
-            if finder:
-                entry = finder.named_in(inside.parent / stem(path.name))
-                if entry is None:
-                    raise ValueError("no row of the table names it")
-                if not entry.label:
-                    raise ValueError("its row has no class, or its participant's have several")
-            elif len(inside.parts) < 2:
-                raise ValueError("lies in no class folder, and there is no --table")
-            else:
-                entry = Entry("", participant_of(inside), inside.parts[0], math.nan, "")
-            if not plain_name(entry.label):
-                raise ValueError("its folder is no name of a class")
+            entry = entry_of_volume(inside, finder)
         except ValueError as error:
             problems[str(inside)] = str(error)
             continue
         labels.add(entry.label)
-        unique = names[stem(path.name)] == 1
-        name = entry.scan or (stem(path.name) if unique else str(inside.parent / stem(path.name)))
-        if wanted is None or entry.label in wanted:
-            found.append(Scan(path, id_of(name), entry))
-    if missing := sorted((wanted or set()) - labels):
+        if options.classes is None or entry.label in wanted:
+            own = name if stems[name] == 1 else str(inside.parent / name)
+            found.append(Scan(path, id_of(entry.scan or own), entry))
+    if missing := sorted(wanted - labels):
         raise UserError(f"classes: no {', '.join(missing)}; there are {', '.join(sorted(labels))}")
-    for name, count in Counter(scan.name for scan in found).items():
-        if count > 1:
-            twice = [str(s.path.relative_to(options.scans)) for s in found if s.name == name]
-            problems |= dict.fromkeys(twice, f"{count} volumes would be {name}")
-            found = [s for s in found if s.name != name]
-    return found
+    counts = Counter(scan.name for scan in found)
+    for scan in found:
+        if counts[scan.name] > 1:
+            inside = str(scan.path.relative_to(options.scans))
+            problems[inside] = f"{counts[scan.name]} volumes would get the id {scan.name}"
+    return [scan for scan in found if counts[scan.name] == 1]
 
 
 # Splitting
 
 
-def split_participants(
-    scans: list[Scan], share: float, seed: int, before: dict[str, str]
-) -> dict[str, str]:
-    """train or test for each participant: a share of each class, even in sex and age.
+def split_participants(scans: list[Scan], share: float, seed: int, before: Split) -> Split:
+    """The side of each participant, train or test: each class gives test the same share.
 
-    Those of a class lie in order of sex and age; of every so many one is drawn. Who was split
-    `before` stays there. Raises UserError where a class would lack one side.
+    The participants of a class are sorted by sex and age; of each group of neighbours one goes to
+    test. Participants in `before` stay on their side. Raises UserError if a class lacks one side.
     """
     people: dict[str, list[Scan]] = defaultdict(list)
     for scan in scans:
@@ -173,7 +158,8 @@ def split_participants(
 
     def order(name: str) -> tuple:
         entry = people[name][0].entry
-        return entry.sex, math.isnan(entry.age), entry.age if entry.age == entry.age else 0, name
+        unknown = math.isnan(entry.age)
+        return entry.sex, unknown, 0 if unknown else entry.age, name
 
     rng, split = np.random.default_rng(seed), {}
     for label in sorted(strata):
@@ -188,37 +174,33 @@ def split_participants(
     return split
 
 
-def one_sided(scans: list[Scan], split: dict[str, str]) -> list[tuple[str, str]]:
-    """Classes that are on one side of the split only, and on which."""
+def one_sided(scans: list[Scan], split: Split) -> list[tuple[str, str]]:
+    """Each class that is on one side of the split only, and that side."""
     sides: dict[str, set[str]] = defaultdict(set)
     for scan in scans:
         sides[scan.entry.label].add(split[scan.entry.participant])
     return [(label, *there) for label, there in sorted(sides.items()) if len(there) == 1]
 
 
-def balance(scans: Iterable[Scan], split: dict[str, str]) -> list[str]:
-    """How even the split is: participants, mean age and share of women of each class and side."""
+def print_balance(scans: Iterable[Scan], split: Split) -> None:
+    """Print participants, mean age and share of women for each class on each side of the split."""
     people = {s.entry.participant: s.entry for s in scans}
-    lines = []
     for label in sorted({e.label for e in people.values()}):
-        for side in ("train", "test"):
+        for side in SPLITS:
             own = [e for e in people.values() if e.label == label and split[e.participant] == side]
             ages = [e.age for e in own if not math.isnan(e.age)]
-            sexes = [e.sex for e in own if e.sex]
+            women = [e.sex == "F" for e in own if e.sex]
             text = f"{side}/{label}: {len(own)} participants"
             if ages:
                 text += f", age {np.mean(ages):.1f} (deviation {np.std(ages):.1f})"
-            lines.append(
-                text + (f", {np.mean([s == 'F' for s in sexes]):.0%} women" if sexes else "")
-            )
-    return lines
+            utils.print_once(text + (f", {np.mean(women):.0%} women" if women else ""))
 
 
 # Writing
 
 
 def option_columns(options: ImportOptions) -> dict[str, str]:
-    """Every choice that concerns all scans, for the manifest."""
+    """The options that change slices or split, as columns of the manifest."""
     window = "percentile" if options.window is None else " ".join(f"{v:g}" for v in options.window)
     return {
         "axis": options.axis,
@@ -233,20 +215,13 @@ def option_columns(options: ImportOptions) -> dict[str, str]:
     }
 
 
-def cut_columns(scan: Scan, made: CutSlices) -> dict[str, str]:
-    """What is known of a scan once it is cut."""
-    return {
-        "sha256": sha256_of(scan.path),
-        "lowest_mm": f"{made.positions[0]:.2f}",
-        "highest_mm": f"{made.positions[-1]:.2f}",
-        "black": f"{made.black:g}",
-        "white": f"{made.white:g}",
-    }
-
-
 def row_of(scan: Scan, side: str, made: CutSlices | None, options: ImportOptions) -> dict[str, str]:
-    """A scan's row of the manifest, before it is cut or after."""
-    entry = scan.entry
+    """A scan's row of the manifest; until its slices are made some columns are empty."""
+    entry, measured = scan.entry, [""] * 5
+    if made:
+        ends = [f"{mm:.2f}" for mm in made.positions[[0, -1]]]
+        measured = [utils.sha256_of(scan.path), *ends, f"{made.black:g}", f"{made.white:g}"]
+    columns = ("sha256", "lowest_mm", "highest_mm", "black", "white")
     return {
         "id": scan.name,
         "participant": entry.participant,
@@ -254,43 +229,42 @@ def row_of(scan: Scan, side: str, made: CutSlices | None, options: ImportOptions
         "age": "" if math.isnan(entry.age) else f"{entry.age:g}",
         "sex": entry.sex,
         "split": side,
-        "source": printable(scan.path.relative_to(options.scans)),
-        **dict.fromkeys(("sha256", "lowest_mm", "highest_mm", "black", "white"), ""),
-        **(cut_columns(scan, made) if made else {}),
+        "source": utils.printable(scan.path.relative_to(options.scans)),
+        **dict(zip(columns, measured, strict=True)),
         **option_columns(options),
     }
 
 
 def slice_paths(scan: Scan, side: str, options: ImportOptions) -> list[Path]:
-    """The files of a scan's slices, lowest first."""
+    """The paths of a scan's slices, lowest first."""
     folder = options.out / side / scan.entry.label
     return [folder / f"{scan.name}_{number}.png" for number in range(options.slices)]
 
 
 def write_slices(scan: Scan, side: str, made: CutSlices, options: ImportOptions) -> None:
-    """One PNG for each slice."""
+    """Write one PNG for each slice."""
     top = 2**options.bits - 1
     grey = (made.images - made.black) * (top / (made.white - made.black))
     images = grey.round().clip(0, top).astype(f"uint{options.bits}")
     for image, path in zip(images, slice_paths(scan, side, options), strict=True):
-        save_grey(image, path)
+        utils.save_grey(image, path)
 
 
-def write_manifest(rows: dict[str, dict[str, str]], path: Path) -> None:
-    """Write the rows in the order of their ids."""
+def write_manifest(rows: Rows, path: Path) -> None:
+    """Write the rows, sorted by scan."""
     text = io.StringIO()
     columns = list(next(iter(rows.values()), ("id", "participant", "class")))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows[name] for name in sorted(rows))
-    write_atomically(path, lambda partial: partial.write_text(text.getvalue(), "utf-8"))
+    utils.write_atomically(path, lambda partial: partial.write_text(text.getvalue(), "utf-8"))
 
 
-def rows_before(scans: list[Scan], options: ImportOptions) -> dict[str, dict[str, str]]:
-    """Rows of the manifest that an earlier call left, by id.
+def rows_before(scans: list[Scan], options: ImportOptions) -> Rows:
+    """The rows, by scan, of the manifest that an earlier import wrote.
 
-    Raises:
-        UserError: it made other choices, or has other classes or participants for these scans.
+    Raises UserError if that import had other options, or other classes or participants for these
+    scans, or if the folder holds files but no manifest.
     """
     path = options.out / MANIFEST
     if not path.exists():
@@ -303,37 +277,38 @@ def rows_before(scans: list[Scan], options: ImportOptions) -> dict[str, dict[str
         entry = wanted.get(name)
         expected = {"class": entry.label, "participant": entry.participant} if entry else {}
         for key, value in (option_columns(options) | expected).items():
-            if row.get(key) != value:
-                raise UserError(
-                    f"{path}: {name} has {key} = {row.get(key)}, now {value}; use another --out"
-                )
+            if (old := row.get(key)) != value:
+                raise UserError(f"{path}: {name} has {key} = {old}, now {value}; use another --out")
         if row.get("split") not in SPLITS or not plain_name(name):
-            raise UserError(f"{path}: {name[:40]!r} has no split, or is no name")
+            text = "is no valid id, or its split is not train or test"
+            raise UserError(f"{path}: {name[:40]!r} {text}")
     return rows
 
 
 def is_done(scan: Scan, row: dict[str, str] | None, options: ImportOptions) -> bool:
-    """Whether all slices of a scan are there, of a file that is still the same."""
+    """Whether all slices of a scan exist and its file has not changed since they were made."""
     if row is None or not row.get("sha256"):
         return False
     whole = all(path.exists() for path in slice_paths(scan, row["split"], options))
-    return whole and row["sha256"] == sha256_of(scan.path)
+    return whole and row["sha256"] == utils.sha256_of(scan.path)
 
 
 def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> None:
-    """Cut every scan into slices; say at the end what was left out, and why.
+    """Cut slices from scans, and write them into class folders of a training and a test set.
+
+    The end of the output lists the volumes that were left out, and why.
 
     Raises:
-        UserError: bad options, table or folder, before anything is written; no scan that can be
-            used.
+        UserError: no scan can be used; or, before anything is written, the options, the table or a
+            folder is bad.
     """
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what is wrong is said here
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # errors are printed here
     volumes, problems = find_volumes(options.scans, options.pattern), {}
     scans = match_to_table(options, volumes, problems)
     if not scans:
         why = "; ".join(f"{n} {reason}" for reason, n in Counter(problems.values()).most_common(3))
         raise UserError(f"{options.scans}: none of {len(volumes)} volumes can be used: {why}")
-    ensure_writable(options.out)
+    utils.ensure_writable(options.out)
     rows = rows_before(scans, options)
     before = {row["participant"]: row["split"] for row in rows.values()}
     scans = [scan for scan in scans if has_header(scan, problems, options)]
@@ -342,27 +317,25 @@ def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> N
     except UserError:
         print_problems(problems)
         raise
-    with lock_folder(options.out, "importing"):
+    with utils.lock_folder(options.out, "importing"):
         if rows_before(scans, options) != rows:
-            raise UserError(f"{options.out}: another process imported there; run this again")
-        delete_partials(options.out)
+            text = "another process has just imported there; run this again"
+            raise UserError(f"{options.out}: {text}")
+        utils.delete_partials(options.out)
         cut_all(scans, split, rows, problems, options)
     if gone := sorted(rows.keys() - {scan.name for scan in scans}):
-        print_once(f"note: {len(gone)} scans of an earlier import stay: {', '.join(gone[:5])}")
+        first = ", ".join(gone[:5])
+        utils.print_once(f"note: {len(gone)} scans of an earlier import remain: {first}")
     print_report([scan for scan in scans if scan.name in rows], split, problems, options)
 
 
 def cut_all(
-    scans: list[Scan],
-    split: dict[str, str],
-    rows: dict[str, dict[str, str]],
-    problems: dict[str, str],
-    options: ImportOptions,
+    scans: list[Scan], split: Split, rows: Rows, problems: Reasons, options: ImportOptions
 ) -> None:
-    """Cut and write what is not there yet; moves `rows`, of which the manifest is written.
+    """Cut and write the scans that are not done yet, and update `rows` and the manifest.
 
-    The first manifest holds what is planned: a kill leaves nothing that the same command would not
-    go on with.
+    The manifest is first written with the planned split, so that the same command can continue
+    after a kill.
     """
     todo = [scan for scan in scans if not is_done(scan, rows.get(scan.name), options)]
     rows |= {s.name: row_of(s, split[s.entry.participant], None, options) for s in todo}
@@ -376,10 +349,10 @@ def cut_all(
         try:
             made = cut(*read_volume(scan.path, options.unoriented), options)
             row = row_of(scan, side, made, options)
-        except Exception as error:  # nibabel's are of many types
-            problems[str(scan.path.relative_to(options.scans))] = first_line(error)
-            for path in slice_paths(scan, side, options):  # of the file as it was before
-                path.unlink(missing_ok=True)
+        except Exception as error:  # nibabel raises many types of errors
+            problems[str(scan.path.relative_to(options.scans))] = utils.first_line(error)
+            for path in slice_paths(scan, side, options):
+                path.unlink(missing_ok=True)  # a slice of an earlier version of the file
             with guard:
                 del rows[scan.name]
             return
@@ -391,41 +364,40 @@ def cut_all(
                 written = time.monotonic()
 
     try:
-        map_on_cores(work, todo, "scans", "scan")
+        utils.map_on_cores(work, todo, "scans", "scan")
     finally:
         write_manifest(rows, manifest)
 
 
-def has_header(scan: Scan, problems: dict[str, str], options: ImportOptions) -> bool:
-    """Whether a volume can be read by its header: a bad one shall take no place in test."""
+def has_header(scan: Scan, problems: Reasons, options: ImportOptions) -> bool:
+    """Whether a volume's header is good; a bad volume must not be chosen for the test set."""
     try:
         find_converter() if scan.path.is_dir() else open_volume(scan.path, options.unoriented)
-    except Exception as error:  # nibabel's are of many types
-        problems[str(scan.path.relative_to(options.scans))] = first_line(error)
+    except Exception as error:  # nibabel raises many types of errors
+        problems[str(scan.path.relative_to(options.scans))] = utils.first_line(error)
         return False
     return True
 
 
-def print_problems(problems: dict[str, str]) -> None:
-    """Say which volumes are left out, and why."""
+def print_problems(problems: Reasons) -> None:
+    """Print which volumes are left out, and why."""
     if problems:
-        print_once(f"{len(problems)} volumes left out:")
+        utils.print_once(f"{len(problems)} volumes left out:")
     for name, why in sorted(problems.items()):
-        print_once(f"  {name}: {why}")
+        utils.print_once(f"  {name}: {why}")
 
 
 def print_report(
-    scans: list[Scan], split: dict[str, str], problems: dict[str, str], options: ImportOptions
+    scans: list[Scan], split: Split, problems: Reasons, options: ImportOptions
 ) -> None:
-    """Say what was imported, how even the split is, and what was left out."""
-    for line in balance(scans, split):
-        print_once(line)
+    """Print what was imported, how even the split is, and what was left out."""
+    print_balance(scans, split)
     print_problems(problems)
     if not scans:
         raise UserError(f"{options.scans}: no volume could be used")
     for label, side in one_sided(scans, split):
-        text = f"all volumes of class {label} that could be read are in {side}/"
-        raise UserError(f"{text}; use another --out, without those that could not")
+        text = f"all readable volumes of class {label} are in {side}/; remove the unreadable ones"
+        raise UserError(f"{text}, and use another --out")
     people = len({scan.entry.participant for scan in scans})
-    print_once(f"{len(scans)} scans of {people} participants in {options.out}")
-    print_once(f"look at them: python prepare.py check {options.out}")
+    utils.print_once(f"{len(scans)} scans of {people} participants in {options.out}")
+    utils.print_once(f"check them with: python prepare.py check {options.out}")

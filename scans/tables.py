@@ -1,7 +1,6 @@
-"""Tables of participants: a spreadsheet beside scans, and the manifest of a folder of slices.
+"""Tables of scans and participants, such as exports of ADNI and OASIS or a BIDS participants.tsv.
 
-A spreadsheet is ADNI's own export, OASIS's, a BIDS participants.tsv, or any other CSV or TSV whose
-columns are named; a manifest is what an import writes into the folder that it fills.
+Any other CSV or TSV works too, if the names of its columns are known or given.
 """
 
 import csv
@@ -16,7 +15,7 @@ from config import UserError
 from dataset import Entry, finite_number
 from utils import print_once
 
-# Names of columns, in small letters and without signs; the first that is there is taken
+# Column names in lower case without punctuation; the first one that a table has is used
 COLUMNS = {
     "scan": ("image data id", "image id", "imageuid", "mri id", "scan id", "scan", "id"),
     "participant": ("participant id", "subject id", "subject", "ptid", "participant"),
@@ -24,33 +23,33 @@ COLUMNS = {
     "age": ("age", "age at scan", "age years"),
     "sex": ("sex", "gender", "m f"),
 }
-RENAMED = {"CN": "NC", "Control": "NC"}  # as the slices that circulate call ADNI's controls
-# How a name says whose scan it is: BIDS, ADNI, OASIS-1 with its number of the visit, OASIS-2 and 3
+RENAMED = {"CN": "NC", "Control": "NC"}  # ADNI's slices are usually shared with the class name NC
+# Names of participants in BIDS, ADNI, OASIS-1, and OASIS-2 or 3
 PARTICIPANT = re.compile(r"sub-[A-Za-z0-9]+|\d{3}_S_\d{4,5}|OAS1_\d{4}|OAS[23]_?\d{4}")
 MAX_TABLE = 200_000_000  # bytes
 
 
 def plain_name(name: str) -> bool:
-    """Whether a name from a file may become that of a folder: nothing that leads elsewhere."""
-    return bool(name) and len(name) <= 100 and name.isprintable() and not (
-        name[0] in ". " or set(name) & set('/\\:*?"<>|')
-    )  # fmt: skip
+    """Whether a name from a file is safe as a folder name: it cannot lead to another folder."""
+    if not name or len(name) > 100 or not name.isprintable():
+        return False
+    return name[0] not in ". " and not set(name) & set('/\\:*?"<>|')
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and rows of a CSV or TSV, without spaces around. Raises UserError naming the file."""
+    """Header and rows of a CSV or TSV, cells stripped. Raises UserError naming the file."""
     try:
         if path.stat().st_size > MAX_TABLE:
-            raise UserError(f"{path}: a table of more than {MAX_TABLE / 1e6:.0f} MB")
+            raise UserError(f"{path} is larger than {MAX_TABLE / 1e6:.0f} MB")
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if content[:2] == b"PK" or content[:4] == b"\xd0\xcf\x11\xe0":
-        raise UserError(f"{path} is a spreadsheet of a program: save it as CSV")
+        raise UserError(f"{path} is an Excel or OpenDocument file: save it as CSV")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = content.decode("latin-1")  # as older programs save
+        text = content.decode("latin-1")  # the encoding of older programs
     first = text.partition("\n")[0]
     delimiter = max("\t,;", key=first.count)
     try:
@@ -68,12 +67,10 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def choose_columns(path: Path, header: list[str], given: Mapping[str, str]) -> dict[str, str]:
-    """The column for each thing that is known of an entry. Raises UserError naming what lacks."""
+    """The column of each part of an entry. Raises UserError if a column is missing or unknown."""
     plain = {re.sub(r"[^a-z0-9]+", " ", name.lower()).strip(): name for name in header}
-    found = {}
-    for what, names in COLUMNS.items():
-        if name := next((plain[n] for n in names if n in plain), None):
-            found[what] = name
+    known = {what: [plain[n] for n in names if n in plain] for what, names in COLUMNS.items()}
+    found = {what: names[0] for what, names in known.items() if names}
     for what, name in given.items():
         if what not in COLUMNS:
             raise UserError(f"columns: no {what!r}; there are {', '.join(COLUMNS)}")
@@ -81,12 +78,12 @@ def choose_columns(path: Path, header: list[str], given: Mapping[str, str]) -> d
             raise UserError(f"{path} has no column {name!r}; it has {', '.join(header)}")
         found[what] = name
     if not {"scan", "participant"} & found.keys():
-        raise UserError(f"{path}: no column names scans or participants; say --columns scan NAME")
+        raise UserError(f"{path}: no column names scans or participants; add --columns scan NAME")
     return found
 
 
 def class_of(value: str, column: str) -> str:
-    """The class that a cell stands for; a clinical dementia rating is NC at 0 and AD above."""
+    """The class of a cell; a clinical dementia rating (CDR) is NC if 0 and AD if higher."""
     if column.lower() != "cdr":
         return RENAMED.get(value, value)
     rating = finite_number(value)
@@ -94,26 +91,20 @@ def class_of(value: str, column: str) -> str:
 
 
 def stem(name: str) -> str:
-    """The name of a volume without its endings."""
+    """The name of a volume without .nii and .gz."""
     return re.sub(r"(\.nii)?(\.gz)?$", "", name, flags=re.IGNORECASE)
 
 
 def participant_in(name: str) -> str:
-    """Whose scan it is by its name, in BIDS, ADNI and OASIS; "" if it does not say."""
-    found = PARTICIPANT.search(name)
-    return found[0] if found else ""
+    """The participant in a name of BIDS, ADNI or OASIS; "" if there is none."""
+    return next(iter(PARTICIPANT.findall(name)), "")
 
 
 def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
-    """The entries of a spreadsheet that name a scan or a participant.
+    """The entries of a CSV or TSV that name a scan or a participant.
 
-    Args:
-        path: CSV or TSV.
-        given: names of columns that are not found by themselves, by what they hold (`COLUMNS`).
-
-    Raises:
-        UserError: a file that is no table, a column that is not there, a class that is no plain
-            name.
+    `given` names columns that are called otherwise than in `COLUMNS`. Raises UserError if the file
+    is no table, a column is missing, or a class is no plain name.
     """
     header, rows = read_rows(path)
     column = choose_columns(path, header, given)
@@ -124,26 +115,27 @@ def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
         label = class_of(cell.get("class", ""), name)
         participant = cell.get("participant") or participant_in(scan) or scan
         if label and not plain_name(label):
-            raise UserError(f"{path}: {label[:40]!r} in column {column['class']!r} is no name")
+            raise UserError(f"{path}: {label[:40]!r} in column {name!r} is no valid name")
         if participant:
             age, sex = finite_number(cell.get("age", "")), cell.get("sex", "")[:1].upper()
             entries.append(Entry(scan, participant, label, age, sex if sex in "FM" else ""))
     print_once(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
-    for what, there in (
-        ("class", [bool(entry.label) for entry in entries]),
-        ("age", [not math.isnan(entry.age) for entry in entries]),
-        ("sex", [bool(entry.sex) for entry in entries]),
-    ):
-        if what in column and (without := len(rows) - sum(there)):
-            print_once(f"note: {path}: {without} of {len(rows)} rows have no {what} one can read")
+    known = {
+        "class": sum(bool(entry.label) for entry in entries),
+        "age": sum(not math.isnan(entry.age) for entry in entries),
+        "sex": sum(bool(entry.sex) for entry in entries),
+    }
+    for what, count in known.items():
+        if what in column and (without := len(rows) - count):
+            print_once(f"note: {path}: {without} of {len(rows)} rows have no readable {what}")
     return entries
 
 
 def keys_in(path: Path) -> list[str]:
-    """All parts of a path that may name a scan or a participant, the longest first.
+    """All parts of a path that could name a scan or a participant, the longest first.
 
-    A short one, or a mere number, which may be a date or a count, only as the whole name of a
-    folder or of the file, after a BIDS "sub-" too.
+    Plain numbers, which may be dates or counts, and short parts must be a whole file or folder
+    name; BIDS's "sub-" may precede them.
     """
     parts = re.split(r"([^A-Za-z0-9]+)", str(path))
     words = range(0, len(parts), 2)
@@ -154,26 +146,24 @@ def keys_in(path: Path) -> list[str]:
 
 
 class EntryFinder:
-    """The entries of a table by the names of scans and participants in a path or an id."""
+    """Finds the entry of a table whose scan or participant is named in a path."""
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
-        """Raises UserError where the table cannot be read, or says two things of a scan."""
+        """Raises UserError if the table cannot be read, or has two different rows for a scan."""
         self.scans: dict[str, Entry] = {}
         self.participants: dict[str, list[Entry]] = defaultdict(list)
         for entry in read_table(path, columns):
-            numbered = [f"I{entry.scan}"] if entry.scan.isdigit() else []  # as ADNI's files say
-            for name in [entry.scan, *numbered] if entry.scan else ():
-                if self.scans.setdefault(name, entry)[1:3] != entry[1:3]:
-                    raise UserError(f"{path}: {entry.scan} stands in two rows that differ")
+            prefixes = ("", "I") if entry.scan.isdigit() else ("",)  # ADNI's file names have an I
+            for prefix in prefixes if entry.scan else ():
+                if self.scans.setdefault(prefix + entry.scan, entry)[1:3] != entry[1:3]:
+                    raise UserError(f"{path}: {entry.scan} has two rows that differ")
             self.participants[entry.participant].append(entry)
 
     def named_in(self, path: Path | str) -> Entry | None:
-        """The entry that a path or an id names, None if none does.
+        """The entry that a path or a scan's id names, or None.
 
-        Where it names a participant but no scan, what differs between scans is left open.
-
-        Raises:
-            ValueError: it names several participants.
+        If it names a participant but no scan, an age or class that differs between the scans of
+        the participant is unknown. Raises ValueError if it names several participants.
         """
         keys = keys_in(Path(path))
         scans = [self.scans[key] for key in keys if key in self.scans][:1]
@@ -187,4 +177,4 @@ class EntryFinder:
         first, labels, ages = labelled[0], {r.label for r in labelled}, {r.age for r in labelled}
         label = first.label if len(labels) == 1 else ""
         age = first.age if len(ages) == 1 else math.nan
-        return first._replace(scan="", label=label, age=age)  # of no visit in particular
+        return first._replace(scan="", label=label, age=age)

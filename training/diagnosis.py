@@ -1,4 +1,4 @@
-"""What can be wrong with a run: rules that read its logs, and plots of its curves."""
+"""Rules that find problems of a run in its logs, and plots of its curves."""
 
 import math
 from collections.abc import Callable
@@ -14,183 +14,168 @@ from modules import AdaptiveAugment
 from training.logs import History, read_history
 from utils import save_figure
 
-MAX_DRAWN = 5000  # steps in a plot
+MAX_DRAWN = 5000  # about so many steps in a plot, at most twice as many
 
 
 class Rule(NamedTuple):
-    """Something that can be wrong with a run, and what its settings allow to try."""
+    """A problem that the logs of a run can show, and what to try against it."""
 
     holds: Callable[[History], bool]
-    looks: str
-    advice: tuple[str | tuple[Callable[[Config], bool], str], ...]
+    problem: str
+    advice: tuple[str | tuple[Callable[[Config], bool], str], ...]  # some only for some settings
 
     def advice_for(self, config: Config) -> str:
-        """What may be tried with these settings."""
+        """The advice that fits these settings."""
         parts = [(lambda _: True, part) if isinstance(part, str) else part for part in self.advice]
         return "; ".join(text for fits, text in parts if fits(config))
 
 
-NOISE_LIMIT = 0.2  # of the variety of real slices that noise alone may make
-SPECTRUM_LIMIT = 3  # power of the finest grain over that of real slices, or the other way round
+NOISE_LIMIT = 0.2  # largest effect of noise alone, as a share of the variety of real slices
+SPECTRUM_LIMIT = 3  # largest ratio of the finest details in samples and real slices, either way
 LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
-LEAST_SIGNAL = 0.05  # agreement above chance below which classes are taken for noise
-MIN_MEASUREMENTS = (
-    5  # epochs or measurements before which nothing is expected of D or of the samples
-)
+LEAST_SIGNAL = 0.05  # agreement above chance that real slices must reach to show their class
+MIN_MEASUREMENTS = 5  # values that a column must have before a rule on D or the samples may hold
 
 
 def past_its_best(h: History) -> bool:
-    """FID is a fifth above its lowest value, which lies three measurements or more back."""
+    """The last three FIDs are more than a fifth above the lowest one before them."""
     fid = h.fids()
     return len(fid) > 3 and fid[:-3].min() * 1.2 < fid[-3:].min()
 
 
 def stays_above(values: np.ndarray, limit: float) -> bool:
-    """The last six values are further from 0 than a limit, and no longer on their way to it."""
+    """The last six values are further from 0 than a limit, and no longer approach it."""
     off = np.abs(values[-6:])
     return len(off) == 6 and off.min() > limit and off[3:].mean() > 0.9 * off[:3].mean()
 
 
 def label_effect(h: History) -> float:
-    """Agreement above chance, as a share of that of real test slices; NaN where that is low."""
-    chance = h.last("agreement_chance")
-    real = h.last("agreement_real") - chance
-    return (
-        (h.last("agreement", MIN_MEASUREMENTS) - chance) / real if real > LEAST_SIGNAL else math.nan
-    )
+    """Agreement above chance over that of real test slices; NaN if real slices have too little."""
+    chance = h.recent("agreement_chance")
+    real = h.recent("agreement_real") - chance
+    if real <= LEAST_SIGNAL:
+        return math.nan
+    return (h.recent("agreement", MIN_MEASUREMENTS) - chance) / real
 
 
-def with_ada(config: Config) -> bool:
-    return config.augment == "ada"
+def augments(*ways: str) -> Callable[[Config], bool]:
+    """A test of settings: `augment` is one of these."""
+    return lambda config: config.augment in ways
 
 
-def without_ada(config: Config) -> bool:
-    return config.augment != "ada"
-
-
-def ramps(config: Config) -> bool:
-    return config.label_ramp_kimg > 0
+def without_ramp(config: Config) -> bool:
+    return config.label_ramp_kimg == 0
 
 
 RULES = {
     "not finite": Rule(
         lambda h: not np.isfinite(h.steps["g_loss"] + h.steps["d_loss"]).all(),
-        "a loss is not a finite number",
-        ("start again, or from an earlier checkpoint, with a lower learning_rate",),
+        "a loss is infinite or not a number",
+        ("start a new run with a lower learning_rate; init_from can give it this run's weights",),
     ),
     "numbers grow": Rule(
-        lambda h: max(abs(h.last("real_logit")), abs(h.last("fake_logit"))) > 30,
-        "the logits of D are above 30: numbers that are not finite may be near",
+        lambda h: max(abs(h.recent("real_logit")), abs(h.recent("fake_logit"))) > 30,
+        "the logits of D are larger than 30, and may soon be infinite",
         ("raise r1_gamma or lower learning_rate",),
     ),
     "learning rate too high": Rule(
-        lambda h: h.last("d_loss_spread") > 0.5,
-        "the loss of D jumps: its deviation within an epoch is above 0.5",
-        ("lower learning_rate, to a half or less",),
+        lambda h: h.recent("d_loss_spread") > 0.5,
+        "the loss of D jumps: its standard deviation within an epoch is above 0.5",
+        ("lower learning_rate to a half or less",),
     ),
     "D too weak": Rule(
         lambda h: (
-            abs(h.last("d_loss", MIN_MEASUREMENTS) - 2 * math.log(2)) < 0.05
-            and h.last("real_sign") < 0.15
-            and not h.last("fid") < 2 * h.last("fid_real")  # G may be as good
+            abs(h.recent("d_loss", MIN_MEASUREMENTS) - 2 * math.log(2)) < 0.05
+            and h.recent("real_sign") < 0.15
+            and not h.recent("fid") < 2 * h.recent("fid_real")  # G may be as good
         ),
-        "D cannot tell real from generated slices: its loss stays at 2 ln 2",
-        ("lower r1_gamma", (lambda c: with_ada(c) and c.ada_p is None, "lower ada_target")),
+        "D cannot tell real slices from generated ones: its loss stays at 2 ln 2, that of a guess",
+        ("lower r1_gamma", (lambda c: c.augment == "ada" and c.ada_p is None, "lower ada_target")),
     ),
     "D overfits": Rule(
-        lambda h: h.last("overfitting", MIN_MEASUREMENTS) > 0.5,
-        "D holds real slices that it was not trained on for generated ones",
-        ((without_ada, "augment = ada"), "a higher r1_gamma, or more data"),
+        lambda h: h.recent("overfitting", MIN_MEASUREMENTS) > 0.5,
+        "D takes real slices that it was not trained on for generated ones",
+        ((augments("dataset", "none"), "set augment = ada"), "raise r1_gamma or add training data"),
     ),
     "past its best": Rule(
         past_its_best,
-        "FID has been rising for at least three measurements",
-        ("use best.pt", (without_ada, "augment = ada in the next run")),
+        "FID is getting worse: the last three values are more than 20 % above the lowest one",
+        ("use best.pt", (augments("dataset", "none"), "set augment = ada in the next run")),
     ),
     "p at its cap": Rule(
-        lambda h: abs(h.last("ada_p") - AdaptiveAugment.P_MAX) < 1e-6,
-        "p of adaptive augmentation stays at its cap of 0.8",
+        lambda h: abs(h.recent("ada_p") - AdaptiveAugment.P_MAX) < 1e-6,
+        f"the probability p of adaptive augmentation stays at its limit, {AdaptiveAugment.P_MAX}",
         (
             (lambda c: c.ada_p is None, "the data are few: raise r1_gamma or lower channel_max"),
-            (lambda c: c.ada_p is not None, "a lower ada_p"),
-            "look for leaks",
+            (lambda c: c.ada_p is not None, "lower ada_p"),
+            "look whether samples are rotated or mirrored",
         ),
     ),
     "augmentation leaks": Rule(
         lambda h: any(stays_above(h.measured(name), limit) for name, limit in LEAK_LIMITS.items()),
-        "samples are turned, mirrored, or lit in their background as the real slices are not",
+        "unlike the real slices, samples are rotated, mirrored, or lit in their background",
         (
-            (lambda c: c.augment == "dataset", "augment = ada in the place of dataset, or"),
-            (lambda c: c.augment == "dataset", "lower flip_prob, rotation or brightness"),
-            (with_ada, "lower ada_flip, ada_rotation, ada_brightness or ada_noise"),
-            (lambda c: c.augment == "none", "nothing is augmented here, so G made it: train on"),
+            (augments("dataset"), "set augment = ada, or lower flip_prob, rotation or brightness"),
+            (augments("ada"), "lower ada_flip, ada_rotation, ada_brightness or ada_noise"),
+            (augments("none"), "train longer: nothing was augmented, so G itself is the cause"),
         ),
     ),
     "z ignored": Rule(
-        lambda h: h.last("vary_z", MIN_MEASUREMENTS) < max(0.3, h.last("vary_noise") / 2),
-        "samples hardly change with z: one picture per class, varied by noise alone at most",
+        lambda h: h.recent("vary_z", MIN_MEASUREMENTS) < max(0.3, h.recent("vary_noise") / 2),
+        "samples hardly change with z: those of a class look alike, apart from their noise",
         (
             "look at the grid; raise r1_gamma or lower learning_rate",
-            (lambda c: c.conditional and not ramps(c), "label_ramp_kimg"),
-            (lambda c: c.style_mixing_prob > 0.5, "style_mixing_prob = 0.5"),
+            (lambda c: c.conditional and without_ramp(c), "set label_ramp_kimg to half of the run"),
+            (lambda c: c.style_mixing_prob > 0.5, "set style_mixing_prob = 0.5"),
         ),
     ),
     "texture comes from noise": Rule(
-        lambda h: h.last("vary_noise", MIN_MEASUREMENTS) > NOISE_LIMIT,
+        lambda h: h.recent("vary_noise", MIN_MEASUREMENTS) > NOISE_LIMIT,
         f"the noise inputs alone make more than {NOISE_LIMIT:.0%} of the variety of real slices",
-        (
-            "train longer",
-            (lambda c: c.noise, "noise = False"),
-        ),
+        ("train longer", (lambda c: c.noise, "set noise = False")),
     ),
     "odd spectrum": Rule(
         lambda h: stays_above(
             np.log(np.maximum(h.measured("spectrum"), 1e-6)), math.log(SPECTRUM_LIMIT)
         ),
-        f"samples have more than {SPECTRUM_LIMIT} times the fine grain of real slices (a lattice),"
-        f" or less than 1/{SPECTRUM_LIMIT} of it (a blur)",
-        (
-            (lambda c: c.noise, "for a lattice noise = False"),
-            "for a blur train longer",
-        ),
+        f"the finest details of samples are over {SPECTRUM_LIMIT} times as strong as those of real "
+        f"slices (a lattice), or less than 1/{SPECTRUM_LIMIT} as strong (a blur)",
+        ((lambda c: c.noise, "against a lattice set noise = False"), "against a blur train longer"),
     ),
     "labels without signal": Rule(
-        lambda h: h.last("agreement_real") - h.last("agreement_chance") < LEAST_SIGNAL,
+        lambda h: h.recent("agreement_real") - h.recent("agreement_chance") < LEAST_SIGNAL,
         "a classifier trained on the training slices cannot tell the classes of test slices",
-        ("look whether slices lie in the right class folders; if so, they do not show the class",),
+        ("check the class folders; if their slices are right, slices do not show the class",),
     ),
     "class ignored": Rule(
         lambda h: label_effect(h) < 0.2,
-        "samples do not show the class asked for",
-        ("train longer", (ramps, "with label_ramp_kimg = 0")),
+        "samples do not show the class that was asked for",
+        ("train longer", (lambda c: not without_ramp(c), "set label_ramp_kimg = 0")),
     ),
     "caricature": Rule(
         lambda h: label_effect(h) > 2,
-        "the classes of samples are further apart than those of real slices",
-        ("train longer", (lambda c: not ramps(c), "label_ramp_kimg at about half of the run")),
+        "the classes of samples differ more than those of real slices",
+        ("train longer", (without_ramp, "set label_ramp_kimg to half of the run")),
     ),
     "loader too slow": Rule(
-        lambda h: h.last("data_wait") > 0.2,
-        "more than a fifth of the time goes in waiting for the loader",
-        ("raise num_workers", "a cache on a local disk"),
+        lambda h: h.recent("data_wait") > 0.2,
+        "training waits for the loader during more than 20 % of its time",
+        ("raise num_workers", "put the cache on a local disk"),
     ),
 }
 
 
 def diagnose(history: History, config: Config) -> dict[str, str]:
-    """What looks wrong in a run's logs, and what to try, by the name of the rule."""
+    """What is wrong according to a run's logs, and what to try, by the name of the rule."""
     return {
-        name: f"{name}: {rule.looks}. Try: {rule.advice_for(config)}"
+        name: f"{name}: {rule.problem}. Try: {rule.advice_for(config)}"
         for name, rule in RULES.items()
         if rule.holds(history)
     }
 
 
-# Plots
-
-
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
-    """Exponential moving average with a half-life in steps, without the bias of its start."""
+    """Exponential moving average with a half-life in steps, corrected for its start from 0."""
     from scipy.signal import lfilter  # slow to import
 
     decay = 0.5 ** (1 / half_life)
@@ -199,12 +184,12 @@ def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
 
 
 def steps_drawn(count: int) -> slice:
-    """Those of so many steps that a plot shows: all, or some thousands."""
+    """The steps that a plot shows, out of `count`: all of them, or every n-th."""
     return slice(None, None, max(1, count // MAX_DRAWN))
 
 
 def draw_loss(ax: Axes, run: Path, name: str, color: str = "C0") -> None:
-    """One loss of a run on an axis: each step, smoothed, and the mean of each epoch."""
+    """Draw one loss of a run: each step, a smoothed curve, and the mean of each epoch."""
     epochs, steps = read_history(run)
     kimg, values, thin = steps["nimg"] / 1000, steps[name], steps_drawn(len(steps[name]))
     ax.plot(kimg[thin], values[thin], lw=0.5, alpha=0.3, color=color)
@@ -227,50 +212,48 @@ def plot_losses(run: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
-# Panels of curves.png: title, columns with their names, the healthy range, what to see
+# Panels of curves.png: title, columns and their names, healthy range, caption
 PANELS = (
-    ("Losses", {"d_loss": "D", "g_loss": "G"}, (0.5, 2.0),
-     "level, neither towards 0"),
+    ("Losses", {"d_loss": "D", "g_loss": "G"}, (0.5, 2.0), "healthy: steady, and neither near 0"),
     ("Logits of D", {"real_logit": "real", "fake_logit": "generated"}, (-5, 5),
-     "real above generated, both bounded"),
+     "healthy: real above generated, neither grows"),
     ("Sign of the logits", {"real_sign": "real", "fake_sign": "generated"}, (-0.8, 0.8),
-     "ada keeps real near its target"),
-    ("R1", {"r1": "|gradient of D|²"}, None,
-     "bounded"),
+     "ada keeps the real one near its target"),
+    ("R1", {"r1": "|gradient of D|²"}, None, "healthy: does not grow"),
     ("Path length", {"path_length": "of a batch", "pl_mean": "running mean"}, None,
-     "comes to rest"),
+     "healthy: becomes steady"),
     ("Gradient norms", {"g_main_grad": "G", "d_main_grad": "D"}, None,
-     "no growth by powers of ten"),
+     "healthy: does not grow tenfold"),
     ("p of augmentation", {"ada_p": "p"}, (0, AdaptiveAugment.P_MAX),
-     "below its cap; only with ada"),
+     "healthy: below the limit; only with ada"),
     ("FID", {"fid": "samples", "fid_real": "test slices"}, None,
-     "falls towards that of unseen slices"),
+     "healthy: samples fall towards test slices"),
     ("Overfitting of D", {"overfitting": "(train - test) / (train - generated)"}, (-0.1, 0.5),
-     "0: none, 1: unseen slices pass for generated"),
+     "1: D takes all test slices for generated ones"),
     ("What moves a pixel", {"vary_z": "z", "vary_noise": "noise", "vary_class": "class"},
-     (0.3, 1.2), "share of the variety of real slices; z well above noise"),
+     (0.3, 1.2), "share of the variety of real slices; z should lead"),
     ("Class seen by an encoder", {"agreement": "samples", "agreement_real": "real test slices"},
-     None, "samples near or above real slices"),
+     None, "healthy: samples near or above real slices"),
     ("Leaks", {"leak_rotation": "spread of tilt, ratio", "leak_flip": "sides, deviations",
                "leak_border": "border, grey levels"}, (-1, 2), "1, 0 and 0 without a leak"),
-    ("Spectrum", {"spectrum": "finest grain, ratio"}, (1 / SPECTRUM_LIMIT, SPECTRUM_LIMIT),
-     "above: a lattice, below: a blur"),
-    ("Speed", {"img_per_s": "images per second"}, None, "level"),
+    ("Spectrum", {"spectrum": "finest details, ratio"}, (1 / SPECTRUM_LIMIT, SPECTRUM_LIMIT),
+     "above: a lattice; below: a blur"),
+    ("Speed", {"img_per_s": "images per second"}, None, "healthy: steady"),
 )  # fmt: skip
 
 
 def plot_curves(run: Path, path: Path, config: Config) -> None:
-    """Everything a run measures of itself, healthy ranges shaded, each with a caption in words."""
+    """Draw all columns of the logs that have values, with healthy ranges shaded green."""
     history = read_history(run)
-    printable = [p for p in PANELS if any(len(history.measured(name)) for name in p[1])]
-    if not printable:
+    panels = [p for p in PANELS if any(len(history.measured(name)) for name in p[1])]
+    if not panels:
         return
-    columns = 4
-    figure = Figure(figsize=(4.2 * columns, 3.1 * math.ceil(len(printable) / columns)))
-    axes = list(figure.subplots(math.ceil(len(printable) / columns), columns, squeeze=False).flat)
-    for ax in axes[len(printable) :]:
+    columns, rows = 4, math.ceil(len(panels) / 4)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * rows))
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[len(panels) :]:
         ax.axis("off")
-    for ax, (title, names, healthy, caption) in zip(axes, printable, strict=False):
+    for ax, (title, names, healthy, caption) in zip(axes, panels, strict=False):
         for i, (name, label) in enumerate(names.items()):
             if len(history.measured(name)):
                 draw_column(ax, history, name, label, f"C{i}")
@@ -281,19 +264,19 @@ def plot_curves(run: Path, path: Path, config: Config) -> None:
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=7, frameon=False)
         ax.grid(alpha=0.3)
-    found = diagnose(history, config).values()
-    text = "Against thousands of real images seen. Green: healthy range. Thin: steps, smoothed.\n"
-    figure.suptitle(text + ("\n".join(found) or "No rule finds anything wrong."), fontsize=9)
+    found = "\n".join(diagnose(history, config).values()) or "No rule finds anything wrong."
+    text = "x: thousands of real images seen. Green: healthy range. Thin: steps, smoothed."
+    figure.suptitle(f"{text}\n{found}", fontsize=9)
     figure.tight_layout()
     save_figure(figure, path)
 
 
 def draw_column(ax: Axes, history: History, name: str, label: str, color: str) -> None:
-    """One column: its epochs as dots joined by a line, its steps, smoothed, behind them."""
+    """Draw a column: epochs as dots joined by a line, steps as a thin smoothed curve."""
     for columns in history:
         if name in columns:
-            there = np.isfinite(columns[name])
-            kimg, values = columns["nimg"][there] / 1000, columns[name][there]
+            finite = np.isfinite(columns[name])
+            kimg, values = columns["nimg"][finite] / 1000, columns[name][finite]
             if columns is history.steps:
                 thin = steps_drawn(len(values))
                 ax.plot(kimg[thin], smooth(values, 20)[thin], lw=0.5, alpha=0.5, color=color)

@@ -11,16 +11,16 @@ import numpy as np
 from config import Config
 from utils import print_once, write_atomically
 
-# Statistics of each step, in the order in which they arise
+# Statistics of a step, in the order in which they are computed
 STATS = (
     "g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1", "real_sign", "fake_sign",
     "g_main_grad", "d_main_grad", "ada_p",
 )  # fmt: skip
-VALUE = r",(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf)?"  # of losses.csv; none: it was not due
+VALUE = r",(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf)?"  # in losses.csv; empty if it was not due
 
 
 def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
-    """Which statistics belong to the step that starts at image `nimg`, of those that may not."""
+    """Which of the optional statistics are computed in the step that starts at image `nimg`."""
     step = nimg // config.batch_size
     return {
         "r1": step % config.r1_interval == 0,
@@ -30,21 +30,21 @@ def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a text file, without a last one that was cut off; none without the file."""
+    """The lines of a text file, without an unfinished last line; no lines if there is no file."""
     content = path.read_bytes() if path.exists() else b""
     return content.decode(errors="replace").split("\n")[:-1]
 
 
 def number(value: Any) -> float:
-    """A finite number, as it is; NaN for anything else."""
+    """A finite number unchanged, NaN for anything else."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     return value if plain and abs(value) < 1e300 else math.nan
 
 
 def read_losses(run: Path) -> np.ndarray:
-    """Rows (nimg, *STATS) of losses.csv; NaN where a statistic was not due.
+    """Rows (nimg, *STATS) of losses.csv; NaN for a statistic that was not due.
 
-    Lines that are damaged, or not at a later image than all before them, are left out.
+    A line is left out if it is damaged or its `nimg` is not above that of every line before.
     """
     header, *lines = whole_lines(run / "losses.csv") or [""]
     names = header.split(",")
@@ -71,7 +71,7 @@ def append_losses(run: Path, rows: np.ndarray) -> None:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """Lines of log.jsonl that are whole: numbers by name, an epoch at a later image each."""
+    """The undamaged lines of log.jsonl, each a later epoch: numbers, or None, by name."""
     found: list[dict[str, Any]] = []
     for text in whole_lines(run / "log.jsonl"):
         try:
@@ -86,80 +86,67 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def truncate_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Start both logs, or cut them back to what the last checkpoint has seen and what is whole.
+    """Start both logs, or remove damaged lines and lines of images that no checkpoint has seen.
 
-    Returns:
-        What is left: lines of log.jsonl, rows (nimg, *STATS) of losses.csv.
+    The last checkpoint has seen `up_to` images. -> the remaining lines of log.jsonl and rows
+    (nimg, *STATS) of losses.csv.
     """
     log, rows = read_log(run), read_losses(run)
-    whole = {"log.jsonl": len(log), "losses.csv": 1 + len(rows)}  # lines, with the header
-    left = [line for line in log if line["nimg"] <= up_to], rows[rows[:, 0] <= up_to]
-    texts = {
-        "log.jsonl": lambda: "".join(json.dumps(line) + "\n" for line in left[0]),
-        "losses.csv": lambda: ",".join(("nimg", *STATS)) + "\n" + losses_text(left[1]),
-    }
-    for name, count in whole.items():
+    lines, kept = [line for line in log if line["nimg"] <= up_to], rows[rows[:, 0] <= up_to]
+    header = ",".join(("nimg", *STATS)) + "\n"
+    for name, whole, count, text in (  # numbers of undamaged and of kept lines, with the header
+        ("log.jsonl", len(log), len(lines), lambda: "".join(json.dumps(x) + "\n" for x in lines)),
+        ("losses.csv", 1 + len(rows), 1 + len(kept), lambda: header + losses_text(kept)),
+    ):
         path = run / name
-        if lost := max(0, len(whole_lines(path)) - count):
-            print_once(f"note: {path}: {lost} lines that cannot be read are left out")
-        kept = (len(left[0]), 1 + len(left[1]))[name == "losses.csv"]
-        if lost or kept < count or not ends_whole(path):
-            write_atomically(path, lambda partial, name=name: partial.write_text(texts[name]()))
-    return left
-
-
-def ends_whole(path: Path) -> bool:
-    """Whether a text file is there and its last line is not cut off."""
-    if not path.exists() or not path.stat().st_size:
-        return False
-    with open(path, "rb") as file:
-        file.seek(-1, 2)
-        return file.read() == b"\n"
-
-
-# Diagnosis
+        content = path.read_bytes() if path.exists() else b""
+        if (damaged := content.count(b"\n") - whole) > 0:
+            print_once(f"note: {path}: {damaged} lines that cannot be read are left out")
+        if damaged > 0 or count < whole or not content.endswith(b"\n"):
+            write_atomically(path, lambda partial, text=text: partial.write_text(text()))
+    return lines, kept
 
 
 class History(NamedTuple):
-    """Columns by name: of each epoch (log.jsonl) and of each step (losses.csv); NaN: no value."""
+    """Columns by name, with NaN for no value: per epoch (log.jsonl) and per step (losses.csv)."""
 
     epochs: dict[str, np.ndarray]
     steps: dict[str, np.ndarray]
 
-    def last(self, name: str, least: int = 1) -> float:
-        """Mean of the last three values of a column; NaN, for which no rule holds, if too few."""
+    def recent(self, name: str, min_values: int = 1) -> float:
+        """Mean of the last three values of an epoch column; NaN if it has fewer than asked for."""
         values = self.measured(name)
-        return float(values[-3:].mean()) if len(values) >= least else math.nan
+        return float(values[-3:].mean()) if len(values) >= min_values else math.nan
 
     def measured(self, name: str) -> np.ndarray:
-        """The values that an epoch column has."""
+        """The finite values of an epoch column, in order."""
         values = self.epochs.get(name, np.zeros(0))
         return values[np.isfinite(values)]
 
     def fids(self) -> np.ndarray:
-        """FID of the epochs whose FID counts."""
+        """The meaningful FIDs, in order: those of epochs in which z moves pixels more than noise.
+
+        Before, samples are no slices yet, and the encoder, which has seen nothing but slices, was
+        found to take such samples for good ones.
+        """
         none = np.full(len(self.epochs.get("nimg", ())), math.nan)
         fid, z, noise = (self.epochs.get(name, none) for name in ("fid", "vary_z", "vary_noise"))
         return fid[(z > noise) & np.isfinite(fid)]
 
 
 def history_of(log: list[dict[str, Any]], rows: np.ndarray) -> History:
-    """Lines of log.jsonl and rows of losses.csv by column."""
+    """Lines of log.jsonl and rows (nimg, *STATS) of losses.csv, by column."""
     names = sorted({name for line in log for name in line})
     epochs = {n: np.array([line.get(n) for line in log], dtype=float) for n in names}
     return History(epochs, dict(zip(("nimg", *STATS), rows.T, strict=True)))
 
 
 def read_history(run: Path) -> History:
-    """The logs of a run."""
+    """Both logs of a run, by column."""
     return history_of(read_log(run), read_losses(run))
 
 
 def meaningful_fid(line: dict[str, Any]) -> float:
-    """FID of an epoch where it counts: z moves a pixel further than noise does. Else infinite.
-
-    Before, samples are no slices yet, and an encoder that has seen nothing but slices was found to
-    hold them for good ones.
-    """
+    """FID of a line of log.jsonl; infinite if the line has none or it is not meaningful."""
     fids = history_of([line], np.zeros((0, 1 + len(STATS)))).fids()
     return float(fids[0]) if len(fids) else math.inf

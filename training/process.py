@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,65 +19,73 @@ from config import Config, UserError
 from modules import channels
 from utils import SIGNALS, compiled_folder, first_line, num_ranks, rank
 
+ALARM = getattr(signal, "SIGALRM", None)  # Windows has no alarm
+
 
 class Stopped(KeyboardInterrupt):
-    """Raised where a request to stop is answered at once."""
+    """Raised by a request to stop, unless the request is deferred."""
 
 
 class StopRequest:
     """Context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the work in good order.
 
-    They raise Stopped at once, and again after some seconds if that was lost, as it is in a
-    finalizer, but wait where `waiting` says so. A second one kills a single process; of many, each
-    may get one from torchrun and one from Slurm. What the parent of this process had it ignore, as
-    nohup does, stays ignored.
+    A request raises Stopped, or is only noted within `deferred`. Python loses an exception that is
+    raised in a finalizer, so an alarm repeats the request. A second signal kills a process that
+    trains alone; with several ranks it does not, as torchrun and Slurm may each send one to every
+    rank. Signals that the parent process had ignored, as nohup does, stay ignored.
     """
 
-    SECONDS = 3  # from one attempt to end the work to the next
-
-    def __init__(self) -> None:
-        self.name, self.waits = "", False
-        self.before: dict[int, Any] = {}  # the handlers that it stands in for
+    SECONDS = 3  # between two alarms
+    name = ""  # of the signal that came
+    defers = False
+    replaced: Mapping[int, Any] = {}  # handlers from before the context, by signal number
 
     def __enter__(self) -> "StopRequest":
-        self.name, self.waits = "", False
+        self.name, self.defers = "", False
         self.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         heard = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.ask) for number in heard}
-        if hasattr(signal, "SIGALRM"):
-            self.before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.stop)
+        self.replaced = {number: signal.signal(number, self.ask) for number in heard}
+        if ALARM:
+            self.replaced[ALARM] = signal.signal(ALARM, self.stop)
         return self
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         if self.name and num_ranks() == 1:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-        if self.name == "SIGHUP":  # nobody reads any more, and writing would be an error
+        if self.name == "SIGHUP":  # the terminal is gone: writing to it would be an error
             for stream in self.terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        if hasattr(signal, "SIGALRM"):
+        if ALARM:
             signal.setitimer(signal.ITIMER_REAL, self.SECONDS, self.SECONDS)
         self.stop(number, frame)
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        if not self.waits:
+        if not self.defers:
             raise Stopped
 
     @contextmanager
-    def waiting(self, waits: bool) -> Iterator[None]:
-        """Whether a request within waits for whoever looks at `name`, or is answered at once."""
-        before, self.waits = self.waits, waits
+    def deferred(self) -> Iterator[None]:
+        """A request within is only noted, in `name`."""
+        before, self.defers = self.defers, True
         try:
-            if self.name and not waits:
-                raise Stopped
             yield
         finally:
-            self.waits = before
+            self.defers = before
+
+    @contextmanager
+    def immediate(self) -> Iterator[None]:
+        """A request within raises Stopped at once, and so does one that was noted before."""
+        with self.deferred():
+            self.defers = False
+            if self.name:
+                raise Stopped
+            yield
 
     @contextmanager
     def default_handlers(self) -> Iterator[None]:
-        """A request within ends the process: it waits where Python cannot answer."""
-        before = {number: signal.signal(number, signal.SIG_DFL) for number in self.before}
+        """A signal within ends the process: for a wait in which Python can run no handler."""
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in self.replaced}
         try:
             yield
         finally:
@@ -85,35 +93,34 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def __exit__(self, *_: object) -> None:
-        self.waits = True
-        if hasattr(signal, "SIGALRM"):
+        self.defers = True
+        if ALARM:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self.before.items():
+        for number, handler in self.replaced.items():
             signal.signal(number, handler)
-        self.before = {}
+        self.replaced = {}
 
 
-STOP = StopRequest()  # one a process, as its signals are
+STOP = StopRequest()  # the only one, as a process has one handler for each signal
 
 
 def leave() -> None:
-    """End the process once training is over; at once if it was asked to stop."""
+    """End the process after training; without delay if it was asked to stop."""
     if dist.is_initialized():
         dist.destroy_process_group()
     if STOP.name:
         sys.stdout.flush()
-        os._exit(0)  # the compiler's threads would be waited for, which may take long
+        os._exit(0)  # a normal exit would wait for the threads of the compiler
 
 
 def resolve_device(name: str) -> torch.device:
     """The device to compute on; `auto` takes CUDA, then MPS, then the CPU.
 
-    Raises:
-        UserError: a device that is not there, or more ranks on a machine than it has GPUs.
+    Raises UserError if the machine lacks this device, or has fewer GPUs than ranks.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = next((device for device, there in available.items() if there), "cpu")
+        name = next((device for device, found in available.items() if found), "cpu")
     elif not available.get(name, True):
         raise UserError(f"device = {name}: torch {torch.__version__} finds none on this machine")
     if name == "cuda" and num_ranks() > 1:
@@ -129,8 +136,8 @@ def resolve_device(name: str) -> torch.device:
 def feature_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The type of the features in high-resolution blocks.
 
-    auto is bfloat16 where it is native and, on a CPU, the last layer has 32 maps or more: with
-    fewer it was measured no faster.
+    `auto` takes bfloat16 if the device computes with it natively. A CPU also needs 32 feature maps
+    or more in the last layer: with fewer, bfloat16 was measured to be no faster.
     """
     if config.precision != "auto":
         return getattr(torch, config.precision)
@@ -143,9 +150,9 @@ def feature_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On Linux CPUs: reuse freed memory rather than ask the system for zeroed pages again.
+    """On Linux CPUs, keep freed memory for reuse: new pages from the system cost time to zero.
 
-    In wide networks a step was measured to take 1.2 to 1.5 times as long without (bfloat16).
+    Without it a step of wide networks (bfloat16) was measured to take 1.2 to 1.5 times as long.
     """
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -155,19 +162,19 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def tune(device: torch.device, cache: Path) -> None:
-    """PyTorch's own settings: convolutions tried out, TF32, compiled code kept under `cache`."""
+    """Let PyTorch pick its fastest convolutions, use TF32, and keep compiled code in `cache`."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
 
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # not the user's
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_folder(cache)
 
 
 @contextmanager
 def rank_0_first(device: torch.device) -> Iterator[None]:
-    """The other ranks enter when rank 0 has left: they find the files it wrote, or end with it."""
+    """The other ranks wait until rank 0 is done and its files are there; they end if it fails."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if rank() > 0:
         with STOP.default_handlers():
@@ -189,13 +196,13 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
 
 @torch.no_grad()
 def broadcast_from_rank_0(tensors: list[Tensor]) -> None:
-    """Give every rank the values of rank 0: random numbers may differ between kinds of CPU."""
+    """Give every rank the values of rank 0, as different CPUs may draw different random numbers."""
     for tensor in tensors if num_ranks() > 1 else ():
         dist.broadcast(tensor, 0)
 
 
 def most_of_ranks(value: int) -> int:
-    """The largest value on any rank; waits for all of them, but not for their GPUs."""
+    """The largest value of all ranks. Waits for all processes, but not for their GPUs."""
     if num_ranks() == 1:
         return value
     most = torch.tensor(value)
@@ -204,27 +211,24 @@ def most_of_ranks(value: int) -> int:
 
 
 def kill_workers() -> None:
-    """End the loader's processes, which ignore SIGTERM: else this one would wait for them."""
-    told = getattr(signal, "SIGCHLD", None)  # by which PyTorch would raise again
-    before = told and signal.signal(told, signal.SIG_DFL)
+    """Kill the loader's processes. They ignore SIGTERM, so this process would wait for them."""
+    child_ended = getattr(signal, "SIGCHLD", None)  # PyTorch's handler would raise again
+    before = child_ended and signal.signal(child_ended, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()
         worker.join(5)
-    if told:
-        signal.signal(told, before)
+    if child_ended:
+        signal.signal(child_ended, before)
 
 
 @contextmanager
 def lost_workers_named(config: Config) -> Iterator[None]:
-    """Raises UserError where a worker of the loader died, or sent nothing for long.
-
-    PyTorch raises the first from a signal, wherever the main process is.
-    """
+    """Raises UserError if a loader's worker died or timed out, which may interrupt any line."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
         kill_workers()
-        advice = f"num_workers = {config.num_workers}: 0 loads without other processes"
+        advice = f"num_workers = {config.num_workers}: 0 loads in the main process"
         raise UserError(f"the loader lost a worker: {first_line(error)}. {advice}") from error

@@ -1,7 +1,7 @@
-"""What a run measures, records and draws as it goes.
+"""The part of training that measures the generator, writes the logs and draws the plots.
 
-Nothing here knows a checkpoint or ends a run: the training loop asks a `Recorder` what is due and
-what is wrong, and acts.
+It neither writes checkpoints nor ends a run: the training loop asks a `Recorder` what is due and
+what is wrong, and then acts.
 
 References:
     [1] Karras et al. 2020, Training GANs with Limited Data, arXiv:2006.06676
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+import utils
 from config import Config
 from dataset import Slices
 from evaluation import features, metrics
@@ -25,174 +26,146 @@ from modules import Discriminator, Generator
 from training import logs
 from training.diagnosis import diagnose, plot_curves, plot_losses
 from training.process import most_of_ranks
-from utils import (
-    conditions,
-    evenly_spaced,
-    print_once,
-    rank,
-    save_figure,
-    save_grey,
-    stream_seed,
-    tile,
-    to_uint8,
-)
 
-FLUSH_STEPS = 50  # steps from one look at the losses, which waits for the device, to the next
+FLUSH_STEPS = 50  # steps between two writes of the losses, each of which waits for the device
 GRID_COLUMNS = 8
-MAX_DEVIATION = 1000  # slices of a class for the deviation of a pixel
-
-
-# Measuring while training
+MAX_DEVIATION = 1000  # at most so many slices of a class give the deviation of a pixel
 
 
 class Measurements:
-    """What a run measures of itself at an interval, on fresh samples of the averaged generator.
+    """What a run measures, at an interval, on fresh samples of the averaged generator.
 
-    - `fid`, `kid` to the training slices, and `fid_real`, that of the test slices: of other ids.
+    - `fid`, `kid`: distance to the training slices; `fid_real`: the FID of test slices, which are
+      of other participants.
     - `leak_rotation`, `leak_flip`, `leak_border`: see `leaks`.
-    - `spectrum`: power of the samples at the highest frequencies, over that of real slices.
-    - `vary_z`, `vary_noise`, `vary_class`: how far a pixel moves when only z (in the class it moves
-      least), only the noise or only the class changes, as a share of that among real slices.
-    - `agreement`: share of samples in which an encoder, trained on real slices, sees the class
-      asked for, the mean over classes; `agreement_real`: the same of real test slices.
-    - `overfitting`: how far D holds test slices for fakes, 0 to 1 ([1], equation 1); None where D
-      hardly tells training slices from fakes either.
+    - `spectrum`: power of samples at the highest frequencies, divided by that of real slices.
+    - `vary_z`, `vary_noise`, `vary_class`: how far a pixel moves if only z, only the noise or only
+      the class changes, as a share of the deviation among real slices; z counts in the class that
+      it moves least.
+    - `agreement`: share of samples in which an encoder, trained on real slices, sees the class that
+      was asked for, averaged over classes; `agreement_real`: the same of real test slices.
+    - `overfitting`: 0 if D rates test slices like training slices, 1 if it rates them like samples
+      ([1], equation 1); None if D hardly tells training slices from samples either.
 
-    A figure that needs more slices, or slices less alike, than there are is None, and said to be.
-    Its encoder belongs to the run.
+    A measurement is None if it needs more slices, or slices that differ more; a note says so. The
+    encoder is kept in the run folder.
     """
 
     def __init__(
         self, splits: dict[str, Slices], data: str, config: Config, device: torch.device
     ) -> None:
         train, test = splits["train"], splits["test"]
-        self.config, rng = config, np.random.default_rng(0)
-        self.classes, self.num_classes = train.classes, len(train.classes)
+        self.config, self.classes, self.num_classes = config, train.classes, len(train.classes)
         own = config.out / "encoder.safetensors"
         self.encoder, digest = features.trained_encoder(train, data, config.cache, own)
         if config.fid_extractor == "inception":
             self.extractor = features.load_inception(None, device)
         else:
             self.extractor = features.encoder_extractor(self.encoder, digest, data)
-        self.missing: set[str] = set()
-        self.real = features.features_of(
-            train.images, self.extractor, config.cache, "training slices"
+        self.unmeasured: set[str] = set()
+        self.real, unseen = (
+            features.features_of(part.images, self.extractor, config.cache, f"{name} slices")
+            for name, part in (("training", train), ("test", test))
         )
-        unseen = features.features_of(test.images, self.extractor, config.cache, "test slices")
         self.fid_real = metrics.frechet_distance(unseen, self.real)
-        self.real = metrics.gaussian(self.real), self.real
+        self.gaussian = metrics.gaussian(self.real)
         self.labels = features.labels_in_proportion(train.labels, config.fid_images)
-        self.samples = {}  # as many slices of each split, for D
-        for name, part in splits.items():
-            rows = rng.permutation(len(part.labels))  # mixed, as batches are in training
-            rows = rows[: config.fid_images]
-            self.samples[name] = part.take(rows)
-        rows = [np.flatnonzero(train.labels == i) for i in range(len(train.classes))]
-        rows = [r[evenly_spaced(len(r), MAX_DEVIATION)] for r in rows]
+        rng = np.random.default_rng(0)  # D gets slices in random order, as in training
+        self.subsets = {
+            name: part.take(rng.permutation(len(part.labels))[: config.fid_images])
+            for name, part in splits.items()
+        }
+        rows = [np.flatnonzero(train.labels == i) for i in range(self.num_classes)]
+        rows = [r[utils.evenly_spaced(len(r), MAX_DEVIATION)] for r in rows]
         self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows])) or math.nan
-        self.pose = metrics.pose(self.samples["train"].images)
-        self.grain = metrics.grain(self.samples["train"].images) or math.nan
-        self.seen_real = self.agreement(test)
+        self.pose = metrics.pose(self.subsets["train"].images)
+        self.grain = metrics.grain(self.subsets["train"].images) or math.nan
+        self.agreement_real = self.agreement(test)
 
     @torch.no_grad()
     def agreement(self, slices: Slices) -> float:
-        """Share of the slices of a class for which the encoder names it, the mean over classes."""
-        named = features.class_scores(self.encoder, features.averaged(slices.images))[
-            :, : self.num_classes
-        ].argmax(1)
-        present = np.unique(slices.labels)
-        return float(np.mean([(named == i)[slices.labels == i].mean() for i in present]))
+        """Share of slices in which the encoder sees their class, averaged over the classes."""
+        scores = features.class_scores(self.encoder, features.averaged(slices.images))
+        right = scores[:, : self.num_classes].argmax(1) == slices.labels
+        return float(np.mean([right[slices.labels == i].mean() for i in np.unique(slices.labels)]))
 
     @torch.no_grad()
-    def logits(self, D: Discriminator, slices: Slices) -> float:
-        """Mean logit of D."""
-        device, c_dim = next(D.parameters()).device, 0 if D.embed is None else len(D.embed)
-        c, logits = conditions(slices.labels, slices.positions, c_dim), []
-        size = self.config.batch_size
+    def mean_logit(self, D: Discriminator, slices: Slices) -> float:
+        """Mean logit of D, over whole batches if there is one."""
+        device, size = next(D.parameters()).device, self.config.batch_size
+        c, logits = slices.conditions(), []
         for i in range(0, max(1, len(c) - size + 1), size):
             x = features.to_tensor(slices.images[i : i + size]).to(device).float() / 127.5 - 1
             logits.append(D(x, c[i : i + size].to(device)))
         return float(torch.cat(logits).mean())
 
     def measure(self, G: Generator, D: Discriminator) -> dict[str, float | None]:
-        """All figures of the averaged generator and the discriminator as they are."""
+        """All measurements of the averaged generator and of the discriminator."""
         fakes = features.sample_fakes(G, self.labels, self.classes, self.config.seed, silent=True)
         values = features.compute_features(fakes.images, self.extractor, None)
-        real, test = (self.logits(D, self.samples[name]) for name in ("train", "test"))
         order = np.random.default_rng(0).permutation(len(fakes.labels))
-        fake = self.logits(D, fakes.take(order))
+        subsets = (self.subsets["train"], self.subsets["test"], fakes.take(order))
+        real, test, fake = (self.mean_logit(D, slices) for slices in subsets)
         moved = features.conditional_variation(G, self.config.seed)
-        figures = {
-            "fid": metrics.gaussian_distance(metrics.gaussian(values), self.real[0]),
+        found = {
+            "fid": metrics.gaussian_distance(metrics.gaussian(values), self.gaussian),
             "fid_real": self.fid_real,
-            "kid": metrics.kernel_distance(values, self.real[1], subsets=10)[0],
+            "kid": metrics.kernel_distance(values, self.real, subsets=10)[0],
             **metrics.leaks(self.pose, metrics.pose(fakes.images)),
             "spectrum": metrics.grain(fakes.images) / self.grain,
             **{f"vary_{name}": value / self.deviation for name, value in moved.items()},
             "overfitting": (real - test) / (real - fake) if real - fake > 0.1 else None,
         }
         if self.num_classes > 1:
-            figures |= {"agreement": self.agreement(fakes), "agreement_real": self.seen_real}
-            figures["agreement_chance"] = 1 / self.num_classes
-        found = {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
-        missing = {k for k, v in found.items() if v is None and figures[k] is not None}
-        if new := sorted(missing - self.missing):
-            print_once(f"note: too few slices, or too much alike, to measure {', '.join(new)}")
-        self.missing |= missing
-        return found
-
-
-# Recording
+            found |= {"agreement": self.agreement(fakes), "agreement_real": self.agreement_real}
+            found["agreement_chance"] = 1 / self.num_classes
+        missing = {k for k, v in found.items() if v is not None and not math.isfinite(v)}
+        if new := ", ".join(sorted(missing - self.unmeasured)):
+            utils.print_once(f"note: too few slices, or too similar ones, to measure {new}")
+        self.unmeasured |= missing
+        return found | dict.fromkeys(missing)
 
 
 def grid_interval(config: Config, epoch: int) -> int:
-    """Epochs from one grid to the next: below 100, ten times as many below 1,000, and so on."""
+    """Epochs between grids: `snapshot_epochs`, ten times as many from epoch 100 on, and so on."""
     return config.snapshot_epochs * 10 ** max(0, len(str(epoch)) - 2)
 
 
 class Recorder:
-    """Writes, on rank 0, what a run says of itself: logs, TensorBoard, grids, plots.
-
-    `not_finite` is the first statistic that is no finite number, and the image at which it arose.
-    """
+    """Writes the logs, TensorBoard files, grids and plots of a run, on rank 0."""
 
     def __init__(self, config: Config, slices: Slices, cur_nimg: int, device: torch.device) -> None:
-        """Cuts the logs back to `cur_nimg` images."""
+        """Cuts the logs to their first `cur_nimg` images."""
         self.config, self.run, self.cur_nimg = config, config.out, cur_nimg
         self.epoch_size = len(slices.images)
         self.measurements: Measurements | None = None
-        self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, statistics) not yet written
-        self.not_finite: tuple[str, int] | None = None
-        rng = torch.Generator().manual_seed(stream_seed("grid", config.seed))
+        self.pending: list[tuple[int, Tensor]] = []  # (cur_nimg, [len(STATS)]) to be written
+        self.not_finite: tuple[str, int] | None = None  # the first such statistic, and cur_nimg
+        rng = torch.Generator().manual_seed(utils.stream_seed("grid", config.seed))
         z = torch.randn(1, GRID_COLUMNS, config.z_dim, generator=rng)
-        num_rows = len(slices.classes)  # every class shows the same latents, from low to high
+        num_rows = len(slices.classes)  # the rows have the same latents and rising positions
         self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(device)
-        positions = np.tile(np.linspace(0, 1, GRID_COLUMNS), num_rows)
         labels = np.arange(num_rows).repeat(GRID_COLUMNS)
-        positions = None if slices.positions is None else positions
-        self.c = conditions(labels, positions, slices.c_dim).to(device)
-        if rank() == 0:
+        rising = np.tile(np.linspace(0, 1, GRID_COLUMNS), num_rows)
+        positions = None if slices.positions is None else rising
+        self.c = utils.conditions(labels, positions, slices.c_dim).to(device)
+        if utils.rank() == 0:
             self.lines, rows = logs.truncate_logs(self.run, cur_nimg)
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.board = SummaryWriter(self.run / "tensorboard", purge_step=cur_nimg + 1)
             self.logged = self.lines[-1]["nimg"] if self.lines else 0
-            rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the very values that were written
-            self.epoch_rows = list(rows[rows[:, 0] > self.logged])  # of the epoch under way
+            rows[:, 1:] = rows[:, 1:].astype(np.float32)  # the file has enough digits for this
+            self.epoch_rows = list(rows[rows[:, 0] > self.logged])  # of the unfinished epoch
             self.warned: set[str] = set()
         self.start_clock()
 
     def start_clock(self) -> None:
-        """What follows is training, until `summary`; `waited` is what of it goes in waiting."""
+        """Start to time training; `waited` sums up the seconds spent waiting for the loader."""
         self.started, self.started_nimg, self.waited = time.perf_counter(), self.cur_nimg, 0.0
 
-    def add(self, cur_nimg: int, stats: Tensor) -> None:
-        """The statistics [len(STATS)] of one step, to be written some steps later."""
-        self.cur_nimg = cur_nimg
-        self.pending.append((cur_nimg, stats))
-
     def write_losses(self) -> dict[str, float]:
-        """Write the waiting rows of losses.csv, which waits for the device. -> the newest."""
+        """Append pending steps to losses.csv; waits for the device. -> the newest statistics."""
         nimg, stats = zip(*self.pending, strict=True)
         values = torch.stack(stats).cpu().double().numpy()
         self.pending = []
@@ -207,43 +180,38 @@ class Recorder:
         return dict(zip(logs.STATS, values[-1], strict=True))
 
     def unlogged_epoch(self) -> int:
-        """On all ranks: the epoch that ended with the last step, if its line is missing, or 0."""
-        missed = rank() == 0 and self.logged < self.cur_nimg
+        """The epoch that ended with the last step, if log.jsonl lacks it, else 0; on all ranks."""
+        missed = utils.rank() == 0 and self.logged < self.cur_nimg
         return most_of_ranks(self.ended_epoch() if missed else 0)
 
     def ended_epoch(self) -> int:
-        """The epoch that ended with the last step, the last of them if several did, or 0."""
+        """The epoch that ended with the last step, or the last of several, else 0."""
         before = (self.cur_nimg - self.config.batch_size) // self.epoch_size
         now = self.cur_nimg // self.epoch_size
         return min(now, self.config.epochs) if now > before else 0
 
     def comes_due(self, kimg: float) -> bool:
-        """Whether a multiple of so many thousand images was passed since the last epoch's end."""
-        passed = [int(nimg // (kimg * 1000)) for nimg in (self.logged, self.cur_nimg)]
-        return passed[0] < passed[1]
+        """Whether a multiple of `kimg` thousand images was passed since the last logged epoch."""
+        return self.logged // (kimg * 1000) < self.cur_nimg // (kimg * 1000)
 
     def grid_due(self, epoch: int) -> bool:
-        """Whether a multiple of the interval lies in the epochs since the last one's end."""
+        """Whether a multiple of the grid interval was passed since the last logged epoch."""
         interval = grid_interval(self.config, epoch)
         return epoch // interval > self.logged // self.epoch_size // interval
 
     def summary(self, epoch: int, pl_mean: float) -> dict[str, float | None]:
-        """Speed and the means of the epoch's steps; None where there were none."""
+        """A line of log.jsonl: speed, and the mean of each statistic; None if it has no value."""
         nimg, seconds = self.cur_nimg, time.perf_counter() - self.started
-        line: dict[str, float | None] = {
-            "epoch": epoch,
-            "nimg": nimg,
-            "seconds": round(seconds, 2),
-            "img_per_s": round((nimg - self.started_nimg) / seconds, 2),
-            "data_wait": round(self.waited / seconds, 4),
-        }
+        line: dict[str, float | None] = {"epoch": epoch, "nimg": nimg, "seconds": round(seconds, 2)}
+        line["img_per_s"] = round((nimg - self.started_nimg) / seconds, 2)
+        line["data_wait"] = round(self.waited / seconds, 4)
         columns = dict(zip(logs.STATS, np.array(self.epoch_rows).T[1:], strict=True))
         for name, column in columns.items():
             line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
         return line | {"pl_mean": pl_mean, "d_loss_spread": float(columns["d_loss"].std())}
 
     def write_line(self, line: dict[str, float | None]) -> None:
-        """An epoch's line in log.jsonl and on TensorBoard; says once what looks wrong."""
+        """Write a line to log.jsonl and TensorBoard; warn, once per rule, of what looks wrong."""
         with open(self.run / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
@@ -255,28 +223,21 @@ class Recorder:
         for name, text in diagnose(history, self.config).items():
             if name not in self.warned:
                 self.warned.add(name)
-                print_once(f"warning: {text}")
+                utils.print_once(f"warning: {text}")
 
     @torch.no_grad()
     def save_grid(self, G_ema: Generator, epoch: int, label_weight: float) -> None:
-        """The same latents at every epoch, a row per class."""
-        c = self.c * label_weight
-        fake = [
-            G_ema(z, c, noise_mode="const")
-            for z, c in zip(self.z.split(GRID_COLUMNS), c.split(GRID_COLUMNS), strict=True)
-        ]
-        picture = tile(to_uint8(torch.cat(fake)), GRID_COLUMNS)
-        save_grey(picture, self.run / "grids" / f"epoch{epoch:04d}.png")
+        """Draw samples of the same latents at every epoch, a row for each class."""
+        z_rows, c_rows = (x.split(GRID_COLUMNS) for x in (self.z, self.c * label_weight))
+        pairs = zip(z_rows, c_rows, strict=True)
+        fake = torch.cat([G_ema(z, c, noise_mode="const") for z, c in pairs])
+        picture = utils.tile(utils.to_uint8(fake), GRID_COLUMNS)
+        utils.save_grey(picture, self.run / "grids" / f"epoch{epoch:04d}.png")
         self.board.add_image("grid", picture, self.cur_nimg, dataformats="HW")
-
-    def end_epoch(self) -> None:
-        """All that was due at the end of an epoch is done: the clock of the next one starts."""
-        self.logged = self.cur_nimg
-        self.start_clock()
 
     def close(self) -> None:
         """Draw the plots of the run so far."""
-        if rank() == 0:
+        if utils.rank() == 0:
             self.board.close()
             plot_losses(self.run, self.run / "losses.png")
             plot_curves(self.run, self.run / "curves.png", self.config)
@@ -284,22 +245,20 @@ class Recorder:
 
 
 def read_square(grid: Path) -> np.ndarray:
-    """The left part of a grid, twice as wide as high at most."""
+    """The left part of a grid, at most twice as wide as high."""
     picture = np.asarray(Image.open(grid))
     return picture[:, : 2 * picture.shape[0]]
 
 
 def plot_progress(run: Path, path: Path, num_columns: int = 6) -> None:
-    """A strip of the image grids over the epochs: the first images of each, at even distances."""
+    """Draw the left parts of a few image grids, evenly spaced over the epochs, side by side."""
     grids = sorted((run / "grids").glob("epoch*.png"))
     if not grids:
         return
-    chosen = [
-        grids[i] for i in np.unique(np.linspace(0, len(grids) - 1, num_columns).round().astype(int))
-    ]
+    chosen = [grids[i] for i in utils.evenly_spaced(len(grids), num_columns)]
     figure = Figure(figsize=(3.2 * len(chosen), 2))
     for ax, grid in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
         ax.imshow(read_square(grid), cmap="gray", vmin=0, vmax=255)
         ax.set_title(f"epoch {int(grid.stem[5:])}", fontsize=9)
         ax.axis("off")
-    save_figure(figure, path)
+    utils.save_figure(figure, path)
