@@ -500,9 +500,9 @@ def report(config: Config, names: list[str], options: Options) -> dict[str, Any]
         share = flops / (middle["s_per_kimg"] / 1000) / rates[FORMS[name].precision]
         pairs = zip(rows.get("naive", []), turns, strict=False)
         ratios = [a["s_per_kimg"] / b["s_per_kimg"] for a, b in pairs if a and b]
-        printable = [f"{middle[phase]:.1f}" for phase in PHASES]
+        shown = [f"{middle[phase]:.1f}" for phase in PHASES]
         table.append(
-            [name, f"{1000 / middle['s_per_kimg']:.1f}", f"{middle['s_per_kimg']:.1f}", *printable,
+            [name, f"{1000 / middle['s_per_kimg']:.1f}", f"{middle['s_per_kimg']:.1f}", *shown,
              f"{middle['memory_mb']:.0f}", f"{share:.0%}",
              f"{min(ratios):.2f} - {max(ratios):.2f}" if ratios else "",
              f"{middle['build_s']:.0f}"]

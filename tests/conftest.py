@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before NumPy and PyTorch: tiny sums are slower with more threads, by far on a shared machine
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -27,8 +29,10 @@ from config import CPU, Config
 from dataset import Slices
 from evaluation import features
 from modules import Discriminator, Generator
-from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path, main
+from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path, main, train
+from training import recorder
 from training.logs import read_log
+from training.runs import checkpoints, load_checkpoint
 from utils import SIGNALS, run_command
 
 ROOT = Path(__file__).parents[1]
@@ -63,10 +67,13 @@ def write_folder(root: Path, splits: dict[str, int], slices: int = 2) -> Path:
     return root
 
 
+TINY_SPLITS = {"train": 4, "test": 2}
+
+
 @pytest.fixture
 def data_root(tmp_path: Path) -> Path:
     """8 training and 4 test ids of 2 slices, half of them AD."""
-    return write_folder(tmp_path / "data", {"train": 4, "test": 2})
+    return write_folder(tmp_path / "data", TINY_SPLITS)
 
 
 @pytest.fixture
@@ -100,6 +107,53 @@ def tiny(folder: Path) -> Config:
     )
 
 
+def copied(run: Config, folder: Path, name: str = "test") -> Config:
+    """A copy of a trained run, under this name, with its data and its cache, as in `tiny`."""
+    source = run.data_root.parent
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    out = (folder / "runs" / "test").rename(folder / "runs" / name)
+    text = (out / "config.json").read_text()
+    (out / "config.json").write_text(text.replace(str(source), str(folder)))
+    return replace(run, data_root=folder / "data", out=out, cache=folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    """Trains a tiny run with some settings the first time that it is asked for.
+
+    Nobody may change what lies there: tests work on a copy, see `copied`.
+    """
+    runs: dict[tuple, Config] = {}
+
+    def run_with(**settings: object) -> Config:
+        key = tuple(sorted(settings.items()))
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("run")
+            write_folder(folder / "data", TINY_SPLITS)
+            config = replace(tiny(folder), **settings)
+            with pytest.MonkeyPatch.context() as patch:
+                draw_nothing(patch)
+                fit_shortly(patch)
+                train(config)
+            runs[key] = config
+        return runs[key]
+
+    return run_with
+
+
+@pytest.fixture
+def trained(trained_once: Callable[..., Config], config: Config) -> Config:
+    """`config`, trained for an epoch in this test's own copy of a run."""
+    return copied(trained_once(epochs=1), config.data_root.parent)
+
+
+@pytest.fixture
+def measured(trained_once: Callable[..., Config], config: Config) -> Config:
+    """As `trained`, with an encoder and the measurements of its epoch."""
+    run = trained_once(epochs=1, fid_kimg=0.01, fid_images=100)
+    return copied(run, config.data_root.parent)
+
+
 CUDA_SECONDS = 20
 
 
@@ -130,25 +184,53 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures, which take up to a second each, are empty but in tests that are marked `drawn`."""
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Figures, which take up to a second each, are empty files."""
 
     def save(_figure: Figure, path: Path, **_: object) -> None:
         path.write_bytes(b"no plot")
 
+    patch.setattr(Figure, "savefig", save)
+    patch.setattr(Figure, "tight_layout", lambda _figure: None)
+    for name in ("plot_losses", "plot_curves", "plot_progress"):  # of a run; axes take long too
+        patch.setattr(recorder, name, lambda _run, path, *_: path.write_bytes(b"no plot"))
+
+
+@pytest.fixture(autouse=True)
+def no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are empty but in tests that are marked `drawn`."""
     if "drawn" not in request.keywords:
-        monkeypatch.setattr(Figure, "savefig", save)
-        monkeypatch.setattr(Figure, "tight_layout", lambda _figure: None)
+        draw_nothing(monkeypatch)
+
+
+class QuickUMAP:
+    """Two columns of the features, in the place of UMAP, which compiles for many seconds."""
+
+    def __init__(self, n_neighbors: int, random_state: int) -> None:
+        self.n_neighbors = n_neighbors
+
+    def fit_transform(self, features: np.ndarray) -> np.ndarray:
+        assert 1 < self.n_neighbors < len(features)
+        return np.pad(features, ((0, 0), (0, 1)))[:, :2]
+
+
+@pytest.fixture(autouse=True)
+def quick_umap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """UMAP itself is at work in slow tests only."""
+    if "slow" not in request.keywords:
+        monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=QuickUMAP))
+
+
+def fit_shortly(patch: pytest.MonkeyPatch) -> None:
+    """The encoder of FID, where a run measures it, is trained for a moment only."""
+    fit = features.fit_encoder
+    patch.setattr(features, "fit_encoder", lambda *args, **kw: fit(*args, **{"steps": 5} | kw))
 
 
 @pytest.fixture
 def short_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The encoder of FID, where a run measures it, is trained for a moment only."""
-    fit = features.fit_encoder
-    monkeypatch.setattr(
-        features, "fit_encoder", lambda *args, **kw: fit(*args, **{"steps": 5} | kw)
-    )
+    """See `fit_shortly`."""
+    fit_shortly(monkeypatch)
 
 
 @pytest.fixture
@@ -199,6 +281,27 @@ def same_tensors(a, b, path="") -> list[str]:
         return [d for i, (x, y) in enumerate(pairs) for d in same_tensors(x, y, f"{path}.{i}")]
     equal = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [] if equal else [path]
+
+
+TIMES = ("seconds", "img_per_s", "data_wait")  # of a line of the log: differ from run to run
+
+
+def assert_same_run(a: Config, b: Config) -> None:
+    """Every tensor, every row, every line but for times, and every grid."""
+    first, second = (load_checkpoint(checkpoints(c.out)[-1]) for c in (a, b))
+    for name in ("out", "cache", "data_root", "compile"):
+        first["settings"][name] = second["settings"][name] = ""
+    assert same_tensors(first, second) == []
+    lines = [
+        [{k: v for k, v in line.items() if k not in TIMES} for line in read_log(c.out)]
+        for c in (a, b)
+    ]
+    assert lines[0] == lines[1]
+    grids = [sorted(p.name for p in (c.out / "grids").iterdir()) for c in (a, b)]
+    assert grids[0] == grids[1] and len(grids[0]) == len(lines[0])
+    names = ["losses.csv", "generator.safetensors", *(f"grids/{name}" for name in grids[0])]
+    for name in names:
+        assert (a.out / name).read_bytes() == (b.out / name).read_bytes(), name
 
 
 def as_flags(config: Config) -> list[str]:

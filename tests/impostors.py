@@ -4,17 +4,17 @@
     python tests/impostors.py RUN --extractors encoder --metrics distribution memorisation
     python tests/impostors.py RUN --data-root AD_NC --out FOLDER
 
-All options are those of evaluate.py. Sets equally many, with the classes mixed as in the training
-slices, stand in the place of samples:
+The options are those of evaluate.py. Impostors take the place of samples. All sets have equally
+many slices and the class proportions of the training slices:
 
-- perfect: fresh subjects of the demo brains, others than those that evaluate.py compares with. Of
-  other data, slices of half of the test ids; the other half is then the test split of all sets, so
-  that figures differ from evaluate.py's.
-- copied: training slices, mirrored, with noise of 2 grey levels. FD to the training slices likes
-  them, FD to unseen ids less; the audit must catch them.
-- dropped: the same of half of the training ids.
-- degraded: the perfect ones, blurred by 0.6 pixels.
-- samples: those of the run.
+- perfect: fresh subjects of the demo brains, but not those that evaluate.py compares with. With
+  other data: slices of half of the test participants. The other half is then the test split for
+  all sets, so that measurements differ from those of evaluate.py.
+- copied: training slices, mirrored, with noise of 2 grey levels. Their FD to the training slices is
+  low, their FD to unseen participants is higher, and the audit must find them.
+- dropped: the same, from half of the training participants.
+- degraded: the perfect slices, blurred by 0.6 pixels.
+- samples: the samples of the run.
 """
 
 import json
@@ -32,23 +32,25 @@ from config import UserError
 from dataset import Slices
 from evaluate import Options, References, counts, fakes_of, measure, prepare
 from evaluation import features
-from evaluation.metrics import halves_by_id
+from evaluation.metrics import halves_by_participant
 from evaluation.report import Rows, as_table, write_text
 from training.runs import run_folder
 from utils import run_command
 
-SHOWN = ("fid_train", "kid_train", "precision", "recall", "coverage")
-HEAD = ("fd_test", "fd_infinite", "over_memory", "over_perfect", "over_perfect_interval")
+DISTRIBUTION = ("fid_train", "kid_train", "precision", "recall", "coverage")
+HEADLINE = ("fd_test", "fd_infinite", "over_memory", "over_perfect", "over_perfect_interval")
 
 
 def largest_mix(labels: np.ndarray, available: list[np.ndarray], most: int) -> np.ndarray:
-    """As many labels in the proportions of the given ones as every set can fill."""
+    """The most labels, in the proportions of the given labels, for which every set has slices."""
     top = np.min([np.bincount(a, minlength=labels.max() + 1) for a in available], 0)
     for n in range(most, 0, -1):
         wanted = features.labels_in_proportion(labels, n)
         if (np.bincount(wanted, minlength=len(top)) <= top).all():
             return wanted
-    raise UserError("half of the test ids lacks a class: too few ids for impostors")
+    raise UserError(
+        "half of the test participants lacks a class: too few participants for impostors"
+    )
 
 
 def choose(slices: Slices, wanted: np.ndarray, rng: np.random.Generator) -> Slices:
@@ -64,13 +66,15 @@ def choose(slices: Slices, wanted: np.ndarray, rng: np.random.Generator) -> Slic
 def impostors(
     samples: Slices, references: References, other: Slices | None = None
 ) -> tuple[dict[str, Slices], References]:
-    """The sets, and what to measure them against; `other` is what a perfect generator drew."""
+    """The sets by name, and their references; `other` holds slices of a perfect generator."""
     train, rng = references.splits["train"], np.random.default_rng(references.seed)
     if other is None:
         test = references.splits["test"]
-        half, rest = (test.take(r) for r in halves_by_id(test.participants, test.labels, rng))
+        half, rest = (
+            test.take(r) for r in halves_by_participant(test.participants, test.labels, rng)
+        )
         other, references = half, references._replace(splits={"train": train, "test": rest})
-    few = train.take(halves_by_id(train.participants, train.labels, rng)[0])
+    few = train.take(halves_by_participant(train.participants, train.labels, rng)[0])
     labels = [s.labels for s in (other, few, samples)]
     wanted = largest_mix(train.labels, labels, len(samples.labels))
     perfect, *copied = (choose(s, wanted, rng) for s in (other, train, few))
@@ -91,27 +95,27 @@ def impostors(
 
 
 def row_of(name: str, tables: dict[str, Rows]) -> dict[str, Any]:
-    """One line of the table from all tables of a set."""
+    """The row of a set in the table of all sets."""
     row: dict[str, Any] = {"set": name}
     for found in tables.get("distribution", ()):
         if found["set"] == "all":
-            row |= {f"{k}, {found['extractor']}": found[k] for k in SHOWN}
+            row |= {f"{k}, {found['extractor']}": found[k] for k in DISTRIBUTION}
     for found in tables.get("headline", ()):
         if found["set"] == "samples":
-            row |= {f"{k}, {found['extractor']}": found[k] for k in HEAD if k in found}
+            row |= {f"{k}, {found['extractor']}": found[k] for k in HEADLINE if k in found}
     for found in tables.get("diversity", ()):
         row |= {"ms_ssim": found["ms_ssim"]} if found["pairs"] == "fake" else {}
     for found in tables.get("memorisation", ()):
         row[f"too_near, {found['space']}"] = found["share_too_near"]
     for found in tables.get("labels", ()):
-        row[f"{found['figure']}, {found['unit']}"] = found["auc"]
+        row[f"{found['measurement']}, {found['unit']}"] = found["auc"]
     for found in tables.get("anatomy", ()):
         row[f"{found['area']}_distance"] = found["distance_in_sd"]
     return row
 
 
 def compare(options: Options) -> Rows:
-    """Measure and write all. Raises UserError as `evaluate.evaluate` does."""
+    """Measure all sets and write the report. Raises UserError as `evaluate.evaluate` does."""
     G, references, what = prepare(options)
     samples, origin = fakes_of(options, G, references)
     other = None

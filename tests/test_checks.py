@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from config import UserError
-from scans.checks import SAME_EDGES, best_correlation, check, most_telling
+from scans.checks import SAME_EDGES, best_correlation, check, most_telling_auc
 
 
 def textured(seed: int, slices: int = 2) -> list[np.ndarray]:
@@ -28,13 +28,13 @@ def textured(seed: int, slices: int = 2) -> list[np.ndarray]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """6 training and 3 test ids of each class, 2 slices each, and subjects.csv."""
+    """6 training and 3 test participants of each class, 2 slices each, and subjects.csv."""
     lines, number = ["subject,class,age,sex"], 0
-    for split, ids in (("train", 6), ("test", 3)):
+    for split, people in (("train", 6), ("test", 3)):
         for label in ("AD", "NC"):
             folder = tmp_path / "data" / split / label
             folder.mkdir(parents=True)
-            for _ in range(ids):
+            for _ in range(people):
                 number += 1
                 for i, image in enumerate(textured(number)):
                     Image.fromarray(image).save(folder / f"{number}_{i}.png")
@@ -78,8 +78,9 @@ def test_an_honest_folder_passes(root: Path, capsys):
     assert run(root) == ""
     out = capsys.readouterr().out
     for line in (
-        "train: AD 6 ids, 12 slices; NC 6 ids, 12 slices", "pixels: 110x120 (36)", "modes: L (36)",
-        "slices of an id: 2 to 2", "mean grey of 18 ids", "no id is on both sides",
+        "train: AD 6 participants, 12 slices; NC 6 participants, 12 slices", "pixels: 110x120 (36)",
+        "modes: L (36)", "slices per scan: 2 to 2", "mean grey of 18 participants",
+        "no participant and no picture is in both train and test",
     ):  # fmt: skip
         assert line in out
     assert (root.parent / "check.png").exists()
@@ -122,31 +123,31 @@ def test_a_training_slice_in_test_is_found(root: Path, change, words):
     assert problem.count("\n") == 1
 
 
-def test_an_id_on_both_sides_is_found_and_the_rest_is_still_looked_at(root: Path):
+def test_a_participant_on_both_sides_is_found_and_the_rest_is_still_looked_at(root: Path):
     save(Image.fromarray(textured(77)[0]), root, "3_7.png")
     (root / "train" / "AD" / "1_5.png").write_text("x")
     problem = run(root)
-    assert "1 id(s) on both sides of the split: 3" in problem
+    assert "1 participant(s) on both sides of the split: 3" in problem
     assert "1_5.png: not an image" in problem
 
 
 @pytest.mark.parametrize("source", ["table", "manifest"])
-def test_a_participant_under_two_ids_is_found(root: Path, source):
+def test_a_participant_with_two_scans_is_found(root: Path, source):
     save(Image.fromarray(textured(77)[0]), root)
     text = "id,participant,class\n99,p3,NC\n3,p3,AD\n"
     path = root / "manifest.csv" if source == "manifest" else root.parent / "table.csv"
     path.write_text(text)
     problem = run(root, table=None if source == "manifest" else path)
-    assert "1 id(s) on both sides of the split: p3" in problem
+    assert "1 participant(s) on both sides of the split: p3" in problem
 
 
 def test_a_table_that_names_nobody_is_no_proof(root: Path, capsys):
     table = root.parent / "table.csv"
     table.write_text("subject,class\nsomeone,NC\n")
-    assert "names none of the ids" in run(root, table=table)
-    table.write_text("Image Data ID,Subject,Group\nI3,p,AD\nI13,p,AD\n")  # of 18 ids
-    assert "1 id(s) on both sides of the split: p" in run(root, table=table)
-    assert "names 2 of 18 ids" in capsys.readouterr().out
+    assert "names none of the scans" in run(root, table=table)
+    table.write_text("Image Data ID,Subject,Group\nI3,p,AD\nI13,p,AD\n")  # of 18 scans
+    assert "1 participant(s) on both sides of the split: p" in run(root, table=table)
+    assert "names 2 of 18 scans" in capsys.readouterr().out
 
 
 def test_a_table_of_changing_classes_still_joins(root: Path):
@@ -158,7 +159,7 @@ def test_a_table_of_changing_classes_still_joins(root: Path):
 def test_a_class_that_the_table_denies_is_found(root: Path):
     table = root.parent / "table.csv"
     table.write_text("subject,class\n3,NC\n4,AD\n")
-    assert "of class NC, lies in AD: 3 (1 ids)" in run(root, table=table)
+    assert "class NC in the table, folder AD: 1 scans, 3" in run(root, table=table)
 
 
 def test_one_picture_in_two_classes_is_found(root: Path):
@@ -172,8 +173,8 @@ def test_doubles_of_one_split_and_class_are_noted(root: Path, capsys):
     Image.new("L", (110, 120)).save(root / "test" / "NC" / "96_0.png")
     assert run(root) == ""
     out = capsys.readouterr().out
-    assert "note: the same file in one split, 1 times, of 3, 98" in out
-    assert "note: 2 slices are of a single value" in out
+    assert "note: the same file in one split, 1 times, in scans 3, 98" in out
+    assert "note: 2 slices have a single grey value" in out
 
 
 def test_age_that_tells_the_class_is_named(root: Path, capsys):
@@ -183,17 +184,18 @@ def test_age_that_tells_the_class_is_named(root: Path, capsys):
     table.write_text("subject,age,sex\n" + "\n".join(lines) + "\n")
     assert run(root, table=table) == ""
     out = capsys.readouterr().out
-    assert "age of 18 ids: AD 80.00, NC 60.00; tells the class with an AUC of 1.00: what" in out
-    assert "sex (women) of 18 ids" in out
+    assert "age of 18 participants: AD 80.00, NC 60.00; it tells the classes apart" in out
+    assert "with an AUC of 1.00: a network may learn the age in place of the class" in out
+    assert "sex (women) of 18 participants" in out
 
 
 def test_a_number_without_meaning_is_not_accused():
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
-    found = [most_telling(rng.normal(size=40), labels) for _ in range(200)]
+    found = [most_telling_auc(rng.normal(size=40), labels) for _ in range(200)]
     assert np.mean([best > chance for best, chance in found]) < 0.1
-    assert most_telling(labels * 1.0, labels)[0] == 1
-    assert np.isnan(most_telling(labels * 1.0, labels * 0)[0])
+    assert most_telling_auc(labels * 1.0, labels)[0] == 1
+    assert np.isnan(most_telling_auc(labels * 1.0, labels * 0)[0])
 
 
 def test_values_of_other_types_are_described(tmp_path: Path, capsys):
@@ -205,7 +207,7 @@ def test_values_of_other_types_are_described(tmp_path: Path, capsys):
         Image.fromarray(values).save(path)
     run(tmp_path / "data")
     out = capsys.readouterr().out
-    assert "values of 6 ids: -1 to 1, 50.0% below 0; an id's black is -0.99" in out
+    assert "values of 6 scans: -1 to 1, 50.0% below 0; black of a scan: -0.99" in out
 
 
 @pytest.mark.drawn

@@ -47,7 +47,7 @@ def grey() -> np.ndarray:
 # Finding
 
 
-def test_classes_ids_and_splits_are_read_from_the_names(data_root: Path):
+def test_classes_participants_and_splits_are_read_from_the_names(data_root: Path):
     classes, splits = find_slices(data_root)
     assert classes == ["AD", "NC"]
     assert [len(splits[s]) for s in ("train", "test")] == [16, 8]
@@ -55,17 +55,17 @@ def test_classes_ids_and_splits_are_read_from_the_names(data_root: Path):
     assert (first.path.name, first.participant, first.label) == ("1_0.png", "1", 0)
 
 
-def test_class_folders_alone_are_split_by_id_the_same_way_each_time(tmp_path: Path):
+def test_class_folders_alone_are_split_by_participant_the_same_way_each_time(tmp_path: Path):
     root = write_folder(tmp_path / "flat", {"": 10}, slices=3)
     _, splits = find_slices(root)
-    ids = {k: {f.participant for f in files} for k, files in splits.items()}
-    assert not ids["train"] & ids["test"] and len(ids["train"] | ids["test"]) == 20
+    people = {k: {f.participant for f in files} for k, files in splits.items()}
+    assert not people["train"] & people["test"] and len(people["train"] | people["test"]) == 20
     for label in range(2):
         assert len({f.participant for f in splits["test"] if f.label == label}) == 2
     assert find_slices(root)[1] == splits
 
 
-def test_an_id_of_two_classes_stays_on_one_side(tmp_path: Path):
+def test_a_participant_of_two_classes_stays_on_one_side(tmp_path: Path):
     root = write_folder(tmp_path / "flat", {"": 10})
     for path in list((root / "AD").iterdir()):  # everyone was NC once
         Image.open(path).save(root / "NC" / path.name)
@@ -81,7 +81,7 @@ def test_any_number_of_classes(data_root: Path):
     assert find_slices(data_root)[0] == ["AD", "MCI", "NC"]
 
 
-def test_slices_of_an_id_come_in_their_order(tmp_path: Path):
+def test_slices_of_a_scan_come_in_their_order(tmp_path: Path):
     root = write_folder(tmp_path / "flat", {"": 2}, slices=11)
     names = [f.path.stem for f in dataset.list_slices(root / "AD", 0) if f.participant == "1"]
     assert names == [f"1_{i}" for i in range(11)]
@@ -126,26 +126,28 @@ def test_classes_that_differ_are_listed(data_root: Path):
     expect_error(data_root, "classes differ", "['AD', 'NC']", "['AD', 'CN']")
 
 
-def test_an_id_on_both_sides_is_named(data_root: Path):
+def test_a_participant_on_both_sides_is_named(data_root: Path):
     source = data_root / "train" / "AD" / "1_0.png"
     (data_root / "test" / "AD" / "1_7.png").write_bytes(source.read_bytes())
-    expect_error(data_root, "1 id(s) on both sides", ": 1")
+    expect_error(data_root, "1 participant(s) on both sides", ": 1")
 
 
-def test_too_few_ids_to_split_name_the_class(tmp_path: Path):
+def test_too_few_participants_to_split_name_the_class(tmp_path: Path):
     root = write_folder(tmp_path / "flat", {"": 2}, slices=1)
     next((root / "NC").iterdir()).unlink()
-    expect_error(root, "NC: too few ids")
+    expect_error(root, "NC: too few participants")
 
 
-def test_files_that_are_each_an_id_of_their_own_are_pointed_out(tmp_path: Path, config, capsys):
+def test_files_that_are_each_a_participant_of_their_own_are_pointed_out(
+    tmp_path: Path, config, capsys
+):
     root = write_folder(tmp_path / "flat", {"": 3}, slices=2)
     load_slices(replace(config, data_root=root))
     assert "note" not in capsys.readouterr().out
     for path in list(root.rglob("*.png")):
         path.rename(path.with_name(path.name.replace("_", "-")))
     load_slices(replace(config, data_root=root))
-    assert "note: every file is an id of its own" in capsys.readouterr().out
+    assert "note: every file counts as a participant of its own" in capsys.readouterr().out
 
 
 # Decoding
@@ -174,7 +176,7 @@ def test_transparent_pixels_are_black(tmp_path: Path):
     assert decode(tmp_path / "1_0.png").max() == 0
 
 
-def test_16_bit_keeps_its_range_with_one_scale_per_id(tmp_path: Path, config: Config, grey):
+def test_16_bit_keeps_its_range_with_one_scale_per_scan(tmp_path: Path, config: Config, grey):
     """Twelve bits in sixteen: bright and dark slice of one scan keep their ratio."""
     root = tmp_path / "deep"
     for split, number in (("train", 1), ("test", 2)):
@@ -215,7 +217,7 @@ def test_mixed_sizes_are_fine(data_root: Path, config: Config):
 def test_a_file_takes_no_memory_that_it_does_not_hold(data_root: Path, config: Config):
     """A hundred bytes of 20,000 x 1 pixels would become a square of 1.6 GB in float."""
     Image.new("L", (20_000, 1)).save(data_root / "train" / "AD" / "long_1.png")
-    with pytest.raises(UserError, match="long_1.png: 20000 x 1 pixels: a side is 8192 at most"):
+    with pytest.raises(UserError, match="long_1.png: 20000 x 1 pixels: a side has at most 8192"):
         load_slices(config)
 
 
@@ -319,7 +321,7 @@ def test_no_value_of_any_kind_of_file_is_lost(
     np.testing.assert_allclose(images[0].numpy(), expected, atol=1.5)
 
 
-def test_slices_of_an_id_keep_one_scale_below_zero_too(tmp_path: Path):
+def test_slices_of_a_scan_keep_one_scale_below_zero_too(tmp_path: Path):
     paths = [tmp_path / f"1_{i}.tif" for i in range(2)]
     for path, low in zip(paths, (-1.0, 0.0), strict=True):
         Image.fromarray(np.linspace(low, 1, 256, dtype=np.float32).reshape(16, 16)).save(path)
@@ -328,11 +330,13 @@ def test_slices_of_an_id_keep_one_scale_below_zero_too(tmp_path: Path):
     assert dark.max() == light.max() == 255
 
 
-def test_files_of_one_id_without_a_common_scale_are_refused(data_root: Path, config: Config):
+def test_files_of_one_scan_without_a_common_scale_are_refused(data_root: Path, config: Config):
     path = sorted((data_root / "train" / "AD").iterdir())[0]
     Image.fromarray(np.full((24, 20), 0.5, np.float32)).save(path.with_suffix(".tif"))
     path.unlink()
-    with pytest.raises(UserError, match="8-bit and other files in one id have no common scale"):
+    with pytest.raises(
+        UserError, match="8-bit and other files in one scan have no common grey scale"
+    ):
         load_slices(config)
 
 
@@ -385,7 +389,7 @@ def test_what_is_not_used_is_counted_and_named(data_root: Path, config: Config, 
     for text in (f"1 in {data_root};", f"3 in {data_root}/val", f"3 in {data_root}/train/AD/more",
                  f"1 in {data_root}/train/NC"):  # fmt: skip
         assert text in out
-    assert "train: AD 4 ids, 8 slices; NC 4 ids, 8 slices\n" in out
+    assert "train: AD 4 participants, 8 slices; NC 4 participants, 8 slices\n" in out
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -404,7 +408,7 @@ def test_folders_of_patients_are_not_taken_for_classes(tmp_path: Path, config: C
     assert load_slices(replace(config, conditional=False))[0]["train"].classes == ["all"]
 
 
-def test_classes_of_a_single_id_each_ask_for_consent(tmp_path: Path):
+def test_classes_of_a_single_participant_each_ask_for_consent(tmp_path: Path):
     black = Image.fromarray(np.zeros((16, 16), np.uint8))
     for part in ("train", "test"):
         for name in "abc":
@@ -412,7 +416,7 @@ def test_classes_of_a_single_id_each_ask_for_consent(tmp_path: Path):
             folder.mkdir(parents=True)
             for i in range(3):
                 black.save(folder / f"{part}{name}_{i}.png")
-    expect_error(tmp_path, "3 class folders (a, b, c, ...) of a single id each")
+    expect_error(tmp_path, "3 class folders (a, b, c, ...) with a single participant each")
     assert find_slices(tmp_path, any_classes=True)[0] == ["a", "b", "c"]
 
 
@@ -468,7 +472,7 @@ def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(config: C
 # Loading
 
 
-def test_a_level_is_the_place_of_a_slice_among_those_of_its_scan(tmp_path: Path, config: Config):
+def test_a_position_is_the_place_of_a_slice_in_its_scan(tmp_path: Path, config: Config):
     root = write_folder(tmp_path / "levels", {"train": 2, "test": 2}, slices=5)
     for path in root.glob("*/*/*_1.png"):
         path.rename(path.with_stem(path.stem.replace("_1", "_10")))  # 0, 2, 3, 4, 10
@@ -480,7 +484,7 @@ def test_a_level_is_the_place_of_a_slice_among_those_of_its_scan(tmp_path: Path,
     assert load_slices(replace(config, data_root=root))[0]["train"].positions is None
 
 
-def test_a_level_is_shared_out_between_its_neighbours():
+def test_a_position_is_shared_out_between_its_neighbours():
     c = conditions(np.array([0, 1, 1]), np.array([0, 0.125, 1]), 2 * NUM_POSITIONS).unflatten(
         1, (2, -1)
     )
@@ -526,8 +530,8 @@ def test_an_epoch_shows_every_slice_once_in_a_new_order(config: Config):
     stream = TrainingSlices(slices, replace(config, augment="none"))
     orders = []
     for epoch in range(2):
-        printable, rows = stream[range(epoch * 16, epoch * 16 + 16)]
-        assert (printable == slices.images[rows]).all()
+        shown, rows = stream[range(epoch * 16, epoch * 16 + 16)]
+        assert (shown == slices.images[rows]).all()
         assert sorted(rows) == list(range(16))
         orders.append(rows.tolist())
     assert orders[0] != orders[1]
@@ -602,15 +606,15 @@ def test_augmentations_do_what_they_are_named(config: Config):
     contrast = augment(image, draws, replace(config, **STILL | {"contrast": 0.2}))
     torch.testing.assert_close(contrast - image.mean(), (image - image.mean()) * 1.2)
     assert augment(image, draws, replace(config, **STILL | {"brightness": 1.0})).max() == 1
-    rotate_and_centre = augment(image, draws, replace(config, **STILL | {"rotation": 90.0}))
-    torch.testing.assert_close(rotate_and_centre, image.rot90(1, (2, 3)), rtol=0, atol=1e-5)
+    turned = augment(image, draws, replace(config, **STILL | {"rotation": 90.0}))
+    torch.testing.assert_close(turned, image.rot90(1, (2, 3)), rtol=0, atol=1e-5)
 
 
 def test_every_image_has_draws_of_its_own(config: Config):
     images, draws = ramp().expand(3, -1, -1, -1), torch.rand(3, 4)
     config = replace(config, rotation=20.0)
-    wait_for_lock = torch.cat([augment(ramp(), draw[None], config) for draw in draws])
-    torch.testing.assert_close(augment(images, draws, config), wait_for_lock)
+    alone = torch.cat([augment(ramp(), draw[None], config) for draw in draws])
+    torch.testing.assert_close(augment(images, draws, config), alone)
 
 
 def test_rotation_turns_by_its_angle_and_fills_with_background(config: Config):
@@ -643,8 +647,8 @@ def test_demo_brains_have_the_layout_of_the_real_set(demo: Path):
     image = Image.open(splits["train"][0].path)
     assert (image.size, image.mode, image.format) == ((256, 240), "L", "JPEG")
     rows = manifest(demo)
-    ids = {f.participant: (classes[f.label], s) for s, files in splits.items() for f in files}
-    assert ids == {row["subject"]: (row["class"], row["split"]) for row in rows}
+    people = {f.participant: (classes[f.label], s) for s, files in splits.items() for f in files}
+    assert people == {row["subject"]: (row["class"], row["split"]) for row in rows}
 
 
 def test_a_demo_subject_depends_on_its_number_only(demo: Path, tmp_path: Path):
@@ -717,10 +721,11 @@ def test_demo_never_writes_into_a_folder_in_use(
     assert len(find_slices(tmp_path / "brains")[1]["train"]) == 40
 
 
+@pytest.mark.slow
 def test_a_linear_reader_tells_demo_classes_apart_about_as_well_as_real_ones(
     tmp_path, config, monkeypatch
 ):
-    """Id-level AUC on unseen ids, every other level: well above chance, far from perfect."""
+    """AUC by unseen participant, every other position: well above chance, far from perfect."""
     monkeypatch.setattr(demo_brains, "SLICES", 10)
     monkeypatch.setattr(demo_brains, "STEP", (4.0, *demo_brains.STEP[1:]))
     dataset.write_demo(tmp_path / "many", num_train=60, num_test=40)

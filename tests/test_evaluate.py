@@ -44,30 +44,33 @@ from training.logs import read_log
 def short_classifiers(monkeypatch):
     monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
     monkeypatch.setattr(evaluation, "STEPS", 60)
+    monkeypatch.setattr(metrics, "NUM_DRAWS", 30)
 
 
-def label_figures(train: Slices, fakes: Slices, path: Path) -> dict[str, dict]:
+def label_rows(train: Slices, fakes: Slices, path: Path) -> dict[str, dict]:
     references = References({"train": train, "test": make_slices(seed=1)}, [], path, 0)
-    return {f"{r['figure']} {r['unit']}": r for r in measure_labels(fakes, references)["labels"]}
+    return {
+        f"{r['measurement']} {r['unit']}": r for r in measure_labels(fakes, references)["labels"]
+    }
 
 
-def test_swapped_labels_turn_the_figures_round(short_classifiers, tmp_path):
+def test_swapped_labels_reverse_the_auc(short_classifiers, tmp_path):
     other = make_slices(seed=2)
-    right = label_figures(make_slices(), other, tmp_path)
-    wrong = label_figures(make_slices(), replace(other, labels=1 - other.labels), tmp_path)
-    for name in ("TSTR slices", "TSTR ids", "TRTS slices"):
+    right = label_rows(make_slices(), other, tmp_path)
+    wrong = label_rows(make_slices(), replace(other, labels=1 - other.labels), tmp_path)
+    for name in ("TSTR slices", "TSTR participants", "TRTS slices"):
         assert right[name]["auc"] > 0.95 and wrong[name]["auc"] < 0.05, name
-    assert right["TRTR ids"]["auc"] > 0.95 and wrong["TRTR ids"]["auc"] > 0.95
-    low, high = wrong["TSTR - TRTR ids"]["interval_over_ids"]
-    assert low <= wrong["TSTR - TRTR ids"]["auc"] <= high < -0.9
+    assert right["TRTR participants"]["auc"] > 0.95 and wrong["TRTR participants"]["auc"] > 0.95
+    low, high = wrong["TSTR - TRTR participants"]["interval_over_participants"]
+    assert low <= wrong["TSTR - TRTR participants"]["auc"] <= high < -0.9
 
 
 def test_synthetic_data_that_helps_is_seen_to_help(short_classifiers, tmp_path):
     """Real labels without meaning, synthetic ones with: the gain's interval excludes 0."""
     train = make_slices()
     useless = replace(train, labels=np.random.default_rng(1).permutation(train.labels))
-    gain = label_figures(useless, make_slices(n=400, seed=2), tmp_path)["TR+STR - TRTR ids"]
-    assert gain["interval_over_ids"][0] > 0 and gain["auc"] > 0.2
+    gain = label_rows(useless, make_slices(n=400, seed=2), tmp_path)["TR+STR - TRTR participants"]
+    assert gain["interval_over_participants"][0] > 0 and gain["auc"] > 0.2
 
 
 # Anatomy
@@ -113,7 +116,7 @@ def test_the_audit_finds_the_planted_share(share, kind):
     flat = [v.reshape(400, -1).astype(float) for v in (train.images, test.images, images)]
     found = copy_audit(*flat, test.participants, 0)
     assert found["share_too_near"] == pytest.approx(share, abs=0.03)
-    low, high = found["interval_over_ids"]
+    low, high = found["interval_over_participants"]
     assert low <= found["share_too_near"] <= high and high - low < 0.2
     assert (found["gaps"][rows] < found["threshold"]).all()
     assert (found["partners"][rows] == rows).all()
@@ -161,7 +164,13 @@ def test_planted_copies_are_as_said():
     assert copies["blurred"].std() < images.std()
 
 
-def test_copies_are_found_in_any_pose_and_pairs_are_named(tmp_path):
+@pytest.fixture
+def few_halves(monkeypatch):
+    monkeypatch.setattr(metrics, "NUM_HALVES", 30)
+    monkeypatch.setattr(metrics, "NUM_DRAWS", 30)
+
+
+def test_copies_are_found_in_any_pose_and_pairs_are_named(tmp_path, few_halves):
     train, test, fresh = (heads(120, seed) for seed in range(3))
     fakes = replace(fresh, images=fresh.images.copy())
     fakes.images[7] = np.roll(train.images[40][:, ::-1], 2, 0)
@@ -169,10 +178,13 @@ def test_copies_are_found_in_any_pose_and_pairs_are_named(tmp_path):
     for kind in ("exact", "noisy", "shifted", "mirrored", "turned", "darkened", "augmented"):
         assert row[f"found_{kind}"] > 0.9, kind
     assert row["pairs"]["sample"][0] == 7 and row["pairs"]["train"][0] == 40
-    assert row["share_too_near"] < 0.1 and row["interval_over_ids"][0] <= row["share_too_near"]
+    assert (
+        row["share_too_near"] < 0.1
+        and row["interval_over_participants"][0] <= row["share_too_near"]
+    )
 
 
-def test_membership_tells_memory_from_a_difference_of_cohorts(tmp_path):
+def test_membership_tells_memory_from_a_difference_of_cohorts(tmp_path, few_halves):
     train, test, fresh = (heads(160, seed, per_id=4) for seed in range(3))
     assert NUM_COPIES > 80
     found = memorisation(train, test, fresh, tmp_path)["membership"]
@@ -194,7 +206,7 @@ def test_membership_tells_memory_from_a_difference_of_cohorts(tmp_path):
 # Small and odd sets
 
 
-def test_without_two_ids_in_a_class_there_is_no_pair(tmp_path):
+def test_without_two_participants_in_a_class_there_is_no_pair(tmp_path):
     slices = make_slices(n=8, per_id=4)
     (fake, real) = evaluation.measure_diversity(
         replace(slices, participants=ids(8, 1)), References({"train": slices}, [], tmp_path, 0)
@@ -203,7 +215,7 @@ def test_without_two_ids_in_a_class_there_is_no_pair(tmp_path):
     assert as_table([real]).splitlines()[-1] == "| real | not measured | not measured |"
 
 
-SMALL = {  # ids and slices of each in train and test, grey level or None for noise, settings
+SMALL = {  # people and slices of each in train and test, grey level or None for noise, settings
     "all black": ({"train": (4, 2), "test": (2, 2)}, 0, {}),
     "a slice of each class": ({"train": (1, 1), "test": (1, 1)}, None, {}),
     "a test split of two": ({"train": (4, 2), "test": (1, 1)}, None, {}),
@@ -221,10 +233,10 @@ def test_small_and_constant_sets_train_draw_and_are_evaluated(
 ):
     counts, grey, settings = SMALL[name]
     rng, number = np.random.default_rng(0), 0
-    for split, (num_ids, num_slices) in counts.items():
+    for split, (people, num_slices) in counts.items():
         for folder in (tmp_path / "small" / split / "AD", tmp_path / "small" / split / "NC"):
             folder.mkdir(parents=True)
-            for _ in range(num_ids):
+            for _ in range(people):
                 number += 1
                 for i in range(num_slices):
                     values = (
@@ -243,7 +255,7 @@ def test_small_and_constant_sets_train_draw_and_are_evaluated(
     )
     out = capsys.readouterr().out
     if name == "all black":
-        assert "note: too few slices, or too much alike, to measure" in out and "vary_z" in out
+        assert "note: too few slices, or too similar ones, to measure" in out and "vary_z" in out
         assert "no embedding_images.png" not in out  # samples differ
         assert math.isnan(report["anatomy"][0]["distance_in_sd"])
     if name == "a slice of each class":
@@ -274,17 +286,12 @@ def test_other_data_than_the_run_was_trained_on_is_said(
 
 
 @pytest.fixture
-def trained(config: Config, short_encoder) -> Config:
-    train(replace(config, epochs=1))
-    return config
-
-
-@pytest.fixture
 def short_evaluation(short_encoder, monkeypatch) -> None:
     """Classifiers, halves, pairs and points so few that an evaluation takes a moment."""
     for place, name, value in (
         (evaluation, "NUM_SEEDS", 1), (evaluation, "STEPS", 3),
-        (metrics, "NUM_HALVES", 2), (metrics, "NUM_PAIRS", 8), (prediction, "MAX_POINTS", 40),
+        (metrics, "NUM_HALVES", 2), (metrics, "NUM_DRAWS", 4), (metrics, "NUM_PAIRS", 8),
+        (prediction, "MAX_POINTS", 40),
     ):  # fmt: skip
         monkeypatch.setattr(place, name, value)
 
@@ -333,8 +340,9 @@ def test_several_runs_have_an_interval_of_all_their_draws(
         Options((tmp_path, tmp_path), out=Path("x"))
 
 
+@pytest.mark.slow
 def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, monkeypatch):
-    """On demo brains: fresh subjects, copies of all training ids, of half of them, a blur."""
+    """On demo brains: fresh subjects, copies of all training subjects, of half of them, a blur."""
     monkeypatch.setattr(metrics, "NUM_HALVES", 40)
     write = partial(write_demo, num_train=24, num_test=40)
     monkeypatch.setattr("dataset.write_demo", write)
@@ -356,7 +364,7 @@ def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, 
     assert len(json.loads((config.out / "evaluation" / "impostors.json").read_text())["sets"]) == 5
 
 
-def test_impostors_share_no_test_id_and_keep_the_class_mix(tmp_path):
+def test_impostors_share_no_test_participant_and_keep_the_class_mix(tmp_path):
     train_split, test, fakes = (make_slices(n=400, seed=s) for s in range(3))
     sets, references = impostors(
         fakes, References({"train": train_split, "test": test}, [], tmp_path, 0)

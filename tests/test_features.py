@@ -1,6 +1,7 @@
 """Samples of a generator, and the networks that see them."""
 
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_averages_of_many_are_those_of_each():
     assert small.shape == (120, 1, 64, 64) and averaged(images[:, :16, :16]).shape[-1] == 16
 
 
-def test_spread_labels_keep_their_proportions():
+def test_labels_keep_their_proportions():
     labels = labels_in_proportion(np.array([1] * 30 + [0] * 10), 100)
     assert (labels == 0).sum() == pytest.approx(25, abs=1) and len(labels) == 100
 
@@ -127,33 +128,53 @@ def demo(tmp_path_factory) -> tuple[dict[str, Slices], Encoder, Extractor]:
     return splits, encoder, encoder_extractor(encoder, digest, data)
 
 
+@pytest.mark.slow
 def test_the_encoder_sees_every_degradation_the_more_the_stronger(demo):
+    """FD to the same slices intact grows with the strength; the strongest shows among people too.
+
+    FD to the training slices, of other people, may first fall: a weak degradation adds variance,
+    which 12 people lack. Mirrored hemispheres gave 13.9 (intact), 12.4, 12.0 and 16.7; so only
+    the strongest is compared in that way. The tolerance of 2 % is for shifts, which saturate.
+    """
     splits, _, extractor = demo
-    train = compute_features(splits["train"].images, extractor, None)
+    train, test = (compute_features(splits[k].images, extractor, None) for k in ("train", "test"))
     assert participation_ratio(train) > 15
-    target = gaussian(train)
+    real, intact = gaussian(train), gaussian(test)
     for name, (degrade, strengths) in DEGRADATIONS.items():
-        found = [
-            gaussian_distance(
-                gaussian(compute_features(degrade(splits["test"].images, s), extractor, None)),
-                target,
-            )
-            for s in strengths
-        ]
-        assert found[0] < 1.02 * found[1] < 1.04 * found[2], name
-        assert found[2] > 1.05 * found[0], name
+        degraded = [degrade(splits["test"].images, strength) for strength in strengths]
+        found = [gaussian(compute_features(images, extractor, None)) for images in degraded]
+        weak, middle, strong = (gaussian_distance(part, intact) for part in found)
+        assert 1.1 * weak < middle < 1.02 * strong, name
+        assert gaussian_distance(found[2], real) > 1.05 * gaussian_distance(intact, real), name
 
 
-def test_the_encoder_tells_level_and_is_kept_by_its_run(demo, tmp_path):
+@pytest.mark.slow
+def test_the_encoder_tells_position(demo):
     splits, encoder, _ = demo
     with torch.no_grad():
         outputs = encoder(averaged(splits["test"].images) / 127.5 - 1).numpy()
-    level = dataset.find_positions(splits["test"].participants)
-    assert np.corrcoef(outputs[:, 2], level)[0, 1] > 0.8
+    positions = dataset.find_positions(splits["test"].participants)
+    assert np.corrcoef(outputs[:, 2], positions)[0, 1] > 0.8
+
+
+def test_a_short_encoder_sees_noise_and_blur_the_more_the_stronger(tmp_path, monkeypatch):
+    """In the place of the two above: of drawn slices, trained for a moment."""
+    monkeypatch.setattr(features, "fit_encoder", partial(features.fit_encoder, steps=60))
+    slices, other = make_slices(n=160, size=32), make_slices(n=160, size=32, seed=1)
+    extractor = encoder_extractor(*trained_encoder(slices, "data", tmp_path), "data")
+    target = gaussian(compute_features(slices.images, extractor, None))
+    for name in ("noise, grey levels", "blur, pixels"):
+        degrade, strengths = DEGRADATIONS[name]
+        changed = [compute_features(degrade(other.images, s), extractor, None) for s in strengths]
+        found = [gaussian_distance(gaussian(values), target) for values in changed]
+        assert found[0] < found[1] < found[2], name
+
+
+def test_an_encoder_of_another_shape_is_named(tmp_path):
     own = tmp_path / "own.safetensors"
     own.write_bytes(save({"head.weight": torch.zeros(2)}))
-    with pytest.raises(UserError, match="own.safetensors is of an earlier version"):
-        trained_encoder(splits["train"], "data", tmp_path, own)
+    with pytest.raises(UserError, match="own.safetensors does not fit this encoder"):
+        trained_encoder(make_slices(), "data", tmp_path, own)
 
 
 def test_amplitudes_of_bands_are_those_of_waves():

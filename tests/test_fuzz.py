@@ -1,6 +1,8 @@
 """Inputs that nobody would write: every outcome is a success or one clear line that names the file.
 
-FUZZ_EXAMPLES=1250 python -m pytest tests/test_fuzz.py    # 10,000 inputs, by hand
+FUZZ_EXAMPLES=1400 python -m pytest tests/test_fuzz.py    # 10,000 inputs, by hand
+
+Damaged logs are in test_monitor.py.
 """
 
 import gzip
@@ -27,7 +29,6 @@ from predict import Options as PredictOptions
 from scans.tables import EntryFinder
 from scans.volumes import ImportOptions, cut, read_volume
 from train import parse_settings
-from training.logs import read_log, read_losses
 from training.runs import load_checkpoint, read_run_config, write_run_config
 from utils import first_line, read_safetensors, safetensors_bytes
 
@@ -35,7 +36,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 38))  # of each of eight
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 15))  # of each of seven
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=10_000,  # ms: nothing hangs
@@ -97,13 +98,11 @@ def volume() -> bytes:
 
 @FUZZ
 @given(EDITS, EDITS, LEFT, st.booleans())
-def test_a_volume_is_cut_or_refused_with_a_reason(
-    folder: Path, edits, header, left, safetensors_bytes
-):
+def test_a_volume_is_cut_or_refused_with_a_reason(folder: Path, edits, header, left, compressed):
     content = volume()
     content = changed(content[:352], header, 1) + changed(content[352:], edits, left)
-    path = folder / ("a.nii.gz" if safetensors_bytes else "a.nii")
-    path.write_bytes(gzip.compress(content, 1) if safetensors_bytes else content)
+    path = folder / ("a.nii.gz" if compressed else "a.nii")
+    path.write_bytes(gzip.compress(content, 1) if compressed else content)
     try:
         with np.errstate(all="ignore"):
             made = cut(*read_volume(path, False), ImportOptions(folder, folder, slices=2, size=64))
@@ -182,18 +181,6 @@ def test_settings_are_read_or_named(folder: Path, values, classes, edits, left):
         assert str(path) in str(error)
     else:
         assert isinstance(config, Config) and names
-
-
-@FUZZ
-@given(EDITS, EDITS, LEFT)
-def test_logs_are_read_as_far_as_they_are_whole(folder: Path, edits, more, left):
-    lines = "".join(json.dumps({"nimg": 16 * i, "epoch": i, "fid": 3.5}) + "\n" for i in range(9))
-    rows = "nimg,g_loss,d_loss\n" + "".join(f"{4 * i},0.7,{i}\n" for i in range(1, 9))
-    (folder / "log.jsonl").write_bytes(changed(lines.encode(), edits, left))
-    (folder / "losses.csv").write_bytes(changed(rows.encode(), more, left))
-    nimg = [line["nimg"] for line in read_log(folder)]
-    assert nimg == sorted(set(nimg)) and len(nimg) <= 9
-    assert (np.diff(read_losses(folder)[:, 0]) > 0).all()
 
 
 @FUZZ

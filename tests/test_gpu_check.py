@@ -4,8 +4,12 @@ import sys
 from pathlib import Path
 
 import gpu_check
+import pytest
 import torch
 import tyro
+
+import modules
+import train as training
 
 TINY = ["--device", "cpu", "--resolutions", "16", "--channel-base", "64", "--channel-max", "8"]
 TINY += ["--batch-size", "4", "--seconds", "0.01"]
@@ -13,6 +17,8 @@ TINY += ["--batch-size", "4", "--seconds", "0.01"]
 
 def test_every_stage_runs(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)  # which takes minutes on a CPU
+    for module in (modules, training):  # rows of the benchmark change the layout of features
+        monkeypatch.setattr(module, "MEMORY_FORMAT", modules.MEMORY_FORMAT)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *TINY])
     check = tyro.cli(gpu_check.Check, args=TINY)
     for name, stage in gpu_check.stages(check).items():
@@ -23,6 +29,7 @@ def test_every_stage_runs(monkeypatch, capsys):
     assert out.count(" ms ") == 20  # kernels
 
 
+@pytest.mark.slow
 def test_what_stages_print_is_kept_and_they_share_the_time(tmp_path, monkeypatch, capsys):
     out, card = tmp_path / "check.txt", gpu_check.stages(gpu_check.Check())["card"]
     arguments = [*TINY, "--out", str(out), "--total", "30"]
@@ -41,6 +48,7 @@ def test_a_stage_over_its_limit_is_killed(tmp_path: Path):
     assert told[-1] == "  killed after 1 s"
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_is_said_to(tmp_path: Path):
     told: list[str] = []
     gpu_check.run_stage("no such stage", 60, TINY, str(tmp_path), told.append)

@@ -11,14 +11,12 @@ from conftest import ids, make_slices
 from scipy import ndimage
 from scipy.stats import spearmanr
 
-from assets.demo_brains import write_demo
+from assets import demo_brains
 from config import Config
 from dataset import load_slices
 from evaluation import metrics
 from evaluation.metrics import (
     Features,
-    aligned,
-    areas,
     auc,
     bootstrap_interval,
     distance_rows,
@@ -27,21 +25,23 @@ from evaluation.metrics import (
     frechet_distance,
     gaussian,
     gaussian_distance,
-    halves_by_id,
+    halves_by_participant,
     head_box,
     histogram,
     infinite_distance,
     interval,
     kernel_distance,
-    manifold_figures,
-    mean_by_id,
+    manifold_metrics,
+    mean_by_participant,
     membership,
+    normalise_pose,
     participation_ratio,
     pose,
     random_pairs,
-    resampled_ids,
+    resampled_participants,
+    segment,
     similarity,
-    without_ids,
+    without_participants,
 )
 from utils import otsu_threshold
 
@@ -50,6 +50,11 @@ def gaussians(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(99).normal(size=(width, width)) / math.sqrt(width)
     return (rng.normal(shift, 1, (n, width)) @ mixing).astype(np.float32)
+
+
+def alone(x: np.ndarray) -> Features:
+    """Features of one class, each slice a participant of its own."""
+    return Features(x, ids(len(x), 1), np.zeros(len(x), int))
 
 
 # Features and distances
@@ -119,11 +124,10 @@ def test_kernel_distance_is_unbiased():
     assert np.min(values) < 0
 
 
-def test_manifold_figures_equal_those_of_prdc():
+def test_manifold_metrics_equal_those_of_prdc():
     prdc = pytest.importorskip("prdc")
     x, y = gaussians(300, 16, 0), gaussians(300, 16, 1, 0.3)
-    wait_for_lock = np.arange(300).astype(str)
-    ours = manifold_figures(x, y, wait_for_lock, wait_for_lock)
+    ours = manifold_metrics(alone(x), alone(y))
     theirs = {k: prdc.compute_prdc(x, y, k) for k in (3, 5)}
     for name, k in (("precision", 3), ("recall", 3), ("density", 5), ("coverage", 5)):
         assert ours[name] == pytest.approx(theirs[k][name], abs=1e-6)
@@ -132,47 +136,50 @@ def test_manifold_figures_equal_those_of_prdc():
 def test_rows_of_distances_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
     x, y = gaussians(70, 8, 0), gaussians(70, 8, 1, 0.5)
     expected = np.linalg.norm(x[:, None].astype(float) - y[None], axis=2)
-    figures = manifold_figures(x, y, ids(70), ids(70, 1))
+    sets = alone(x)._replace(participants=ids(70)), alone(y)
+    expected_metrics = manifold_metrics(*sets)
     monkeypatch.setattr(metrics, "ROWS", 9)
     rows = np.concatenate([found for _, found in distance_rows(x, y)])
     np.testing.assert_allclose(rows, expected, atol=1e-9)
-    assert manifold_figures(x, y, ids(70), ids(70, 1)) == figures
+    assert manifold_metrics(*sets) == expected_metrics
     within = np.concatenate([found for _, found in distance_rows(x, x, ids(70))])
     assert (np.isinf(within) == (ids(70)[:, None] == ids(70))).all()
 
 
-def test_slices_of_one_id_are_no_neighbours():
-    """Two tight clusters, each one id: only the other cluster is a neighbour, so radii are wide."""
+def test_slices_of_one_participant_are_no_neighbours():
+    """Two tight clusters, each one participant: neighbours lie in the other one, far away."""
     x = np.concatenate([np.zeros((10, 2)), np.ones((10, 2))]) + gaussians(20, 2, 0) * 1e-3
     fake = x + 0.1
-    names = np.arange(20).astype(str)
-    assert manifold_figures(x, fake, names, names)["precision"] == 0
-    assert manifold_figures(x, fake, ids(20, 10), names)["precision"] == 1
+    assert manifold_metrics(alone(x), alone(fake))["precision"] == 0
+    real = alone(x)._replace(participants=ids(20, 10))
+    assert manifold_metrics(real, alone(fake))["precision"] == 1
 
 
-def test_halves_and_bootstraps_keep_ids_whole():
+def test_halves_and_bootstraps_keep_participants_whole():
     slices, rng = make_slices(), np.random.default_rng(0)
-    a, b = halves_by_id(slices.participants, slices.labels, rng)
+    a, b = halves_by_participant(slices.participants, slices.labels, rng)
     assert not set(slices.participants[a]) & set(slices.participants[b])
     assert sorted([*a, *b]) == list(range(80))
     assert slices.labels[a].mean() == 0.5
-    rows = resampled_ids(a, slices.participants, rng)
+    rows = resampled_participants(a, slices.participants, rng)
     names, counts = np.unique(slices.participants[rows], return_counts=True)
     assert set(names) < set(slices.participants[a]) and (counts % 4 == 0).all() and counts.max() > 4
 
 
-def of_ids(num_ids: int, per_id: int, seed: int) -> Features:
-    """Features whose ids differ more than slices of one do, in two classes."""
+def people(number: int, per_person: int, seed: int) -> Features:
+    """Features of participants who differ more than the slices of one do, in two classes."""
     rng = np.random.default_rng(seed)
-    values = rng.normal(size=(num_ids, 1, 8)) + 0.3 * rng.normal(size=(num_ids, per_id, 8))
-    names = np.array([f"{seed}-{i:04}" for i in range(num_ids)]).repeat(per_id)
-    return Features(values.reshape(-1, 8), names, np.arange(num_ids).repeat(per_id) % 2)
+    values = rng.normal(size=(number, 1, 8)) + 0.3 * rng.normal(size=(number, per_person, 8))
+    names = np.array([f"{seed}-{i:04}" for i in range(number)]).repeat(per_person)
+    return Features(values.reshape(-1, 8), names, np.arange(number).repeat(per_person) % 2)
 
 
 def test_a_perfect_generator_is_told_from_a_memory_and_a_dropped_mode():
-    test, train = of_ids(40, 10, 0), of_ids(40, 10, 1)
-    few = train.take(halves_by_id(train.participants, train.labels, np.random.default_rng(0))[0])
-    sets = {"perfect": of_ids(400, 1, 2), "reference": of_ids(400, 1, 3)}
+    test, train = people(40, 10, 0), people(40, 10, 1)
+    few = train.take(
+        halves_by_participant(train.participants, train.labels, np.random.default_rng(0))[0]
+    )
+    sets = {"perfect": people(400, 1, 2), "reference": people(400, 1, 3)}
     sets |= {"copies": train, "dropped": few.take(np.arange(400) % len(few.values))}
     sets["shifted"] = sets["perfect"]._replace(values=sets["perfect"].values + 1)
     whole, halves = distances_by_halves(test, sets, 0)
@@ -186,9 +193,9 @@ def test_a_perfect_generator_is_told_from_a_memory_and_a_dropped_mode():
     assert infinite_distance(*(d["copies"] for d in distances_by_halves(test, repeated, 0))) > 0.1
 
 
-def test_distances_of_ever_fewer_ids_grow():
-    part, target = of_ids(60, 5, 0), gaussian(of_ids(500, 2, 1).values)
-    found = [without_ids(part, share, target, 0) for share in (0, 0.5, 0.9)]
+def test_distances_of_ever_fewer_participants_grow():
+    part, target = people(60, 5, 0), gaussian(people(500, 2, 1).values)
+    found = [without_participants(part, share, target, 0) for share in (0, 0.5, 0.9)]
     assert found[0] == pytest.approx(gaussian_distance(gaussian(part.values), target))
     assert found[0] < 0.7 * found[1] < 0.3 * found[2]
 
@@ -199,8 +206,8 @@ def test_the_participation_ratio_counts_directions():
     assert participation_ratio(rng.normal(size=(400, 12)) * np.eye(12)[0]) == pytest.approx(1)
 
 
-def test_membership_of_too_few_ids_is_not_measured():
-    found = membership(of_ids(2, 4, 0), of_ids(2, 4, 1), of_ids(20, 1, 2).values, 0)
+def test_membership_of_too_few_participants_is_not_measured():
+    found = membership(people(2, 4, 0), people(2, 4, 1), people(20, 1, 2).values, 0)
     assert all(math.isnan(v) for v in found.values())
 
 
@@ -216,42 +223,50 @@ def test_similarity_of_equal_slices_is_one_and_falls_with_noise():
     assert similarity(both, pairs + [[0, 80]]).mean() < 0.9
 
 
-def test_pairs_are_of_one_class_and_two_ids():
+def test_pairs_are_of_one_class_and_two_participants():
     slices = make_slices()
     i, j = random_pairs(slices.participants, slices.labels, 0).T
     assert (slices.labels[i] == slices.labels[j]).all()
     assert (slices.participants[i] != slices.participants[j]).all()
 
 
-def test_auc_and_means_by_id():
+def test_auc_and_means_by_participant():
     labels, scores = np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9])
     assert auc(labels, np.stack([1 - scores, scores], 1)) == 0.75
-    means, of_id = mean_by_id(np.array([1.0, 3, 5, 5]), np.array(["a", "a", "b", "b"]), labels)
-    assert means.tolist() == [2, 5] and of_id.tolist() == [0, 1]
+    means, classes = mean_by_participant(
+        np.array([1.0, 3, 5, 5]), np.array(["a", "a", "b", "b"]), labels
+    )
+    assert means.tolist() == [2, 5] and classes.tolist() == [0, 1]
 
 
 def test_areas_of_a_drawn_brain():
     y, x = np.mgrid[:64, :64] - 31.5
     brain, ventricle = np.hypot(y / 26, x / 22) < 1, np.hypot(y / 8, x / 5) < 1
     image = np.where(brain, 160, 0) - np.where(ventricle, 120, 0)
-    share, dark = areas(image.astype(np.uint8))
+    share, dark = (mask.mean() for mask in segment(image.astype(np.uint8)))
     assert share == pytest.approx(brain.mean(), rel=0.02)
     assert dark == pytest.approx(ventricle.mean(), rel=0.1)
-    assert areas(np.zeros((64, 64), np.uint8)) == (0, 0)
+    assert not np.any(segment(np.zeros((64, 64), np.uint8)))
 
 
-def test_ventricle_areas_follow_the_drawn_volumes_of_demo_brains(config: Config, tmp_path):
-    write_demo(tmp_path / "demo", num_train=24, num_test=2)
+@pytest.mark.parametrize(
+    ("people", "slices"), [(12, 2), pytest.param(24, 20, marks=pytest.mark.slow)]
+)
+def test_ventricle_areas_follow_the_drawn_volumes_of_demo_brains(
+    config: Config, tmp_path, monkeypatch, people, slices
+):
+    monkeypatch.setattr(demo_brains, "SLICES", slices)
+    demo_brains.write_demo(tmp_path / "demo", num_train=people, num_test=2)
     config = replace(config, data_root=tmp_path / "demo", img_resolution=64)
     slices = load_slices(config)[0]["train"]
     with open(tmp_path / "demo" / "subjects.csv", newline="") as file:
         volume = {row["subject"]: float(row["ventricle_ml"]) for row in csv.DictReader(file)}
-    measured = np.array([areas(image)[1] for image in slices.images])
-    by_id = {
-        name: measured[slices.participants == name].mean() for name in set(slices.participants)
-    }
-    pairs = np.array([(by_id[name], volume[name]) for name in by_id])
-    assert len(pairs) == 24
+    measured = np.array([segment(image)[1].mean() for image in slices.images])
+    pairs = np.array([
+        (measured[slices.participants == name].mean(), volume[name])
+        for name in set(slices.participants)
+    ])  # fmt: skip
+    assert len(pairs) == people
     assert spearmanr(pairs[:, 0], pairs[:, 1])[0] > 0.85
 
 
@@ -266,16 +281,14 @@ def test_effect_size_of_known_groups():
     assert effect_size(values, np.repeat([0, 1], 20000)) == pytest.approx(0.5, abs=0.03)
 
 
-def test_bootstrap_intervals_take_ids_whole():
-    """64 ids of 5 slices that share a value: slices taken one by one would be too sure."""
+def test_bootstrap_intervals_take_participants_whole():
+    """64 participants, 5 slices of one value each: drawing single slices gives narrow intervals."""
     rng = np.random.default_rng(0)
-    per_id, labels = rng.normal(size=64) + np.repeat([1, 0], 32), np.repeat([0, 1], 160)
-    values, participants = per_id.repeat(5), ids(320, 5)
+    own, labels = rng.normal(size=64) + np.repeat([1, 0], 32), np.repeat([0, 1], 160)
+    values, participants = own.repeat(5), ids(320, 5)
 
     def width(names: np.ndarray) -> float:
-        low, high = bootstrap_interval(
-            lambda rows: effect_size(values[rows], labels[rows]), names, labels, 0
-        )
+        low, high = bootstrap_interval(effect_size, values, names, labels, 0)
         assert low < effect_size(values, labels) < high
         return high - low
 
@@ -314,16 +327,16 @@ def test_the_pose_of_a_head_is_its_tilt_its_brighter_side_and_its_border():
     assert metrics.pose(np.full((1, 32, 32), 7, np.uint8))[0, 2] == 7
 
 
-def test_heads_are_aligned_whatever_their_pose_and_light():
+def test_pose_and_brightness_of_heads_are_normalised():
     y, x = np.mgrid[:64, :64] - 31.5
     head = np.where(np.hypot(y / 26, x / 20) < 1, 120.0, 0)
     head[20:28, 26:34] = 200
     moved = ndimage.shift(ndimage.rotate(head, 9, reshape=False, order=1), (3, -2), order=1)
-    both = aligned(np.stack([head, 0.8 * moved]).astype(np.uint8)).astype(float)
+    both = normalise_pose(np.stack([head, 0.8 * moved]).astype(np.uint8)).astype(float)
     assert np.abs(both[0] - both[1]).mean() < 2 < 10 < np.abs(head - moved).mean()
     assert np.allclose(pose(both.astype(np.uint8))[:, 0], 0, atol=0.5)
     assert both[0].mean() == pytest.approx(50, abs=2)
-    assert (aligned(np.zeros((2, 16, 16), np.uint8)) == 0).all()
+    assert (normalise_pose(np.zeros((2, 16, 16), np.uint8)) == 0).all()
 
 
 def test_the_box_of_the_heads_leaves_the_background_out():

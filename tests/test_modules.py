@@ -204,8 +204,8 @@ def test_minibatch_std_equals_an_explicit_loop_for_any_batch(batch):
 def test_two_batches_at_once_get_the_logits_that_each_gets_alone(config: Config, size):
     D, x = Discriminator(config, 2), torch.randn(2 * size, 1, 16, 16)
     c = torch.eye(2)[torch.arange(2 * size) % 2]
-    wait_for_lock = torch.cat([D(x[:size], c[:size]), D(x[size:], c[size:])])
-    torch.testing.assert_close(D(x, c, batches=2), wait_for_lock)
+    alone = torch.cat([D(x[:size], c[:size]), D(x[size:], c[size:])])
+    torch.testing.assert_close(D(x, c, batches=2), alone)
 
 
 def test_noise_is_off_at_first_then_random_constant_or_none():
@@ -375,8 +375,8 @@ def test_the_image_is_the_upsampled_sum_of_every_torgb(config: Config):
 def test_image_does_not_depend_on_its_batch(config: Config):
     G = Generator(config, 2)
     z, c = torch.randn(5, 8), torch.eye(2)[[0, 1, 0, 1, 1]]
-    wait_for_lock = torch.cat([G(z[i : i + 1], c[i : i + 1], noise_mode="const") for i in range(5)])
-    torch.testing.assert_close(G(z, c, noise_mode="const"), wait_for_lock, rtol=1e-4, atol=1e-5)
+    alone = torch.cat([G(z[i : i + 1], c[i : i + 1], noise_mode="const") for i in range(5)])
+    torch.testing.assert_close(G(z, c, noise_mode="const"), alone, rtol=1e-4, atol=1e-5)
 
 
 def test_logit_adds_the_projection_of_the_label(config: Config):
@@ -407,10 +407,8 @@ STRENGTHS = (
 
 def pipe(config: Config, p: float | None = 1, size: int = 32, **strengths) -> AdaptiveAugment:
     """Only the kinds of change named, at probability p."""
-    wait_for_lock = dict.fromkeys(STRENGTHS, 0.0) | strengths if strengths else {}
-    return AdaptiveAugment(
-        replace(config, augment="ada", ada_p=p, img_resolution=size, **wait_for_lock)
-    )
+    alone = dict.fromkeys(STRENGTHS, 0.0) | strengths if strengths else {}
+    return AdaptiveAugment(replace(config, augment="ada", ada_p=p, img_resolution=size, **alone))
 
 
 def blobs(size: int = 32, x: float = 6, y: float = -3, n: int = 1) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """Several processes train as one, and end as one."""
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,30 +16,41 @@ import pytest
 import torch
 from conftest import ROOT, as_flags, same_tensors, wait_for_epoch
 
+import train as training
+import utils
 from config import Config, UserError
 from train import train
 from training.logs import read_log, read_losses
+from training.process import average_over_ranks, leave
 from training.runs import checkpoints, load_checkpoint
+from utils import run_command
+
+FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 
 WATCHED_RANK = """
-import sys, torch
-sys.path.insert(0, {root!r})
-import train, utils
-
-states = []
-class Watched(train.TrainingState):
-    def __init__(self, *args):
-        super().__init__(*args)
-        states.append(self)
-
-train.TrainingState = Watched
-train.main()
-parts = [torch.full([2, 3], utils.rank() + 1.0).T, torch.tensor(10.0 * utils.rank())]
-utils.average_over_ranks(parts)
-assert parts[0].tolist() == [[1.5, 1.5]] * 3 and parts[1] == 5, parts
-left = {{"seed": torch.initial_seed(), "state": states[0].state_dict()}}
-torch.save(left, f"rank{{utils.rank()}}.pt")
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from test_ranks import watched_rank
+watched_rank()
 """
+
+
+def watched_rank() -> None:
+    """python train.py, and what it leaves in rank0.pt or rank1.pt; averages are checked too."""
+    states = []
+
+    class Watched(training.TrainingState):
+        def __init__(self, *args):
+            super().__init__(*args)
+            states.append(self)
+
+    training.TrainingState = Watched
+    training.main()
+    parts = [torch.full([2, 3], utils.rank() + 1.0).T, torch.tensor(10.0 * utils.rank())]
+    average_over_ranks(parts)
+    assert parts[0].tolist() == [[1.5, 1.5]] * 3 and parts[1] == 5, parts
+    left = {"seed": torch.initial_seed(), "state": states[0].state_dict()}
+    torch.save(left, f"rank{utils.rank()}.pt")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -60,15 +74,42 @@ def start_ranks(script: Path, count: int, config: Config, cwd: Path) -> subproce
     )  # fmt: skip
 
 
+def run_rank(number: int, port: int, main: Callable, config: Config, cwd: Path) -> None:
+    """In a fork: what torchrun would start, with what it prints in rank0.txt or rank1.txt."""
+    own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.chdir(cwd)
+    sys.argv = ["train.py", *as_flags(config)]
+    sys.stdout = sys.stderr = open(f"rank{number}.txt", "w")
+    run_command(main)
+    leave()
+
+
+def fork_ranks(main: Callable, config: Config, cwd: Path) -> list:
+    """Two ranks without torchrun, which costs seconds of imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [FORK.Process(target=run_rank, args=(i, port, main, config, cwd)) for i in range(2)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def printed(cwd: Path) -> list[str]:
+    return [(cwd / f"rank{i}.txt").read_text() for i in range(2)]
+
+
+@pytest.mark.skipif(FORK is None, reason="forks")
 def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, capsys):
-    script = tmp_path / "watched.py"
-    script.write_text(WATCHED_RANK.format(root=str(ROOT)))
     ada = {"augment": "ada", "ada_kimg": 0.05, "ada_target": -1.0, "ada_interval": 3}
     config = replace(config, **ada, seed=1)
-    process = start_ranks(script, 2, replace(config, epochs=1), tmp_path)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
+    for process in fork_ranks(watched_rank, replace(config, epochs=1), tmp_path):
+        process.join(100)
+        assert process.exitcode == 0, printed(tmp_path)
+    out, other = printed(tmp_path)
     assert out.count("done: 16 images") == out.count("data_root=") == 1  # rank 0 alone speaks
+    assert "done: " not in other and "data_root=" not in other
     a, b = (torch.load(tmp_path / f"rank{i}.pt", "cpu", weights_only=True) for i in range(2))
     differing = same_tensors(a["state"], b["state"])
     assert differing == [".G_ema.mapping.w_avg"]  # estimated when saved, on rank 0
@@ -81,7 +122,7 @@ def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, c
 
     train(config)
     out = capsys.readouterr().out
-    assert "at 16 images, number of processes 2, now 1: bits will differ" in out
+    assert "at 16 images\nnote: 2 processes before, 1 now: last bits will differ" in out
     assert [line["nimg"] for line in read_log(config.out)] == [16, 32]
 
 
@@ -90,6 +131,7 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(number) for number in found.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
 def test_a_killed_rank_ends_the_job_with_an_error(config: Config, tmp_path):
     process = start_ranks(ROOT / "train.py", 2, replace(config, epochs=10000), tmp_path)
@@ -101,7 +143,24 @@ def test_a_killed_rank_ends_the_job_with_an_error(config: Config, tmp_path):
     assert time.time() - started < 60
 
 
+@pytest.mark.skipif(FORK is None, reason="forks")
 def test_a_signal_stops_all_ranks_at_the_same_step(config: Config, tmp_path):
+    config = replace(config, epochs=10000)
+    ranks = fork_ranks(training.main, config, tmp_path)
+    while not (config.out / "log.jsonl").exists() or not read_log(config.out):
+        assert all(process.is_alive() for process in ranks), printed(tmp_path)
+        time.sleep(0.05)
+    os.kill(ranks[1].pid, signal.SIGTERM)  # rank 0 hears of it from this one
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0, printed(tmp_path)
+    assert "stopped by another rank" in printed(tmp_path)[0]
+    saved = load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
+    assert read_losses(config.out)[-1, 0] == saved
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_stops_all_ranks_at_the_same_step(config: Config, tmp_path):
     process = start_ranks(ROOT / "train.py", 2, replace(config, epochs=10000), tmp_path)
     wait_for_epoch(config, process)
     os.killpg(process.pid, signal.SIGTERM)
@@ -122,6 +181,7 @@ def test_a_batch_that_cannot_be_split_evenly_is_an_error(config: Config, monkeyp
     assert not config.out.exists()
 
 
+@pytest.mark.slow
 def test_bad_input_to_many_ranks_is_one_line(config: Config, tmp_path):
     bad = replace(config, data_root=tmp_path / "nowhere")
     process = start_ranks(ROOT / "train.py", 2, bad, tmp_path)

@@ -21,6 +21,7 @@ from nibabel.orientations import (
 )
 from PIL import Image
 
+import utils
 from config import Config, UserError
 from dataset import Entry, find_slices, load_slices
 from scans import slicing
@@ -69,9 +70,15 @@ def write_scans(root: Path, people: int = 6) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Written once: each test has a copy."""
+    return write_scans(tmp_path_factory.mktemp("scans"))
+
+
 @pytest.fixture
-def options(tmp_path: Path) -> ImportOptions:
-    root = write_scans(tmp_path / "scans")
+def options(scans: Path, tmp_path: Path) -> ImportOptions:
+    root = shutil.copytree(scans, tmp_path / "scans")
     return ImportOptions(root, tmp_path / "out", root / "table.csv", slices=4, size=64)
 
 
@@ -128,7 +135,7 @@ def test_an_oblique_volume_is_cut_upright(tmp_path: Path):
 
 
 @pytest.mark.parametrize("axis", ["coronal", "sagittal"])
-def test_other_axes_need_a_level_and_lie_upright(tmp_path: Path, axis):
+def test_other_axes_need_a_centre_and_lie_upright(tmp_path: Path, axis):
     with pytest.raises(UserError, match=f"axis = {axis}: needs a --centre"):
         ImportOptions(tmp_path, tmp_path, axis=axis)
     centre = {"coronal": 50.0, "sagittal": -40.0}[axis]
@@ -207,7 +214,7 @@ def test_classes_may_be_called_as_in_the_table(options: ImportOptions, capsys):
         import_scans(replace(options, classes=("AD", "MCI"), out=options.out.with_name("b")))
 
 
-def test_names_of_any_script_and_length_become_ids():
+def test_names_of_any_script_and_length_become_ids_of_scans():
     assert [id_of(n) for n in ("Müller 1", "日本", "a/b", " x.", "sub-01_T1w")] == [
         "Müller-1", "日本", "a-b", "x", "sub-01_T1w",
     ]  # fmt: skip
@@ -297,8 +304,8 @@ def test_no_bad_volume_stops_the_rest_and_each_has_its_reason(options: ImportOpt
     for line in (
         "B0.nii: truncated: 5000 bytes of", "B2.nii: ", "B3.nii.gz: empty file",
         "B4.nii: voxels of 0.001 x", "B5.nii: is no volume but 8 x 8 x 8 x 3",
-        "B6.nii: holds values that are infinite", "B7.nii: all of it has one value",
-        "B8.nii: its header gives no orientation", "B9.nii: 30000 x 30000 x 30000 voxels: too many",
+        "B6.nii: holds values that are infinite", "B7.nii: all voxels have one value",
+        "B8.nii: no orientation in its header", "B9.nii: 30000 x 30000 x 30000 voxels: too many",
         "B10.nii.gz: 30000 x 30000 x 30000 voxels: too many", "none.nii: no row of the table",
         "B1.nii.gz: ", "12 volumes left out",
     ):  # fmt: skip
@@ -336,7 +343,7 @@ def test_an_import_goes_on_and_ends_the_same(options: ImportOptions, monkeypatch
         write_slices(*args)
 
     monkeypatch.setattr(slicing, "write_slices", stop)
-    monkeypatch.setattr(slicing, "map_on_cores", lambda f, items, *_: [f(item) for item in items])
+    monkeypatch.setattr(utils, "map_on_cores", lambda f, items, *_: [f(item) for item in items])
     with pytest.raises(KeyboardInterrupt):
         import_scans(options)
     assert [bool(row["sha256"]) for row in manifest(options.out)] == [True] * 2 + [False] * 4

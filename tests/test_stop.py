@@ -1,19 +1,24 @@
-"""A request to stop, at every moment: training ends in good order, and the same command goes on."""
+"""A request to stop, at every moment: training ends in good order, and the same command resumes."""
 
+import fcntl
 import itertools
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, as_flags, same_tensors, wait_for_epoch
+from conftest import ROOT, as_flags, assert_same_run, copied, wait_for_epoch
 
 import dataset
 import train as training
@@ -22,7 +27,7 @@ from config import Config
 from evaluation import features
 from train import train
 from training import recorder
-from training.logs import read_log, read_losses
+from training.logs import STATS, read_log, read_losses
 from training.process import Stopped, StopRequest
 from training.runs import checkpoints, load_checkpoint
 
@@ -53,6 +58,7 @@ MOMENTS = {
     "compiling": (training.Phases, "backward", 2),
     "waiting for the loader": (dataset.TrainingSlices, "__getitem__", 3),
     "a step": (training, "ema_step", 3),
+    "the last step of an epoch": (training, "ema_step", 4),
     "measuring": (recorder.Measurements, "measure", 1),
     "drawing a grid": (recorder.Recorder, "save_grid", 1),
     "writing a checkpoint": (torch, "save", 1),
@@ -60,49 +66,70 @@ MOMENTS = {
 }
 
 
+# A run that passes through all the moments: p rises by 0.24 every 3 steps, labels come by and by
+EVERYTHING = {
+    "fid_kimg": 0.001, "fid_images": 100, "label_ramp_kimg": 0.012,
+    "augment": "ada", "ada_kimg": 0.05, "ada_target": -1.0, "ada_interval": 3,
+}  # fmt: skip
+
+
 @pytest.fixture
 def run_config(config: Config, short_encoder, monkeypatch) -> Config:
-    """A run that passes through all the moments; what it compiles costs nothing."""
+    """Settings of that run; what it compiles costs nothing."""
     monkeypatch.setattr(torch, "compile", lambda phase, **_: phase)
+    return replace(config, compile="on", **EVERYTHING)
+
+
+@pytest.fixture
+def demo_config(run_config: Config, monkeypatch) -> Config:
+    """The same on the demo brains, few and of two slices."""
     small_demo = partial(demo_brains.write_demo, num_train=8, num_test=4)
     monkeypatch.setattr(dataset, "write_demo", small_demo)
     monkeypatch.setattr(demo_brains, "SLICES", 2)
-    return replace(config, compile="on", fid_kimg=0.001, fid_images=100)
+    return replace(run_config, data_root=None)
 
 
 def left_over(config: Config) -> list[Path]:
     return [path for path in config.out.parents[1].rglob("*") if "partial" in path.name]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_stop_at_any_moment_loses_nothing(run_config, monkeypatch, capsys, moment):
-    config, (place, name, at_call) = run_config, MOMENTS[moment]
-    if "demo" in moment:
-        config = replace(config, data_root=None)
-    number = SIGNALS[list(MOMENTS).index(moment) % 3]
-    cut = replace(config, out=config.out.with_name("cut"))
+def stop_and_go_on(config: Config, monkeypatch, capsys, moment: str) -> None:
+    """Train a run that is stopped at that moment, and train it again."""
+    (place, name, at_call), number = MOMENTS[moment], SIGNALS[list(MOMENTS).index(moment) % 3]
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(place, name, interrupted(getattr(place, name), number, at_call))
         started = time.perf_counter()
-        train(cut)  # ends, and raises nothing
+        train(config)  # ends, and raises nothing
         assert time.perf_counter() - started < 10
     out = capsys.readouterr().out
     assert out.count(f"stopped by {number.name}; saved: ") == 1 and "done: " not in out
-    assert left_over(cut) == []
-    train(cut)
+    assert left_over(config) == []
     train(config)
-    whole, joined = (load_checkpoint(checkpoints(c.out)[-1]) for c in (config, cut))
-    for state in (whole, joined):
-        del state["settings"]["out"]
-    assert same_tensors(whole, joined) == []
-    assert (config.out / "losses.csv").read_text() == (cut.out / "losses.csv").read_text()
-    times = ("seconds", "img_per_s", "data_wait")
-    logs = [[{k: v for k, v in line.items() if k not in times} for line in read_log(c.out)]
-            for c in (config, cut)]  # fmt: skip
-    assert logs[0] == logs[1] and [line["epoch"] for line in logs[0]] == [1, 2]
-    assert {p.name for p in (config.out / "grids").iterdir()} == {
-        p.name for p in (cut.out / "grids").iterdir()
-    }
+
+
+@pytest.mark.parametrize("moment", list(MOMENTS)[1:])
+def test_a_stop_at_any_moment_loses_nothing(run_config, trained_once, monkeypatch, capsys, moment):
+    whole = trained_once(**EVERYTHING)
+    if moment not in ("decoding", "training the encoder", "features of the training slices"):
+        shutil.rmtree(copied(whole, run_config.data_root.parent).out)  # its cache is left
+    stop_and_go_on(run_config, monkeypatch, capsys, moment)
+    assert_same_run(whole, run_config)
+    assert [line["epoch"] for line in read_log(run_config.out)] == [1, 2]
+
+
+def test_a_stop_while_demo_brains_are_written_loses_nothing(demo_config, monkeypatch, capsys):
+    stop_and_go_on(demo_config, monkeypatch, capsys, list(MOMENTS)[0])
+    whole = replace(demo_config, out=demo_config.out.with_name("whole"))
+    train(whole)
+    assert_same_run(whole, demo_config)
+
+
+def test_the_run_that_is_stopped_has_everything_at_work(trained_once):
+    run = trained_once(**EVERYTHING).out
+    state, p = load_checkpoint(checkpoints(run)[-1]), read_losses(run)[:, 1 + STATS.index("ada_p")]
+    assert state["cur_nimg"] == 32 and p[-1] == pytest.approx(0.48)
+    assert state["D"]["augment.sign_sum"] != 0 and "fid" in read_log(run)[0]
 
 
 def test_what_was_ignored_stays_ignored(run_config, monkeypatch, capsys):
@@ -126,6 +153,18 @@ def test_a_request_that_was_lost_is_made_again(monkeypatch):
         for _ in range(2):
             with pytest.raises(Stopped):
                 time.sleep(5)
+
+
+def test_a_deferred_request_is_noted_and_an_immediate_one_raises():
+    with StopRequest() as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+        with pytest.raises(Stopped), stop.immediate():
+            pytest.fail("the noted request was not answered")
+        assert stop.defers
+    with StopRequest() as stop, stop.deferred():
+        with pytest.raises(Stopped), stop.immediate():
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_process_that_waits_where_python_cannot_answer_is_ended_by_a_request():
@@ -154,41 +193,56 @@ def start(config: Config, cwd: Path, **kwargs) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=cwd, start_new_session=True, text=True, **kwargs)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
-def test_a_signal_to_the_whole_group_saves_and_ends_cleanly(config, tmp_path, number, workers):
-    config = replace(config, epochs=10000, num_workers=workers)
-    process = start(config, tmp_path, stdout=subprocess.PIPE)
-    wait_for_epoch(config, process)
-    os.killpg(process.pid, number)
-    out, _ = process.communicate(timeout=30)  # as Slurm waits from SIGTERM to SIGKILL
-    assert process.returncode == 0
-    assert f"stopped by {number.name}; saved: " in out and "the same command goes on" in out
+def assert_saved_at_its_last_step(config: Config) -> None:
     saved = load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
     assert read_losses(config.out)[-1, 0] == saved
     assert (config.out / "losses.png").exists() and (config.out / "progress.png").exists()
 
 
+def test_a_signal_to_the_whole_group_saves_and_ends_cleanly(config, tmp_path):
+    config = replace(config, epochs=10000, num_workers=2)
+    process = start(config, tmp_path, stdout=subprocess.PIPE)
+    wait_for_epoch(config, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)  # as Slurm waits from SIGTERM to SIGKILL
+    assert process.returncode == 0
+    assert "stopped by SIGTERM; saved: " in out and "the same command resumes the run" in out
+    assert_saved_at_its_last_step(config)
+
+
+def train_on_a_terminal(config: Config, ours: int, theirs: int) -> None:
+    """In a process of its own, whose controlling terminal it becomes."""
+    os.setsid()
+    os.close(ours)
+    for number in range(3):
+        os.dup2(theirs, number)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    train(config)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="opens a terminal as Linux does")
-def test_a_closed_terminal_saves_and_ends_cleanly(config: Config, tmp_path):
-    """The terminal goes away under a running process, as a lost connection does."""
+@pytest.mark.parametrize("end", ["closed", "Ctrl-C"])
+def test_a_terminal_that_closes_or_interrupts_saves_and_ends_cleanly(config: Config, end):
+    """It goes away under a running process, as a lost connection does."""
     config = replace(config, epochs=10000)
     ours, theirs = os.openpty()
-    settle = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    settle += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    command = [sys.executable, "-c", settle, str(ROOT / "train.py"), *as_flags(config)]
-    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **terminal)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=train_on_a_terminal, args=(config, ours, theirs))
+    process.start()
     os.close(theirs)
     os.set_blocking(ours, False)
-    deadline = time.time() + 120
     while not (config.out / "log.jsonl").exists() or not read_log(config.out):
-        assert time.time() < deadline and process.poll() is None
-        try:
+        assert process.is_alive()
+        with suppress(BlockingIOError):
             os.read(ours, 1 << 16)
-        except BlockingIOError:
-            time.sleep(0.1)
+        time.sleep(0.02)
+    if end == "Ctrl-C":
+        os.write(ours, b"\x03")
+        while process.is_alive():
+            with suppress(BlockingIOError, OSError):
+                os.read(ours, 1 << 16)
+            time.sleep(0.02)
     os.close(ours)
-    assert process.wait(timeout=60) == 0
-    saved = load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
-    assert read_losses(config.out)[-1, 0] == saved
-    assert (config.out / "progress.png").exists()
+    process.join(60)
+    assert process.exitcode == 0
+    assert_saved_at_its_last_step(config)

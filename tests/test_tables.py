@@ -41,7 +41,7 @@ def test_oasis_is_read_by_its_rating(tmp_path: Path, capsys):
         ("OAS1_0002_MR1", "OAS1_0002", "AD"),
         ("OAS1_0003_MR1", "OAS1_0003", ""),
     ]
-    assert "1 of 3 rows have no class" in capsys.readouterr().out
+    assert "1 of 3 rows have no readable class" in capsys.readouterr().out
 
 
 def test_bids_is_read(tmp_path: Path):
@@ -75,9 +75,9 @@ def test_columns_can_be_named(tmp_path: Path):
         ("what,age\na,1\n", {}, "no column names scans or participants"),
         ("subject,class\na,AD\n", {"class": "DX"}, "no column 'DX'; it has subject, class"),
         ("subject,class\na,AD\n", {"colour": "class"}, "columns: no 'colour'"),
-        ("subject,class\na,../../x\n", {}, "'../../x' in column 'class' is no name"),
-        ("subject,class\na,/etc\n", {}, "is no name"),
-        ("subject,class\na," + "A" * 1000 + "\n", {}, "is no name"),
+        ("subject,class\na,../../x\n", {}, "'../../x' in column 'class' is no valid name"),
+        ("subject,class\na,/etc\n", {}, "is no valid name"),
+        ("subject,class\na," + "A" * 1000 + "\n", {}, "is no valid name"),
         (b"PK\x03\x04", {}, "save it as CSV"),
         ('subject,class\na,"' + "x" * 200_000 + '"\n', {}, "is no table: field larger"),
     ],
@@ -148,11 +148,11 @@ def test_what_is_not_understood_is_said(tmp_path: Path, capsys):
     assert [e.age for e in read_table(path, {})][0] == 60.5
     out = capsys.readouterr().out
     assert "participant = subject, class = class, age = age, sex = sex" in out
-    assert "1 of 2 rows have no age" in out and "2 of 2 rows have no sex" in out
+    assert "1 of 2 rows have no readable age" in out and "2 of 2 rows have no readable sex" in out
 
 
 def test_two_rows_that_differ_are_an_error(tmp_path: Path):
-    with pytest.raises(UserError, match="I45108 stands in two rows that differ"):
+    with pytest.raises(UserError, match="I45108 has two rows that differ"):
         EntryFinder(write(tmp_path, ADNI + '"I45108","x","AD","F","1","","",""\n'), {})
 
 
@@ -168,10 +168,10 @@ def test_what_leads_elsewhere_is_no_plain_name(name):
     assert not plain_name(name)
 
 
-def test_a_manifest_joins_ids_to_participants(tmp_path: Path):
+def test_a_manifest_joins_scans_to_participants(tmp_path: Path):
     assert read_manifest(tmp_path) == {}
     write(tmp_path, "id,participant,class\nI1,p,AD\nI2,p,AD\n", "manifest.csv")
     assert {k: e.participant for k, e in read_manifest(tmp_path).items()} == {"I1": "p", "I2": "p"}
     write(tmp_path, "id,participant,class\nI1,p,AD\nI1,q,AD\n", "manifest.csv")
-    with pytest.raises(UserError, match="an id stands in two rows"):
+    with pytest.raises(UserError, match="two rows have the id I1"):
         read_manifest(tmp_path)

@@ -4,9 +4,8 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,13 +14,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     as_flags,
+    assert_same_run,
     phase_gradients,
     run_train,
-    same_tensors,
     step_inputs,
-    wait_for_epoch,
     write_folder,
 )
 from PIL import Image
@@ -277,6 +274,7 @@ def heads(n: int) -> torch.Tensor:
     return torch.from_numpy(body * (0.72 + 0.96 * spot) - 1).float()[:, None].clamp(-1, 1)
 
 
+@pytest.mark.slow
 def test_adaptive_augmentation_does_not_leak(config: Config):
     """Half of all images are mirrored or turned before D sees them: none of the samples may be."""
     strengths = dict.fromkeys(("ada_translation", "ada_scale", "ada_anisotropy", "ada_cutout"), 0.0)
@@ -325,8 +323,8 @@ def test_an_unconditional_run_goes_on_with_labels(config: Config):
     assert load_generator(labelled.out)[0].c_dim == 2
 
 
-def test_weights_that_do_not_fit_are_named_before_anything_is_written(config: Config, tmp_path):
-    train(replace(config, epochs=1))
+def test_weights_that_do_not_fit_are_named_before_anything_is_written(trained, tmp_path):
+    config = trained
     other = replace(config, init_from=config.out, out=config.out.with_name("other"))
     with pytest.raises(UserError, match="init_from = .*: has w_dim = 8, now 4"):
         train(replace(other, w_dim=4))
@@ -337,9 +335,8 @@ def test_weights_that_do_not_fit_are_named_before_anything_is_written(config: Co
     assert not other.out.exists()
 
 
-def test_a_run_starts_from_a_generator_and_a_discriminator_that_are_shared(config, tmp_path):
-    config, source = replace(config, epochs=1), tmp_path / "shared"
-    train(config)
+def test_a_run_starts_from_a_generator_and_a_discriminator_that_are_shared(trained, tmp_path):
+    config, source = trained, tmp_path / "shared"
     share(config.out, source)
     settings = read_run_config(source)[0]
     assert (settings.out, settings.init_from) == (Config.out, None)  # whose machine it was
@@ -357,18 +354,18 @@ def test_a_run_starts_from_a_generator_and_a_discriminator_that_are_shared(confi
     before = TrainingState(other, 2, torch.device("cpu"))
     before.load_state_dict(load_checkpoint(checkpoints(config.out)[-1]))
     torch.testing.assert_close(new.D(images, c), before.D(images, c), rtol=0.01, atol=0.01)
-    train(replace(other, epochs=1))
+    train(other)
     (source / "discriminator.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="discriminator.safetensors is truncated"):
         train(replace(other, out=config.out.with_name("third")))
 
 
-def test_noise_inputs_may_be_left_out_or_begin_in_a_run_that_starts_from_another(config):
-    config = replace(config, epochs=1)
+def test_noise_inputs_may_be_left_out_or_begin_in_a_run_that_starts_from_another(trained):
+    config = trained
     z, c = torch.randn(4, 8), torch.eye(2)[[0, 1, 1, 0]]
-    for noise in (True, False):
-        source = replace(config, noise=noise, out=config.out.with_name(f"noise {noise}"))
-        train(source)
+    without = replace(config, noise=False, out=config.out.with_name("without"))
+    train(without)
+    for noise, source in ((True, config), (False, without)):
         other = replace(config, noise=not noise, init_from=source.out)
         G = Generator(other, 2)
         runs.load_fitting_weights(G, runs.source_of_weights(other, 2)["G_ema"])
@@ -444,52 +441,10 @@ def test_the_average_follows_at_once_in_the_beginning(config: Config):
 # Runs
 
 
-@pytest.mark.parametrize("stop_at", [12, 16])  # within an epoch of 16 images, at its end
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(config, monkeypatch, stop_at):
-    ada = {"augment": "ada", "ada_kimg": 0.05, "ada_target": -1.0, "ada_interval": 3}
-    config = replace(config, **ada, label_ramp_kimg=0.012, fid_kimg=0.001, fid_images=100)
-    train(config)  # p rises by 0.24 every 3 steps: the end and some stops lie between
-    assert read_losses(config.out)[-1, 1 + STATS.index("ada_p")] == pytest.approx(0.48)
-    assert load_checkpoint(checkpoints(config.out)[-1])["D"]["augment.sign_sum"] != 0
-    step = training.train_step
-
-    def stopping_step(state, *args):
-        stats = step(state, *args)
-        if state.cur_nimg == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return stats
-
-    parted = replace(config, out=config.out.with_name("parted"))
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "train_step", stopping_step)
-        train(parted)
-    assert load_checkpoint(checkpoints(parted.out)[-1])["cur_nimg"] == stop_at
-    train(parted)
-    whole, joined = (load_checkpoint(checkpoints(c.out)[-1]) for c in (config, parted))
-    assert whole["cur_nimg"] == 32
-    for state in (whole, joined):
-        del state["settings"]["out"]
-    assert same_tensors(whole, joined) == []
-    assert (config.out / "losses.csv").read_text() == (parted.out / "losses.csv").read_text()
-    times = ("seconds", "img_per_s", "data_wait")
-    logs = [
-        [{k: v for k, v in line.items() if k not in times} for line in read_log(c.out)]
-        for c in (config, parted)
-    ]
-    assert logs[0] == logs[1] and "fid" in logs[0][0]
-    for name in ("epoch0001.png", "epoch0002.png"):
-        a, b = (np.asarray(Image.open(c.out / "grids" / name)) for c in (config, parted))
-        assert (a == b).all()
-
-
-def test_a_larger_epochs_continues_the_run_as_if_asked_at_first(config: Config):
-    train(replace(config, epochs=1))
-    train(config)
-    other = replace(config, out=config.out.with_name("other"))
-    train(other)
-    a, b = (load_checkpoint(checkpoints(c.out)[-1]) for c in (config, other))
-    assert same_tensors(a["G_ema"], b["G_ema"]) == []
-    assert [line["epoch"] for line in read_log(config.out)] == [1, 2]
+def test_a_larger_epochs_continues_the_run_as_if_asked_at_first(trained, trained_once):
+    train(replace(trained, epochs=2))
+    assert_same_run(trained_once(epochs=2), trained)
+    assert [line["epoch"] for line in read_log(trained.out)] == [1, 2]
 
 
 @pytest.mark.drawn
@@ -505,7 +460,7 @@ def test_a_run_leaves_everything_it_promises(config: Config, capsys):
     assert any(name.startswith("tensorboard/events") for name in names)
     assert not any(name.endswith(".partial") for name in names)
     grid = Image.open(config.out / "grids" / "epoch0002.png")
-    assert (grid.mode, grid.size) == ("L", (8 * 16, 2 * 16))  # a row per class
+    assert (grid.mode, grid.size) == ("L", (8 * 96, 2 * 96))  # a row per class, enlarged
     rows, log = read_losses(config.out), read_log(config.out)
     assert rows[:, 0].tolist() == list(range(4, 33, 4))
     assert np.isfinite(rows[0]).all()
@@ -516,20 +471,20 @@ def test_a_run_leaves_everything_it_promises(config: Config, capsys):
     assert "a larger --epochs continues it" in capsys.readouterr().out
 
 
-def test_only_the_newest_checkpoints_are_kept(config: Config):
-    train(replace(config, epochs=4))
-    assert [p.stem for p in checkpoints(config.out)] == ["0000000048", "0000000064"]
+def test_only_the_newest_checkpoints_are_kept(trained_once):
+    assert [p.stem for p in checkpoints(trained_once(epochs=4).out)] == ["0000000048", "0000000064"]
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("learning_rate", 0.1), ("img_resolution", 32), ("seed", 7)]
 )
-def test_a_changed_setting_is_named(config: Config, field, value):
-    train(replace(config, epochs=1))
-    before = (config.out / "config.json").read_text()
+def test_a_changed_setting_is_named_before_anything_is_decoded(trained: Config, field, value):
+    before = (trained.out / "config.json").read_text()
+    decoded = sorted(trained.cache.iterdir())
     with pytest.raises(UserError, match=f"{field} = .*, now {value}"):
-        train(replace(config, **{field: value}))
-    assert (config.out / "config.json").read_text() == before
+        train(replace(trained, **{field: value}))
+    assert (trained.out / "config.json").read_text() == before
+    assert sorted(trained.cache.iterdir()) == decoded
 
 
 def test_a_stop_that_comes_at_the_end_of_an_epoch_is_saved(config: Config, monkeypatch):
@@ -544,33 +499,15 @@ def test_a_stop_that_comes_at_the_end_of_an_epoch_is_saved(config: Config, monke
     assert [p.stem for p in checkpoints(config.out)] == ["0000000016"]
 
 
-def test_changed_data_is_refused(config: Config):
-    train(replace(config, epochs=1))
-    next((config.data_root / "train" / "AD").iterdir()).unlink()
+def test_changed_data_is_refused(trained: Config):
+    next((trained.data_root / "train" / "AD").iterdir()).unlink()
     with pytest.raises(UserError, match="other data"):
-        train(config)
+        train(trained)
 
 
-def test_a_truncated_checkpoint_is_named_and_the_one_before_goes_on(config: Config, capsys):
-    train(config)
-    newest = checkpoints(config.out)[-1]
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with open(config.out / "losses.csv", "a") as file:
-        file.write("36,0.7,0.")  # as a killed run may leave them
-    with open(config.out / "log.jsonl", "a") as file:
-        file.write('{"epoch": 3, "ni')
-    train(config)
-    assert f"warning: {newest} is truncated" in capsys.readouterr().out
-    assert load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"] == 32
-    assert read_losses(config.out)[:, 0].tolist() == list(range(4, 33, 4))
-    assert [line["epoch"] for line in read_log(config.out)] == [1, 2]
-
-
-def test_a_checkpoint_of_another_resolution_is_refused(config: Config):
-    train(replace(config, epochs=1))
-    other = replace(config, img_resolution=32, out=config.out.with_name("other"))
-    train(replace(other, epochs=1))
-    checkpoints(config.out)[-1].rename(checkpoints(other.out)[-1])
+def test_a_checkpoint_of_another_resolution_is_refused(trained: Config):
+    other = replace(trained, img_resolution=32, out=trained.out.with_name("other"))
+    shutil.copytree(trained.out / "checkpoints", other.out / "checkpoints")
     with pytest.raises(UserError, match="img_resolution = 16, now 32"):
         train(other)
 
@@ -619,9 +556,8 @@ def test_output_that_cannot_be_written_is_one_line(config: Config, tmp_path):
         train(replace(config, out=tmp_path / "file" / "run"))
 
 
-def test_a_cache_that_cannot_be_written_is_said_before_the_work(config: Config, tmp_path, capsys):
-    train(replace(config, epochs=1))  # what is decoded can be read
-    capsys.readouterr()
+def test_a_cache_that_cannot_be_written_is_said_before_the_work(trained, tmp_path, capsys):
+    config = replace(trained, epochs=2)  # what is decoded can be read
     decoded = next(config.cache.glob("*.npy"))
     config.cache.rename(tmp_path / "full")
     config.cache.touch()
@@ -643,19 +579,10 @@ def test_an_error_leaves_nothing_behind(config: Config, tmp_path):
     assert not config.out.parent.exists() and not config.cache.exists()
 
 
-def test_a_changed_setting_is_found_before_anything_is_decoded(config: Config):
-    train(replace(config, epochs=1))
-    decoded = sorted(config.cache.iterdir())
-    with pytest.raises(UserError, match="img_resolution"):
-        train(replace(config, img_resolution=32))
-    assert sorted(config.cache.iterdir()) == decoded
-
-
-def test_a_run_goes_on_after_its_data_moved(config: Config):
-    train(replace(config, epochs=1))
-    moved = config.data_root.with_name("moved")
+def test_a_run_goes_on_after_its_data_moved(trained: Config):
+    config, moved = trained, trained.data_root.with_name("moved")
     config.data_root.rename(moved)
-    train(replace(config, data_root=moved))
+    train(replace(config, data_root=moved, epochs=2))
     assert [line["epoch"] for line in read_log(config.out)] == [1, 2]
     assert read_run_config(config.out)[0].data_root == moved
 
@@ -677,12 +604,12 @@ def test_the_batch_may_be_larger_than_the_data(config: Config):
 
 
 def test_training_learns_the_class_and_the_shape(tmp_path):
-    """After 200 steps slices are bright on black, and darker in the centre for the dark class."""
+    """After 100 steps slices are bright on black, and darker in the centre for the dark class."""
     config = replace(
-        Config(**CPU), data_root=write_folder(tmp_path / "data", {"train": 40, "test": 2}),
+        Config(**CPU), data_root=write_folder(tmp_path / "data", {"train": 20, "test": 2}),
         out=tmp_path / "run", cache=tmp_path / "cache", device="cpu", img_resolution=16, z_dim=16,
-        w_dim=16, channel_base=256, channel_max=32, batch_size=16, epochs=20, augment="none",
-        learning_rate=0.005, pl_weight=0, snapshot_epochs=20, checkpoint_kimg=100,
+        w_dim=16, channel_base=128, channel_max=16, batch_size=8, epochs=10, augment="none",
+        learning_rate=0.01, pl_weight=0, snapshot_epochs=20, checkpoint_kimg=100, fid_kimg=0,
     )  # fmt: skip
     train(config)
     G, _, _ = load_generator(config.out)
@@ -737,17 +664,18 @@ def test_a_lost_worker_ends_the_run_with_a_reason_and_what_was_done_is_saved(
 # Files, folders and logs
 
 
-def test_a_second_process_on_the_same_folder_is_refused(config: Config, tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_second_process_on_the_same_folder_is_refused(config: Config):
     first = replace(config, epochs=10000)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *as_flags(first)], cwd=tmp_path,
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    wait_for_epoch(config, process)
+    other = multiprocessing.get_context("fork").Process(target=train, args=(first,))
+    other.start()
+    while not (config.out / "log.jsonl").exists() or not read_log(config.out):
+        assert other.is_alive()
+        time.sleep(0.02)
     with pytest.raises(UserError, match="out = .*: another process is training there"):
-        train(first)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+        train(config)  # of two epochs: it would soon end
+    other.kill()
+    other.join()
     train(replace(config, epochs=read_log(config.out)[-1]["epoch"] + 1))  # the lock died with it
     nimg = [line["nimg"] for line in read_log(config.out)]
     assert nimg == sorted(set(nimg))
@@ -755,10 +683,10 @@ def test_a_second_process_on_the_same_folder_is_refused(config: Config, tmp_path
     assert rows.tolist() == list(range(4, nimg[-1] + 1, 4))
 
 
-def test_a_run_that_another_process_moved_on_is_not_overwritten(config: Config):
-    train(config)
-    with pytest.raises(UserError, match="another process trained there; the same command goes on"):
-        runs.start_run(config, ["AD", "NC"], read_run_config(config.out)[2], {"cur_nimg": 16})
+def test_a_run_that_another_process_moved_on_is_not_overwritten(trained: Config):
+    data, words = read_run_config(trained.out)[2], "start the same command again"
+    with pytest.raises(UserError, match=f"another process trained there; {words}"):
+        runs.start_run(trained, ["AD", "NC"], data, {"cur_nimg": 12})
 
 
 def test_what_is_shared_can_be_read_by_others(config: Config):
@@ -771,8 +699,8 @@ def test_what_is_shared_can_be_read_by_others(config: Config):
         assert (config.out / name).stat().st_mode & 0o777 == 0o644, name
 
 
-def test_an_error_of_reading_says_what_the_system_said(config: Config, monkeypatch):
-    train(replace(config, epochs=1))
+def test_an_error_of_reading_says_what_the_system_said(trained: Config, monkeypatch):
+    config = trained
 
     def refuse(self, *_, **__):
         raise PermissionError(13, "Permission denied", str(self))
@@ -808,9 +736,8 @@ def test_a_damaged_config_is_named(config: Config, change, words):
         read_run_config(config.out)
 
 
-def test_a_run_measures_with_its_own_encoder_wherever_it_goes_on(config: Config, monkeypatch):
-    config = replace(config, fid_kimg=0.001, fid_images=100)
-    train(replace(config, epochs=1))
+def test_a_run_measures_with_its_own_encoder_wherever_it_goes_on(measured: Config, monkeypatch):
+    config = replace(measured, epochs=2)
     own = (config.out / "encoder.safetensors").read_bytes()
     real = read_log(config.out)[0]["fid_real"]
     fit = features.fit_encoder
@@ -821,8 +748,8 @@ def test_a_run_measures_with_its_own_encoder_wherever_it_goes_on(config: Config,
 
 
 def test_a_lost_log_does_not_cost_the_best_checkpoint(config: Config, monkeypatch):
-    figures = iter([{"fid": fid, "vary_z": 0.4, "vary_noise": 0.1} for fid in (1, 3, 2, 0.5)])
-    monkeypatch.setattr(recorder.Measurements, "measure", lambda *_: next(figures))
+    values = iter([{"fid": fid, "vary_z": 0.4, "vary_noise": 0.1} for fid in (1, 3, 2, 0.5)])
+    monkeypatch.setattr(recorder.Measurements, "measure", lambda *_: next(values))
     config = replace(config, fid_kimg=0.001, fid_images=100)
     train(replace(config, epochs=1))
     (config.out / "log.jsonl").unlink()
@@ -860,3 +787,17 @@ def test_every_setting_is_saved_as_a_plain_value(config: Config):
     state = TrainingState(config, 2, torch.device("cpu")).state_dict()
     assert state["settings"].keys() == asdict(config).keys()
     assert all(isinstance(v, str | int | float | None) for v in state["settings"].values())
+
+
+def test_fewer_epochs_than_are_trained_are_refused_and_change_nothing(trained: Config):
+    train(replace(trained, epochs=2))
+    before = {p: p.read_bytes() for p in trained.out.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="epochs = 1: .* has trained 2.0 epochs already"):
+        train(replace(trained, epochs=1))
+    assert {p: p.read_bytes() for p in trained.out.rglob("*") if p.is_file()} == before
+
+
+def test_a_misspelt_setting_in_config_py_is_one_line(monkeypatch):
+    monkeypatch.setitem(training.CPU, "batch_sise", 8)
+    with pytest.raises(UserError, match="config.py: CPU or GPU names no setting 'batch_sise'"):
+        training.parse_settings(["--device", "cpu"])
