@@ -144,8 +144,8 @@ def find(stream: TrainingSlices, image: np.ndarray, start: int, count: int) -> i
     """Position in an epoch at which the stream shows the same slice again."""
     return start + next(
         i
-        for i, printable in enumerate(stream[range(start, start + count)][0])
-        if np.array_equal(printable, image)
+        for i, shown in enumerate(stream[range(start, start + count)][0])
+        if np.array_equal(shown, image)
     )
 
 
@@ -155,8 +155,8 @@ def draw_ada(slices: Slices, config: Config) -> None:
     columns = [img]
     torch.manual_seed(1)
     for kind in STRENGTHS:
-        wait_for_lock = dict.fromkeys(set(STRENGTHS) - {kind}, 0.0)
-        columns.append(AdaptiveAugment(replace(config, ada_p=1.0, **wait_for_lock))(img))
+        alone = dict.fromkeys(set(STRENGTHS) - {kind}, 0.0)
+        columns.append(AdaptiveAugment(replace(config, ada_p=1.0, **alone))(img))
     columns += [AdaptiveAugment(replace(config, ada_p=0.8))(img) for _ in range(2)]
     picture = torch.stack(columns, 1).flatten(0, 1)
     save_grey(tile(to_uint8(picture), len(columns)), FOLDER / "ada.png")

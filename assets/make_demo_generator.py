@@ -1,8 +1,8 @@
-"""Make assets/demo_generator of a run on the demo brains: what is shared of it, in half precision.
+"""Write both networks of a run on the demo brains to assets/demo_generator, in half precision.
 
     python -m assets.make_demo_generator RUN      # from the project's folder
 
-Takes the newest checkpoint.
+It reads the newest checkpoint of the run.
 """
 
 import sys
