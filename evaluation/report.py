@@ -107,7 +107,7 @@ def draw_labels(ax: Axes, rows: Rows) -> None:
     units = dict.fromkeys(("TRTR", "TSTR", "TRTS", "TR+STR"), "participants") | {"TRTS": "slices"}
     found = {(r["measurement"], r["unit"]): r for r in rows}
     bars = [found[pair] for pair in units.items()]
-    names = [f"{name}\nby {unit[:-1]}" for name, unit in units.items()]
+    names = [f"{name}\nby\n{unit[:-1]}" for name, unit in units.items()]
     heights, errors = [r["auc"] for r in bars], [r["std_of_seeds"] for r in bars]
     ax.bar(names, heights, yerr=errors, capsize=4, color=["C0", "C1", "C1", "C2"])
     ax.axhline(0.5, color="k", ls="--", lw=1)
