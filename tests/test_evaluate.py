@@ -227,7 +227,12 @@ SMALL = {  # people and slices of each in train and test, grey level or None for
 
 
 @pytest.mark.drawn
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    ["all black", "a slice of each class",
+     *(pytest.param(name, marks=pytest.mark.slow)
+       for name in ("a test split of two", "a batch of four epochs"))],
+)  # fmt: skip
 def test_small_and_constant_sets_train_draw_and_are_evaluated(
     config: Config, tmp_path, short_evaluation, capsys, name
 ):
