@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
@@ -291,15 +291,13 @@ def wait_for_lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def lock_folder(folder: Path, doing: str = "training") -> FileLock:
-    """Lock a folder until release or the end of the process. Raises UserError if it is locked."""
+def lock_folder(folder: Path, doing: str = "training") -> AcquireReturnProxy:
+    """Lock a folder for a `with`, or until the process ends. Raises UserError if it is locked."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"out = {folder}: another process is {doing} there") from error
-    return lock
 
 
 # Files of a cache

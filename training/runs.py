@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import AcquireReturnProxy
 from torch import Tensor
 
 import utils
@@ -175,7 +175,7 @@ def open_run(config: Config) -> dict[str, Any] | None:
 
 def start_run(
     config: Config, classes: list[str], data: str, saved: dict[str, Any] | None
-) -> FileLock:
+) -> AcquireReturnProxy:
     """Lock the run folder for this process and write config.json. -> the held lock.
 
     Raises UserError if the run was trained on other data, or another process trains there now, or
@@ -198,7 +198,7 @@ def start_run(
         utils.delete_partials(config.out)
         write_run_config(config.out, config, classes, data)
     except BaseException:
-        lock.release()
+        lock.lock.release()
         raise
     return lock
 
