@@ -15,6 +15,7 @@ TINY = ["--device", "cpu", "--resolutions", "16", "--channel-base", "64", "--cha
 TINY += ["--batch-size", "4", "--seconds", "0.01"]
 
 
+@pytest.mark.slow
 def test_every_stage_runs(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)  # which takes minutes on a CPU
     for module in (modules, training):  # rows of the benchmark change the layout of features

@@ -118,6 +118,7 @@ def graph_nodes(channel_max: int, names: tuple[str, ...]) -> dict[str, int]:
 NODES = {"g_main": 2600, "g_path": 2700, "d_main": 1600, "d_r1": 1450}  # at most
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
 def test_what_the_compiler_is_given_is_small(fresh_compiler):
     assert 0 < graph_nodes(512, ("d_main",))["d_main"] <= NODES["d_main"]

@@ -638,7 +638,7 @@ def test_batches_need_no_shared_memory(config: Config, monkeypatch):
     ("fault", "words"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by signal: Killed"),
-        (lambda: time.sleep(60), "timed out after 1 seconds"),
+        pytest.param(lambda: time.sleep(60), "timed out after 1 seconds", marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_worker_ends_the_run_with_a_reason_and_what_was_done_is_saved(
