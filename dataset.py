@@ -6,7 +6,6 @@ participant of its own unless ROOT/manifest.csv names its participant. ADNI's se
 AD (Alzheimer's disease) and NC (normal control; CN in ADNI's own tables).
 """
 
-import csv
 import errno
 import hashlib
 import math
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import utils
 from assets.demo_brains import write_demo
 from config import Config, UserError
+from participants.tables import MANIFEST, Entry, read_manifest
 
 SPLITS = ("train", "test")
 MAX_CLASSES = 20  # more class folders than this are probably patients
@@ -39,7 +39,6 @@ SAMPLE_FORMAT, PHOTOMETRIC = 339, 262  # TIFF tags
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_SIDE = 8192  # pixels, of a file's longer side
 TEST_SHARE = 0.2  # of the participants of each class, for a folder without train/ and test/
-MANIFEST = "manifest.csv"
 CACHE_VERSION = 2  # part of every cache key: raise it when decoding changes
 
 
@@ -85,57 +84,7 @@ class Slices:
 Splits = dict[str, list[SliceFile]]
 
 
-class Entry(NamedTuple):
-    """What a table says about one scan or, if `scan` is empty, about a participant."""
-
-    scan: str
-    participant: str
-    label: str  # class, "" if unknown
-    age: float  # years, NaN if unknown
-    sex: str  # F, M or ""
-
-
 # Finding
-
-
-def finite_number(text: str) -> float:
-    """The number in a table cell; NaN if the cell holds no finite number."""
-    try:
-        value = float(text.replace(",", "."))
-    except ValueError:
-        return math.nan
-    return value if math.isfinite(value) else math.nan
-
-
-def manifest_rows(root: Path) -> dict[str, dict[str, str]]:
-    """Rows of ROOT/manifest.csv by scan; empty without it. Raises UserError if it is damaged."""
-    path, rows = root / MANIFEST, {}
-    if not path.exists():
-        return {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file, strict=True):
-                if None in row or None in row.values():
-                    raise ValueError(f"row {len(rows) + 2} is longer or shorter than the header")
-                if row["id"] in rows:
-                    raise ValueError(f"two rows have the id {row['id']}")
-                if not row["participant"]:
-                    raise ValueError(f"the row of id {row['id']} names no participant")
-                rows[row["id"]] = row
-    except KeyError as error:
-        raise UserError(f"{path} has no column {error}") from error
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {utils.first_line(error)}") from error
-    return rows
-
-
-def read_manifest(root: Path) -> dict[str, Entry]:
-    """The entry of each scan in ROOT/manifest.csv. Raises UserError as `manifest_rows` does."""
-    found = {}
-    for scan, row in manifest_rows(root).items():
-        label, age, sex = (row.get(column, "") for column in ("class", "age", "sex"))
-        found[scan] = Entry(scan, row["participant"], label, finite_number(age), sex)
-    return found
 
 
 def rows_by_scan(files: list[SliceFile]) -> list[list[int]]:

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 import dataset
 import utils
 from config import UserError
-from scans.tables import RENAMED, EntryFinder
+from participants.matching import EntryFinder
+from participants.tables import RENAMED, Entry, read_manifest
 
 SIDE = 96  # pixels of the small pictures whose edges are compared
 HASH_SIDE = 24  # pixels of the still smaller pictures whose grey values are compared
@@ -57,7 +58,7 @@ class CheckedFolder(NamedTuple):
     classes: list[str]
     slices: list[CheckedSlice]
     pictures: np.ndarray  # uint8 [n, SIDE, SIDE]
-    entries: dict[str, dataset.Entry]  # by scan, if a table or manifest has the scan
+    entries: dict[str, Entry]  # by scan, if a table or manifest has the scan
     problems: list[str]
 
 
@@ -102,7 +103,7 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Chec
     """Read every slice and print a summary. Raises UserError if there is nothing to read."""
     finder = EntryFinder(table, columns) if table else None
     classes, splits = dataset.read_splits(root, any_classes=True)
-    entries = dict(dataset.read_manifest(root))
+    entries = dict(read_manifest(root))
     scans = {file.scan for files in splits.values() for file in files}
     if finder:
         found = {scan: entry_of_scan(finder, scan) for scan in scans - entries.keys()}
@@ -130,7 +131,7 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Chec
     return CheckedFolder(root, classes, slices, pictures, entries, problems)
 
 
-def entry_of_scan(finder: EntryFinder, scan: str) -> dataset.Entry | None:
+def entry_of_scan(finder: EntryFinder, scan: str) -> Entry | None:
     """The entry of a scan; ADNI's table writes the id I123 for files that are called 123."""
     try:
         entry = finder.named_in(scan)
@@ -140,7 +141,7 @@ def entry_of_scan(finder: EntryFinder, scan: str) -> dataset.Entry | None:
 
 
 def wrong_classes(
-    classes: list[str], splits: dataset.Splits, entries: dict[str, dataset.Entry]
+    classes: list[str], splits: dataset.Splits, entries: dict[str, Entry]
 ) -> list[str]:
     """A message for each class and each other class folder that holds scans of that class."""
     wrong = defaultdict(set)

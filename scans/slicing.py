@@ -30,8 +30,10 @@ import tyro
 
 import utils
 from config import UserError
-from dataset import MANIFEST, SPLITS, Entry, manifest_rows
-from scans.tables import RENAMED, EntryFinder, participant_in, plain_name, stem
+from dataset import SPLITS
+from participants.matching import EntryFinder
+from participants.names import participant_in, plain_name, stem
+from participants.tables import MANIFEST, RENAMED, Entry, manifest_rows
 from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
 
 SUFFIXES = (".nii", ".nii.gz")

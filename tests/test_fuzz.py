@@ -25,8 +25,8 @@ import prepare
 from config import Config, UserError
 from dataset import resized_scan
 from evaluate import Options as EvaluateOptions
+from participants.matching import EntryFinder
 from predict import Options as PredictOptions
-from scans.tables import EntryFinder
 from scans.volumes import ImportOptions, cut, read_volume
 from train import parse_settings
 from training.runs import load_checkpoint, read_run_config, write_run_config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"train", "predict", "evaluate", "prepare"}
-FOLDERS = ("training", "evaluation", "scans")
+FOLDERS = ("training", "evaluation", "scans", "participants")
 MAX_LINES = 650
 
 

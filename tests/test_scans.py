@@ -23,10 +23,11 @@ from PIL import Image
 
 import utils
 from config import Config, UserError
-from dataset import Entry, find_slices, load_slices
+from dataset import find_slices, load_slices
+from participants.names import plain_name
+from participants.tables import Entry
 from scans import slicing
 from scans.slicing import Scan, id_of, import_scans, split_participants
-from scans.tables import plain_name
 from scans.volumes import ImportOptions, cut, read_volume, resample
 
 VOXEL = 3  # mm

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from dataset import read_manifest
-from scans.tables import EntryFinder, class_of, plain_name, read_table
+from participants.matching import EntryFinder
+from participants.names import plain_name
+from participants.tables import class_of, read_manifest, read_table
 
 ADNI = """"Image Data ID","Subject","Group","Sex","Age","Visit","Modality","Description"
 "I45108","002_S_0295","CN","M","84","sc","MRI","MP-RAGE"

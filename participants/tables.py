@@ -1,4 +1,4 @@
-"""Tables of scans and participants, such as exports of ADNI and OASIS or a BIDS participants.tsv.
+"""Read tables of scans and participants, such as exports of ADNI and OASIS or a participants.tsv.
 
 Any other CSV or TSV works too, if the names of its columns are known or given.
 """
@@ -7,14 +7,15 @@ import csv
 import io
 import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from config import UserError
-from dataset import Entry, finite_number
-from utils import print_once
+from participants.names import participant_in, plain_name, stem
+from utils import first_line, print_once
 
+MANIFEST = "manifest.csv"
 # Column names in lower case without punctuation; the first one that a table has is used
 COLUMNS = {
     "scan": ("image data id", "image id", "imageuid", "mri id", "scan id", "scan", "id"),
@@ -24,16 +25,17 @@ COLUMNS = {
     "sex": ("sex", "gender", "m f"),
 }
 RENAMED = {"CN": "NC", "Control": "NC"}  # ADNI's slices are usually shared with the class name NC
-# Names of participants in BIDS, ADNI, OASIS-1, and OASIS-2 or 3
-PARTICIPANT = re.compile(r"sub-[A-Za-z0-9]+|\d{3}_S_\d{4,5}|OAS1_\d{4}|OAS[23]_?\d{4}")
 MAX_TABLE = 200_000_000  # bytes
 
 
-def plain_name(name: str) -> bool:
-    """Whether a name from a file is safe as a folder name: it cannot lead to another folder."""
-    if not name or len(name) > 100 or not name.isprintable():
-        return False
-    return name[0] not in ". " and not set(name) & set('/\\:*?"<>|')
+class Entry(NamedTuple):
+    """What a table says about one scan or, if `scan` is empty, about a participant."""
+
+    scan: str
+    participant: str
+    label: str  # class, "" if unknown
+    age: float  # years, NaN if unknown
+    sex: str  # F, M or ""
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -90,16 +92,6 @@ def class_of(value: str, column: str) -> str:
     return "" if math.isnan(rating) else "NC" if rating == 0 else "AD"
 
 
-def stem(name: str) -> str:
-    """The name of a volume without .nii and .gz."""
-    return re.sub(r"(\.nii)?(\.gz)?$", "", name, flags=re.IGNORECASE)
-
-
-def participant_in(name: str) -> str:
-    """The participant in a name of BIDS, ADNI or OASIS; "" if there is none."""
-    return next(iter(PARTICIPANT.findall(name)), "")
-
-
 def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
     """The entries of a CSV or TSV that name a scan or a participant.
 
@@ -131,50 +123,41 @@ def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
     return entries
 
 
-def keys_in(path: Path) -> list[str]:
-    """All parts of a path that could name a scan or a participant, the longest first.
-
-    Plain numbers, which may be dates or counts, and short parts must be a whole file or folder
-    name; BIDS's "sub-" may precede them.
-    """
-    parts = re.split(r"([^A-Za-z0-9]+)", str(path))
-    words = range(0, len(parts), 2)
-    found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
-    whole = {part.removeprefix("sub-") for part in path.parts} | set(path.parts)
-    telling = {key for key in found if len(key) > 3 and not key.isdigit()} | whole
-    return sorted(telling - {""}, key=lambda key: (-len(key), key))
+def finite_number(text: str) -> float:
+    """The number in a table cell; NaN if the cell holds no finite number."""
+    try:
+        value = float(text.replace(",", "."))
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
-class EntryFinder:
-    """Finds the entry of a table whose scan or participant is named in a path."""
+def manifest_rows(root: Path) -> dict[str, dict[str, str]]:
+    """Rows of ROOT/manifest.csv by scan; empty without it. Raises UserError if it is damaged."""
+    path, rows = root / MANIFEST, {}
+    if not path.exists():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file, strict=True):
+                if None in row or None in row.values():
+                    raise ValueError(f"row {len(rows) + 2} is longer or shorter than the header")
+                if row["id"] in rows:
+                    raise ValueError(f"two rows have the id {row['id']}")
+                if not row["participant"]:
+                    raise ValueError(f"the row of id {row['id']} names no participant")
+                rows[row["id"]] = row
+    except KeyError as error:
+        raise UserError(f"{path} has no column {error}") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+    return rows
 
-    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
-        """Raises UserError if the table cannot be read, or has two different rows for a scan."""
-        self.scans: dict[str, Entry] = {}
-        self.participants: dict[str, list[Entry]] = defaultdict(list)
-        for entry in read_table(path, columns):
-            prefixes = ("", "I") if entry.scan.isdigit() else ("",)  # ADNI's file names have an I
-            for prefix in prefixes if entry.scan else ():
-                if self.scans.setdefault(prefix + entry.scan, entry)[1:3] != entry[1:3]:
-                    raise UserError(f"{path}: {entry.scan} has two rows that differ")
-            self.participants[entry.participant].append(entry)
 
-    def named_in(self, path: Path | str) -> Entry | None:
-        """The entry that a path or a scan's id names, or None.
-
-        If it names a participant but no scan, an age or class that differs between the scans of
-        the participant is unknown. Raises ValueError if it names several participants.
-        """
-        keys = keys_in(Path(path))
-        scans = [self.scans[key] for key in keys if key in self.scans][:1]
-        people = [self.participants[key] for key in keys if key in self.participants]
-        names = sorted({entry.participant for entry in scans + [rows[0] for rows in people]})
-        if len(names) > 1:
-            raise ValueError(f"names several participants of the table: {', '.join(names)}")
-        if scans or not people:
-            return scans[0] if scans else None
-        labelled = [row for row in people[0] if row.label] or people[0]
-        first, labels, ages = labelled[0], {r.label for r in labelled}, {r.age for r in labelled}
-        label = first.label if len(labels) == 1 else ""
-        age = first.age if len(ages) == 1 else math.nan
-        return first._replace(scan="", label=label, age=age)
+def read_manifest(root: Path) -> dict[str, Entry]:
+    """The entry of each scan in ROOT/manifest.csv. Raises UserError as `manifest_rows` does."""
+    found = {}
+    for scan, row in manifest_rows(root).items():
+        label, age, sex = (row.get(column, "") for column in ("class", "age", "sex"))
+        found[scan] = Entry(scan, row["participant"], label, finite_number(age), sex)
+    return found
