@@ -49,6 +49,9 @@ class Config:
     # Paths
     data_root: Path | None = None
     """Folder with train/ and test/, or with class folders; None: the built-in demo brains."""
+    table: Path | None = None
+    """CSV or TSV that names the participant of each scan; None: manifest.csv or participants.tsv in
+    data_root, else the participants that the names of the scans show."""
     out: Path = Path("runs/default")
     """Folder of this run. If it holds a run already, the same command resumes it."""
     cache: Path = Path("cache")

@@ -1,9 +1,10 @@
 """Find, decode, augment and load brain slices that lie in class folders.
 
 Layout: ROOT/{train,test}/CLASS/ID_SLICE.jpeg, or ROOT/CLASS/ID_SLICE.jpeg, which is then split by
-participant. The id of a scan is the file name up to its last underscore. A scan counts as a
-participant of its own unless ROOT/manifest.csv names its participant. ADNI's set calls its classes
-AD (Alzheimer's disease) and NC (normal control; CN in ADNI's own tables).
+participant. The id of a scan is the file name up to its last underscore. Its participant is the one
+that a table or ROOT/manifest.csv names, else the one that its id shows (sub-01, 002_S_0295,
+OAS1_0001), else the scan counts as a participant of its own. ADNI's set calls its classes AD
+(Alzheimer's disease) and NC (normal control; CN in ADNI's own tables).
 """
 
 import errno
@@ -13,7 +14,8 @@ import os
 import shutil
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -29,6 +31,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import utils
 from assets.demo_brains import write_demo
 from config import Config, UserError
+from participants.matching import EntryFinder
+from participants.names import participants_of
 from participants.tables import MANIFEST, Entry, read_manifest
 
 SPLITS = ("train", "test")
@@ -39,6 +43,7 @@ SAMPLE_FORMAT, PHOTOMETRIC = 339, 262  # TIFF tags
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_SIDE = 8192  # pixels, of a file's longer side
 TEST_SHARE = 0.2  # of the participants of each class, for a folder without train/ and test/
+PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie beside the slices
 CACHE_VERSION = 2  # part of every cache key: raise it when decoding changes
 
 
@@ -64,6 +69,7 @@ class Slices:
     participants: np.ndarray  # [n]
     classes: list[str]
     positions: np.ndarray | None = None  # [n], see `find_positions`; None: no condition
+    scans: np.ndarray | None = None  # [n], None for samples
 
     @property
     def c_dim(self) -> int:
@@ -72,9 +78,9 @@ class Slices:
 
     def take(self, rows: np.ndarray | slice) -> "Slices":
         """Some of the slices: copies if `rows` is an array, views if it is a slice."""
-        positions = None if self.positions is None else self.positions[rows]
+        positions, scans = (None if x is None else x[rows] for x in (self.positions, self.scans))
         parts = self.images[rows], self.labels[rows], self.participants[rows]
-        return Slices(*parts, self.classes, positions)
+        return Slices(*parts, self.classes, positions, scans)
 
     def conditions(self) -> Tensor:
         """c of each slice. -> [n, c_dim]."""
@@ -95,11 +101,42 @@ def rows_by_scan(files: list[SliceFile]) -> list[list[int]]:
     return list(rows_of.values())
 
 
-def set_participants(files: list[SliceFile], entries: Mapping[str, Entry]) -> None:
-    """Replace the scan's id by its participant, for every scan that has an entry."""
-    for row, file in enumerate(files):
-        if entry := entries.get(file.scan):
-            files[row] = file._replace(participant=entry.participant)
+def find_entries(
+    scans: Collection[str], root: Path, table: Path | None, columns: Mapping[str, str]
+) -> dict[str, Entry]:
+    """What a table, or else ROOT/manifest.csv, or else ROOT/participants.tsv says of each scan.
+
+    Raises UserError if one of these files is damaged, or the given table names none of the scans.
+    """
+    entries = {k: entry for k, entry in read_manifest(root).items() if k in scans}
+    beside = next(filter(Path.exists, (root / name for name in PARTICIPANTS)), None)
+    if (source := table or beside) is None:
+        return entries
+    finder, found = EntryFinder(source, columns, scans), {}
+    for scan in scans:
+        with suppress(ValueError):  # it names several participants
+            if entry := finder.named_in(scan):
+                found[scan] = entry
+    utils.print_once(f"{source} names {len(found)} of {len(scans)} scans")
+    if hint := finder.hint(sorted(scans - found.keys())):
+        utils.print_once(f"note: {hint}")
+    if table and not found:
+        raise UserError(f"{table} names none of the scans: their participants are unknown")
+    return entries | found if table else found | entries
+
+
+def set_participants(splits: Iterable[list[SliceFile]], entries: Mapping[str, Entry]) -> None:
+    """Replace each scan's id by its participant: that of its entry, else the one in its name."""
+    scans = {file.scan for files in splits for file in files}
+    shown = participants_of(scans - entries.keys())
+    if shown and len(people := set(shown.values())) < len(shown):
+        text = f"{len(shown)} scans are of {len(people)} participants by their names"
+        utils.print_once(f"{text}, such as {min(shown)} of {shown[min(shown)]}")
+    for files in splits:
+        for row, file in enumerate(files):
+            entry = entries.get(file.scan)
+            participant = entry.participant if entry else shown.get(file.scan, file.scan)
+            files[row] = file._replace(participant=participant)
 
 
 def visible_paths(folder: Path) -> list[Path]:
@@ -147,9 +184,11 @@ def find_class_folders(folder: Path) -> tuple[list[str], list[SliceFile]]:
     return classes, [f for i, c in enumerate(classes) for f in list_slices(folder / c, i)]
 
 
-def find_slices(root: Path, any_classes: bool = False) -> tuple[list[str], Splits]:
+def find_slices(
+    root: Path, any_classes: bool = False, table: Path | None = None
+) -> tuple[list[str], Splits]:
     """As `read_splits`; also raises UserError if a participant is on both sides of the split."""
-    classes, splits = read_splits(root, any_classes)
+    classes, splits, _ = read_splits(root, any_classes, table)
     for problem in shared_participants(splits):
         raise UserError(f"{root}: {problem}")
     return classes, splits
@@ -162,11 +201,13 @@ def shared_participants(splits: Splits) -> list[str]:
     return [f"{len(shared)} participant(s) on both sides of the split: {first}"] if shared else []
 
 
-def read_splits(root: Path, any_classes: bool) -> tuple[list[str], Splits]:
-    """Class names and the files of each split, with the participants that the manifest names.
+def read_splits(
+    root: Path, any_classes: bool, table: Path | None = None, columns: Mapping[str, str] = {}
+) -> tuple[list[str], Splits, dict[str, Entry]]:
+    """Class names, the files of each split with their participants, and the entries of scans.
 
     Raises UserError for a missing folder, no classes, an empty class, other classes in test, a
-    damaged manifest or, unless `any_classes`, classes that look like patients.
+    damaged manifest or table or, unless `any_classes`, classes that look like patients.
     """
     if not root.is_dir():
         raise UserError(f"data_root = {root}: no such folder")
@@ -179,11 +220,11 @@ def read_splits(root: Path, any_classes: bool) -> tuple[list[str], Splits]:
         raise UserError(f"classes differ: {parents[0]} has {names[0]}, {parents[1]} {names[1]}")
     if not any_classes and (doubt := doubtful_classes(names[0], found[0])):
         raise UserError(f"{root}: {doubt}; if these are the classes, add --any-classes")
-    manifest = read_manifest(root)
-    for files in found:
-        set_participants(files, manifest)
+    scans = {file.scan for files in found for file in files}
+    entries = find_entries(scans, root, table, columns)
+    set_participants(found, entries)
     splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_participant(found[0])
-    return names[0], splits
+    return names[0], splits, entries
 
 
 def doubtful_classes(classes: list[str], files: list[SliceFile]) -> str | None:
@@ -223,7 +264,8 @@ def describe(root: Path | None, classes: list[str], splits: Splits) -> None:
     if root is None:
         return
     files = splits["train"] + splits["test"]
-    if ignored := ignored_files(root, {f.path for f in files} | {root / MANIFEST}):
+    known = {root / name for name in (MANIFEST, *PARTICIPANTS)}
+    if ignored := ignored_files(root, {f.path for f in files} | known):
         more = f", and {len(ignored) - 5} more folders" if len(ignored) > 5 else ""
         utils.print_once(f"note: unused files: {'; '.join(ignored[:5])}{more}")
     if len({f.participant for f in files}) == len(files):
@@ -397,7 +439,8 @@ def find_positions(scans: np.ndarray) -> np.ndarray:
 def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     """Both splits, decoded, and the data's identity. Raises UserError as `find_slices` does."""
     root = config.data_root or folder_once(config.cache / f"demo-{CACHE_VERSION}", write_demo)
-    classes, splits = find_slices(root, config.any_classes or not config.conditional)
+    any_classes = config.any_classes or not config.conditional
+    classes, splits = find_slices(root, any_classes, config.table)
     describe(config.data_root, classes, splits)
     if not config.conditional:
         classes, splits = ["all"], {k: [f._replace(label=0) for f in v] for k, v in splits.items()}
@@ -407,7 +450,7 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     participants = np.array([f.participant for f in files])
     scans = np.array([str(f.path.parent / f.scan) for f in files])
     positions = find_positions(scans) if config.condition_position else None
-    both = Slices(images, labels, participants, classes, positions)
+    both = Slices(images, labels, participants, classes, positions, scans)
     splits = {"train": both.take(slice(first)), "test": both.take(slice(first, None))}
     return splits, data_identity(files, root)
 

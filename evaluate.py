@@ -62,6 +62,8 @@ class Options:
     """Class folders of images to evaluate in place of the run's samples."""
     data_root: Path | None = None
     """Folder of the real slices; None: the folder that the run was trained on."""
+    table: Path | None = None
+    """CSV or TSV that names the participant of each real scan; None: the one of the run."""
     cache: Path | None = None
     """Folder of decoded images and features; None: the cache of the run."""
     out: Path | None = None
@@ -408,7 +410,8 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
         extractors.append(features.load_inception(options.inception_weights, device))
     if "dinov2" in options.extractors:
         extractors.append(features.load_dinov2(options.dinov2_weights, device))
-    real = replace(config, data_root=options.data_root or config.data_root, cache=cache)
+    root, table = options.data_root or config.data_root, options.table or config.table
+    real = replace(config, data_root=root, table=table, cache=cache)
     splits, data = load_slices(real)
     found = splits["train"].classes
     if found != classes:

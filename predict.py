@@ -70,6 +70,8 @@ class Options:
     """Folder for the figures; None: RUN/predict."""
     data_root: Path | None = None
     """Folder of real slices for the embedding; None: the folder that the run was trained on."""
+    table: Path | None = None
+    """CSV or TSV that names the participant of each real scan; None: the one of the run."""
     cache: Path | None = None
     """Folder of decoded images; None: the cache of the run."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -309,7 +311,7 @@ def real_slices(config: Config, options: Options, known: list[str]) -> dict[str,
         advice = "no embedding of real slices; --data-root sets another"
         utils.print_once(f"{root} does not exist: {advice}")
         return None
-    splits, _ = load_slices(replace(config, data_root=root))
+    splits, _ = load_slices(replace(config, data_root=root, table=options.table or config.table))
     if splits["train"].classes != known:
         raise UserError(f"{root} has classes {splits['train'].classes}, the generator {known}")
     return splits

@@ -314,7 +314,7 @@ def trained_encoder(
 
     def write(path: Path) -> None:
         utils.print_once("training the encoder on the training slices")
-        x, position = averaged(train.images), dataset.find_positions(train.participants)
+        x, position = averaged(train.images), dataset.find_positions(train.scans)
         targets = [utils.one_hot(train.labels, num_classes), torch.from_numpy(position)[:, None]]
         targets = torch.cat([*targets, principal_components(x)], 1).float()
         encoder = fit_encoder(x, targets, loss, seed=0, apart=1)

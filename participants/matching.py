@@ -3,48 +3,55 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from config import UserError
+from participants.names import keys_in, simplified, spellings
 from participants.tables import Entry, read_table
 
-
-def keys_in(path: Path) -> list[str]:
-    """All parts of a path that could name a scan or a participant, the longest first.
-
-    Plain numbers, which may be dates or counts, and short parts must be a whole file or folder
-    name; BIDS's "sub-" may precede them.
-    """
-    parts = re.split(r"([^A-Za-z0-9]+)", str(path))
-    words = range(0, len(parts), 2)
-    found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
-    whole = {part.removeprefix("sub-") for part in path.parts} | set(path.parts)
-    telling = {key for key in found if len(key) > 3 and not key.isdigit()} | whole
-    return sorted(telling - {""}, key=lambda key: (-len(key), key))
+MAX_LISTED = 5  # names in a hint
+VISIT = re.compile(r"(?:ses|session|visit|timepoint|tp|wave|mr)[-_ ]?(\d+)", re.IGNORECASE)
+DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
 
 
 class EntryFinder:
     """Finds the entry of a table whose scan or participant is named in a path."""
 
-    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
-        """Raises UserError if the table cannot be read, or has two different rows for a scan."""
+    def __init__(
+        self,
+        path: Path,
+        columns: Mapping[str, str],
+        paths: Iterable[Path | str] | None = None,
+        pick: str = "none",
+    ) -> None:
+        """`paths`, if known, are all that will be asked for: they show which columns name scans.
+
+        `pick` is first, last or none: the row that gives the class of a scan whose participant has
+        rows of several classes, if the path shows no visit. Raises UserError if the table cannot
+        be read, or has two different rows for a scan.
+        """
+        self.path, self.pick, self.picked = path, pick, 0
+        names = None if paths is None else {key for path in paths for key in keys_in(path)}
         self.scans: dict[str, Entry] = {}
         self.participants: dict[str, list[Entry]] = defaultdict(list)
-        for entry in read_table(path, columns):
-            prefixes = ("", "I") if entry.scan.isdigit() else ("",)  # ADNI's file names have an I
-            for prefix in prefixes if entry.scan else ():
-                if self.scans.setdefault(prefix + entry.scan, entry)[1:3] != entry[1:3]:
+        self.known: dict[str, str] = {}  # names of the table by their simplified form
+        for entry in read_table(path, columns, names):
+            for key in spellings(entry.scan, of_scan=True) if entry.scan else ():
+                if self.scans.setdefault(key, entry)[1:3] != entry[1:3]:
                     raise UserError(f"{path}: {entry.scan} has two rows that differ")
-            self.participants[entry.participant].append(entry)
+            for key in spellings(entry.participant):
+                self.participants[key].append(entry)
+            self.known |= {simplified(name): name for name in entry[:2] if name}
 
     def named_in(self, path: Path | str) -> Entry | None:
         """The entry that a path or a scan's id names, or None.
 
-        If it names a participant but no scan, an age or class that differs between the scans of
-        the participant is unknown. Raises ValueError if it names several participants.
+        If it names a participant but no scan, the row of the visit or date in the path counts.
+        Without those, an age or class that differs between the rows of the participant is unknown,
+        but for a class that `pick` chooses. Raises ValueError if it names several participants.
         """
-        keys = keys_in(Path(path))
+        keys = keys_in(path)
         scans = [self.scans[key] for key in keys if key in self.scans][:1]
         people = [self.participants[key] for key in keys if key in self.participants]
         names = sorted({entry.participant for entry in scans + [rows[0] for rows in people]})
@@ -52,8 +59,45 @@ class EntryFinder:
             raise ValueError(f"names several participants of the table: {', '.join(names)}")
         if scans or not people:
             return scans[0] if scans else None
-        labelled = [row for row in people[0] if row.label] or people[0]
-        first, labels, ages = labelled[0], {r.label for r in labelled}, {r.age for r in labelled}
-        label = first.label if len(labels) == 1 else ""
-        age = first.age if len(ages) == 1 else math.nan
-        return first._replace(scan="", label=label, age=age)
+        rows = rows_of_visit(people[0], str(path)) or people[0]
+        labelled = sorted((r for r in rows if r.label), key=visit_order) or rows
+        labels, ages = {r.label for r in labelled}, {r.age for r in labelled}
+        label = labelled[-1 if self.pick == "last" else 0].label
+        if len(labels) > 1:
+            self.picked += 1
+            label = "" if self.pick == "none" else label
+        age = labelled[0].age if len(ages) == 1 else math.nan
+        return labelled[0]._replace(scan="", label=label, age=age)
+
+    def classes_of(self, participant: str) -> set[str]:
+        """All classes in the rows of a participant."""
+        return {entry.label for entry in self.participants.get(participant, ())} - {""}
+
+    def hint(self, paths: Iterable[Path | str]) -> str:
+        """A question for paths that name no row, if rows have nearly the same names; else ""."""
+        alike = {}
+        for path in paths:
+            for key in keys_in(path):
+                if near := self.known.get(simplified(key)):
+                    alike[key] = near
+                    break
+        chosen = list(alike.items())[:MAX_LISTED]
+        if not chosen:
+            return ""
+        old, new = (", ".join(names) for names in zip(*chosen, strict=True))
+        return f"{self.path}: no row names {old}; did you mean {new}?"
+
+
+def visit_order(row: Entry) -> tuple:
+    """Sorts the rows of a participant by date, or else by age."""
+    return row.date, -math.inf if math.isnan(row.age) else row.age
+
+
+def rows_of_visit(rows: list[Entry], path: str) -> list[Entry]:
+    """The rows whose date, or else whose visit, a path shows; empty if it shows none of them."""
+    dates = {"-".join(found) for found in DATE.findall(path)}
+    visits = {simplified(word) for word in re.split(r"[\W_]+", path) if not word.isdigit()}
+    visits |= {str(int(number)) for number in VISIT.findall(path)}
+    return [r for r in rows if r.date and r.date in dates] or [
+        r for r in rows if r.visit and simplified(r.visit) in visits
+    ]

@@ -1,9 +1,16 @@
-"""Names of scans and participants: what a path tells, and which row of a table it names."""
+"""Names of scans and participants: which parts of a path can name one."""
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 
-# Names of participants in BIDS, ADNI, OASIS-1, and OASIS-2 or 3
-PARTICIPANT = re.compile(r"sub-[A-Za-z0-9]+|\d{3}_S_\d{4,5}|OAS1_\d{4}|OAS[23]_?\d{4}")
+# Names of participants in BIDS, in ADNI and its sister studies, OASIS-1 to -4, AIBL, PPMI, MIRIAD
+PARTICIPANT = re.compile(
+    r"(?<![a-z0-9])sub-[a-z0-9]+|(?<![a-z0-9])\d{1,3}_S_\d{4,5}(?![a-z0-9])"
+    r"|OAS[1-4]_?\d{4}(?!\d)|(?<![a-z0-9])(?:AIBL|PPMI|MIRIAD)_\d+",
+    re.IGNORECASE,
+)
+ADNI = re.compile(r"(?<!\d)(\d{1,3})_?S_?(\d{4,5})(?!\d)", re.IGNORECASE)  # site, number
 
 
 def plain_name(name: str) -> bool:
@@ -19,5 +26,59 @@ def stem(name: str) -> str:
 
 
 def participant_in(name: str) -> str:
-    """The participant in a name of BIDS, ADNI or OASIS; "" if there is none."""
-    return next(iter(PARTICIPANT.findall(name)), "")
+    """The participant in a name of BIDS, ADNI, OASIS, AIBL, PPMI or MIRIAD; "" if none is there."""
+    found = PARTICIPANT.search(name)
+    if found is None:
+        return ""
+    return found[0] if found[0].lower().startswith("sub-") else found[0].upper()
+
+
+def participants_of(scans: Iterable[str]) -> dict[str, str]:
+    """The participant of each scan whose name shows one; none if all scans show the same."""
+    found = {scan: name for scan in scans if (name := participant_in(scan))}
+    return found if len(set(found.values())) > 1 else {}
+
+
+def adni_name(name: str) -> str:
+    """ADNI's own name of a participant, 002_S_0295 for sub-ADNI002S0295; "" if there is none."""
+    found = ADNI.search(name)
+    return f"{found[1]}_S_{found[2]}" if found else ""
+
+
+def roster_name(name: str) -> str:
+    """The roster number (RID) of the ADNI or AIBL participant in a name, as RID 295; "" if none."""
+    found = re.search(r"\d+_?S_?(\d{4,5})(?!\d)|AIBL_?(\d+)", name, re.IGNORECASE)
+    return f"RID {int(found[1] or found[2])}" if found else ""
+
+
+def spellings(name: str, of_scan: bool = False) -> set[str]:
+    """The ways in which a path may write a name of a table, such as 7 for RID 7.
+
+    ADNI's image I123 may be called 123, and the other way round.
+    """
+    found = {stem(name), name.removeprefix("RID "), adni_name(name)}
+    if of_scan and re.fullmatch(r"I?\d+", name):
+        found |= {name.removeprefix("I"), f"I{name.removeprefix('I')}"}
+    return found - {""}
+
+
+def keys_in(path: Path | str) -> list[str]:
+    """All parts of a path that could name a scan or a participant, the longest first.
+
+    Plain numbers, which may be dates or counts, and short parts must be a whole file or folder
+    name; BIDS's "sub-" may precede them.
+    """
+    path = Path(path)
+    parts = re.split(r"([^A-Za-z0-9]+)", str(path))
+    words = range(0, len(parts), 2)
+    found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
+    whole = {part.removeprefix("sub-") for part in path.parts} | set(path.parts)
+    telling = {key for key in found if len(key) > 3 and not key.isdigit()} | whole
+    telling |= {kind(str(path)) for kind in (participant_in, adni_name, roster_name)}
+    return sorted(telling - {""}, key=lambda key: (-len(key), key))
+
+
+def simplified(name: str) -> str:
+    """A name without case, punctuation, BIDS's prefixes and leading zeros, for comparisons."""
+    bare = re.sub(r"^(sub|ses)-", "", name.casefold())
+    return re.sub(r"[\W_]+", "", re.sub(r"(?<!\d)0+(?=\d)", "", bare))

@@ -7,25 +7,33 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from participants.names import participant_in, plain_name, stem
+from participants.names import participant_in, plain_name, spellings, stem
 from utils import first_line, print_once
 
 MANIFEST = "manifest.csv"
-# Column names in lower case without punctuation; the first one that a table has is used
+# Names of columns in lower case without punctuation, as ADNI, AIBL, OASIS and BIDS export them
 COLUMNS = {
-    "scan": ("image data id", "image id", "imageuid", "mri id", "scan id", "scan", "id"),
-    "participant": ("participant id", "subject id", "subject", "ptid", "participant"),
-    "class": ("group", "research group", "dx group", "diagnosis", "dx", "class", "label", "cdr"),
-    "age": ("age", "age at scan", "age years"),
-    "sex": ("sex", "gender", "m f"),
+    "scan": "imagedataid imageid imageuid loniimage mriid mrid mrsessionid mrsession scanid scan "
+    "id",
+    "participant": "participantid subjectid subject ptid oasisid participant patientid patient rid",
+    "class": "group researchgroup dxgroup diagnosis dx dxcurren dxbl dx1 class label cdr cdglobal "
+    "cdrtot",
+    "age": "age ageatscan ageatvisit ageyears ageatentry",
+    "sex": "sex gender ptgender mf",
+    "visit": "visit viscode sessionid session timepoint",
+    "date": "acqdate scandate studydate examdate visitdate date",
 }
+RATINGS = ("cdr", "cdglobal", "cdrtot")  # clinical dementia rating: 0 is NC, more is AD
 RENAMED = {"CN": "NC", "Control": "NC"}  # ADNI's slices are usually shared with the class name NC
+MISSING = ("", "n/a", "na", "nan", "none", "null", "-", ".", "?", "#n/a", "-4")  # -4: in ADNI
 MAX_TABLE = 200_000_000  # bytes
+MAX_AGE = 130  # years
 
 
 class Entry(NamedTuple):
@@ -36,9 +44,26 @@ class Entry(NamedTuple):
     label: str  # class, "" if unknown
     age: float  # years, NaN if unknown
     sex: str  # F, M or ""
+    visit: str = ""
+    date: str = ""  # YYYY-MM-DD
 
 
-def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+# Files
+
+
+def decode_text(content: bytes) -> str:
+    """Text in the encodings and with the line ends that spreadsheet programs write."""
+    utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    for encoding in ("utf-16",) if utf_16 else ("utf-8-sig", "cp1252"):
+        try:
+            text = content.decode(encoding)
+            break
+        except UnicodeDecodeError:
+            text = content.decode("latin-1")  # never fails
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a CSV or TSV, cells stripped. Raises UserError naming the file."""
     try:
         if path.stat().st_size > MAX_TABLE:
@@ -48,12 +73,11 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if content[:2] == b"PK" or content[:4] == b"\xd0\xcf\x11\xe0":
         raise UserError(f"{path} is an Excel or OpenDocument file: save it as CSV")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")  # the encoding of older programs
+    text = decode_text(content)
+    told = re.match(r'"?sep=(.)"?\n', text)  # a first line that Excel writes
+    text = text[told.end() :] if told else text
     first = text.partition("\n")[0]
-    delimiter = max("\t,;", key=first.count)
+    delimiter = told[1] if told else max("\t,;|", key=first.count)
     try:
         lines = list(csv.reader(io.StringIO(text), delimiter=delimiter))
     except csv.Error as error:
@@ -61,66 +85,191 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     lines = [[cell.strip() for cell in line] for line in lines if any(map(str.strip, line))]
     if len(lines) < 2:
         raise UserError(f"{path} holds no row")
-    header = lines[0]
-    for number, line in enumerate(lines[1:], 2):
-        if len(line) != len(header):
-            raise UserError(f"{path}: row {number} has {len(line)} cells, the header {len(header)}")
-    return header, [dict(zip(header, line, strict=True)) for line in lines[1:]]
+    header, *rows = lines
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise UserError(f"{path}: row {number} has {len(row)} cells, the header {len(header)}")
+    return header, rows
 
 
-def choose_columns(path: Path, header: list[str], given: Mapping[str, str]) -> dict[str, str]:
-    """The column of each part of an entry. Raises UserError if a column is missing or unknown."""
-    plain = {re.sub(r"[^a-z0-9]+", " ", name.lower()).strip(): name for name in header}
-    known = {what: [plain[n] for n in names if n in plain] for what, names in COLUMNS.items()}
-    found = {what: names[0] for what, names in known.items() if names}
+# Cells
+
+
+def plain_column(name: str) -> str:
+    """A column's name in lower case without spaces and punctuation."""
+    return re.sub(r"[\W_]+", "", name.lower())
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell holds nothing, or a word for nothing."""
+    return cell.lower() in MISSING
+
+
+def class_of(value: str, column: str) -> str:
+    """The class of a cell, "" if none; a clinical dementia rating is NC if 0 and AD if higher."""
+    if is_missing(value):
+        return ""
+    if plain_column(column) not in RATINGS:
+        return RENAMED.get(value, value)
+    rating = finite_number(value)
+    return "" if not rating >= 0 else "NC" if rating == 0 else "AD"
+
+
+def age_of(value: str) -> float:
+    """Years in a cell, such as 71.5 or DICOM's 071Y; NaN if it holds no age."""
+    age = finite_number(value.rstrip("Yy"))
+    return age if 0 < age < MAX_AGE else math.nan
+
+
+def sex_of(value: str, column: str) -> str:
+    """F, M or "". ADNI's and AIBL's column PTGENDER has 1 for men and 2 for women."""
+    if plain_column(column) == "ptgender":
+        value = {"1": "M", "2": "F"}.get(value, value)
+    sex = value[:1].upper()
+    return sex if sex in ("F", "M") else ""
+
+
+def date_of(value: str) -> str:
+    """A date as YYYY-MM-DD, "" if there is none; ADNI writes 10/12/2005 for the 12th of October."""
+    if found := re.match(r"(\d{4})-(\d{1,2})-(\d{1,2})", value):
+        year, month, day = found.groups()
+    elif found := re.match(r"(\d{1,2})/(\d{1,2})/(\d{4})", value):
+        month, day, year = found.groups()
+    else:
+        return ""
+    return f"{year}-{int(month):02}-{int(day):02}"
+
+
+def participant_of(value: str, column: str) -> str:
+    """The participant in a cell, "" if none; ADNI's and AIBL's roster number 3 is RID 3."""
+    roster = plain_column(column) == "rid" and value.isdigit()
+    return "" if is_missing(value) else f"RID {int(value)}" if roster else value
+
+
+def named_by(value: str, column: str) -> set[str]:
+    """All ways in which a path may name the scan or participant in a cell."""
+    return spellings(participant_of(value, column), of_scan=True)
+
+
+def counts_rows(cells: Sequence[str]) -> bool:
+    """Whether a column holds the numbers of the rows, from 0 or 1 on."""
+    return cells in [tuple(map(str, range(first, first + len(cells)))) for first in (0, 1)]
+
+
+# Entries
+
+
+def choose_columns(
+    path: Path,
+    header: list[str],
+    cells: Mapping[str, Sequence[str]],
+    given: Mapping[str, str],
+    names: set[str] | None,
+) -> dict[str, str]:
+    """The column of each part of an entry: that of `given`, else the first known and filled one.
+
+    Raises UserError if a column is unknown, missing or there twice.
+    """
+    known = {}
+    for what, plain in COLUMNS.items():
+        fitting = [c for name in plain.split() for c in header if plain_column(c) == name]
+        known[what] = [c for c in fitting if not all(map(is_missing, cells[c]))] or fitting
+    choose_names(path, known, cells, given, names)
     for what, name in given.items():
         if what not in COLUMNS:
             raise UserError(f"columns: no {what!r}; there are {', '.join(COLUMNS)}")
-        if name not in header:
+        if name and name not in header:
             raise UserError(f"{path} has no column {name!r}; it has {', '.join(header)}")
-        found[what] = name
+        known[what] = [name] if name else []
+    found = {what: chosen[0] for what, chosen in known.items() if chosen}
+    for what, name in found.items():
+        alike = [c for c in header if plain_column(c) == plain_column(name)]
+        if header.count(name) > 1:
+            raise UserError(f"{path} has several columns {name}: rename all but one")
+        if len(alike) > 1 and what not in given:
+            text = f"columns {' and '.join(alike)} may both be the {what}"
+            raise UserError(f"{path}: {text}; add --columns {what} NAME")
     if not {"scan", "participant"} & found.keys():
         raise UserError(f"{path}: no column names scans or participants; add --columns scan NAME")
     return found
 
 
-def class_of(value: str, column: str) -> str:
-    """The class of a cell; a clinical dementia rating (CDR) is NC if 0 and AD if higher."""
-    if column.lower() != "cdr":
-        return RENAMED.get(value, value)
-    rating = finite_number(value)
-    return "" if math.isnan(rating) else "NC" if rating == 0 else "AD"
+def choose_names(
+    path: Path,
+    known: dict[str, list[str]],
+    cells: Mapping[str, Sequence[str]],
+    given: Mapping[str, str],
+    names: set[str] | None,
+) -> None:
+    """Leave only those columns of scans and participants in `known` that name one of `names`.
+
+    A column `id` whose values repeat holds participants. Numbers of rows are no scans if another
+    column names participants.
+    """
+    scans, people = known["scan"], known["participant"]
+    people += [c for c in scans if plain_column(c) == "id" and len(set(cells[c])) < len(cells[c])]
+    scans = [c for c in scans if c not in people]
+    if names is not None:
+        named = [c for c in scans + people if any(names & named_by(v, c) for v in cells[c])]
+        people.sort(key=lambda c: c not in named)
+        if people and people[0] in named:
+            named = [c for c in named if not counts_rows(cells[c])]
+        if (useless := [c for c in scans if c not in named]) and "scan" not in given:
+            text = f"column {' and '.join(useless)} names no file, and is not used"
+            print_once(f"note: {path}: {text}")
+        scans = [c for c in scans if c in named]
+    known["scan"] = scans
 
 
-def read_table(path: Path, given: Mapping[str, str]) -> list[Entry]:
+def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = None) -> list[Entry]:
     """The entries of a CSV or TSV that name a scan or a participant.
 
-    `given` names columns that are called otherwise than in `COLUMNS`. Raises UserError if the file
-    is no table, a column is missing, or a class is no plain name.
+    `given` names columns that are called otherwise than in `COLUMNS`; an empty name says that the
+    table has no such column. `names` are the parts of all paths that could name a scan. Raises
+    UserError if the file is no table, a column is missing, or a class is no plain name.
     """
     header, rows = read_rows(path)
-    column = choose_columns(path, header, given)
-    entries = []
-    for row in rows:
-        cell = {what: row[name] for what, name in column.items()}
-        scan, name = stem(cell.get("scan", "")), column.get("class", "")
-        label = class_of(cell.get("class", ""), name)
-        participant = cell.get("participant") or participant_in(scan) or scan
+    cells = dict(zip(header, zip(*rows, strict=True), strict=False))
+    column = choose_columns(path, header, cells, given, names)
+    entries, name = [], column.get("class", "")
+    for row in zip(*(cells[c] for c in column.values()), strict=True):
+        cell = defaultdict(str, zip(column, row, strict=True))
+        scan, label = stem(cell["scan"]), class_of(cell["class"], name)
+        if is_missing(scan):
+            scan = ""
         if label and not plain_name(label):
             raise UserError(f"{path}: {label[:40]!r} in column {name!r} is no valid name")
-        if participant:
-            age, sex = finite_number(cell.get("age", "")), cell.get("sex", "")[:1].upper()
-            entries.append(Entry(scan, participant, label, age, sex if sex in "FM" else ""))
+        participant = participant_of(cell["participant"], column.get("participant", ""))
+        if participant := participant or participant_in(scan) or scan:
+            sex = sex_of(cell["sex"], column.get("sex", ""))
+            told = age_of(cell["age"]), sex, cell["visit"], date_of(cell["date"])
+            entries.append(Entry(scan, participant, label, *told))
     print_once(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
-    known = {
+    for what, count in count_known(entries).items():
+        if what in column and (without := len(rows) - count):
+            print_once(f"note: {path}: {without} of {len(rows)} rows have no readable {what}")
+    return agree_on_sex(path, entries)
+
+
+def count_known(entries: list[Entry]) -> dict[str, int]:
+    """How many entries have a class, an age, a sex."""
+    return {
         "class": sum(bool(entry.label) for entry in entries),
         "age": sum(not math.isnan(entry.age) for entry in entries),
         "sex": sum(bool(entry.sex) for entry in entries),
     }
-    for what, count in known.items():
-        if what in column and (without := len(rows) - count):
-            print_once(f"note: {path}: {without} of {len(rows)} rows have no readable {what}")
-    return entries
+
+
+def agree_on_sex(path: Path, entries: list[Entry]) -> list[Entry]:
+    """The entries, with the same sex in all rows of a participant; "" if rows contradict."""
+    known = defaultdict(set)
+    for entry in entries:
+        known[entry.participant] |= {entry.sex} - {""}
+    if unclear := sorted(name for name, sexes in known.items() if len(sexes) > 1):
+        text = f"rows of {len(unclear)} participants differ in sex, such as {unclear[0]}"
+        print_once(f"note: {path}: {text}: their sex is unknown")
+    sex = {name: next(iter(sexes)) if len(sexes) == 1 else "" for name, sexes in known.items()}
+    return [entry._replace(sex=sex[entry.participant]) for entry in entries]
 
 
 def finite_number(text: str) -> float:

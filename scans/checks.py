@@ -25,8 +25,7 @@ from torch.nn import functional as F
 import dataset
 import utils
 from config import UserError
-from participants.matching import EntryFinder
-from participants.tables import RENAMED, Entry, read_manifest
+from participants.tables import RENAMED, Entry
 
 SIDE = 96  # pixels of the small pictures whose edges are compared
 HASH_SIDE = 24  # pixels of the still smaller pictures whose grey values are compared
@@ -101,23 +100,9 @@ def read_scan(
 
 def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> CheckedFolder:
     """Read every slice and print a summary. Raises UserError if there is nothing to read."""
-    finder = EntryFinder(table, columns) if table else None
-    classes, splits = dataset.read_splits(root, any_classes=True)
-    entries = dict(read_manifest(root))
-    scans = {file.scan for files in splits.values() for file in files}
-    if finder:
-        found = {scan: entry_of_scan(finder, scan) for scan in scans - entries.keys()}
-        entries |= {scan: entry for scan, entry in found.items() if entry}
-    for files in splits.values():
-        dataset.set_participants(files, entries)
+    classes, splits, entries = dataset.read_splits(root, True, table, columns)
     dataset.describe(root, classes, splits)
-    problems = dataset.shared_participants(splits)
-    if table:
-        known = len(scans & entries.keys())
-        utils.print_once(f"{table} names {known} of {len(scans)} scans")
-        if not known:
-            problems.append(f"{table} names none of the scans: their participants are unknown")
-    problems += wrong_classes(classes, splits, entries)
+    problems = dataset.shared_participants(splits) + wrong_classes(classes, splits, entries)
     of_scans: list[tuple] = []
     for split, files in splits.items():
         of_scans += [([files[i] for i in rows], split) for rows in dataset.rows_by_scan(files)]
@@ -129,15 +114,6 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Chec
     print_kinds(slices, [ranges for _, ranges, _ in read if ranges])
     pictures = np.array([s.picture for s in slices]).reshape(-1, SIDE, SIDE)
     return CheckedFolder(root, classes, slices, pictures, entries, problems)
-
-
-def entry_of_scan(finder: EntryFinder, scan: str) -> Entry | None:
-    """The entry of a scan; ADNI's table writes the id I123 for files that are called 123."""
-    try:
-        entry = finder.named_in(scan)
-        return finder.named_in(f"I{scan}") if entry is None and scan.isdigit() else entry
-    except ValueError:
-        return None
 
 
 def wrong_classes(

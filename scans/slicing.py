@@ -33,10 +33,12 @@ from config import UserError
 from dataset import SPLITS
 from participants.matching import EntryFinder
 from participants.names import participant_in, plain_name, stem
-from participants.tables import MANIFEST, RENAMED, Entry, manifest_rows
+from participants.tables import MANIFEST, RENAMED, Entry, count_known, manifest_rows
 from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
 
 SUFFIXES = (".nii", ".nii.gz")
+UNNAMED = "no row of the table names it"
+MAX_LISTED = 5  # names in a line
 MAX_LETTERS = 80  # of a scan's id
 MANIFEST_SECONDS = 5  # from one writing of the manifest to the next; a kill may cost this much work
 Split = dict[str, str]  # train or test, by participant
@@ -97,9 +99,11 @@ def entry_of_volume(inside: Path, finder: EntryFinder | None) -> Entry:
     if finder:
         entry = finder.named_in(inside.parent / stem(inside.name))
         if entry is None:
-            raise ValueError("no row of the table names it")
+            raise ValueError(UNNAMED)
+        if not entry.label and len(finder.classes_of(entry.participant)) > 1:
+            raise ValueError("rows of its participant differ in class (--unknown-visit)")
         if not entry.label:
-            raise ValueError("its row has no class, or its participant has rows of several classes")
+            raise ValueError("no class in the table")
     elif len(inside.parts) < 2:
         raise ValueError("lies in no class folder, and there is no --table")
     else:
@@ -116,13 +120,17 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
 
     Raises UserError if the table cannot be read, or no volume has one of the wanted classes.
     """
-    finder = EntryFinder(options.table, options.columns) if options.table else None
+    insides = [path.relative_to(options.scans) for path in volumes]
+    finder = None
+    if options.table:
+        names = [inside.parent / stem(inside.name) for inside in insides]
+        finder = EntryFinder(options.table, options.columns, names, options.unknown_visit)
     wanted, labels = set(options.classes or ()), set()
     if finder:
         wanted = {RENAMED.get(name, name) for name in wanted}
     found, stems = [], Counter(stem(path.name) for path in volumes)
-    for path in volumes:
-        inside, name = path.relative_to(options.scans), stem(path.name)
+    for path, inside in zip(volumes, insides, strict=True):
+        name = stem(path.name)
         try:
             entry = entry_of_volume(inside, finder)
         except ValueError as error:
@@ -134,12 +142,27 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
             found.append(Scan(path, id_of(entry.scan or own), entry))
     if missing := sorted(wanted - labels):
         raise UserError(f"classes: no {', '.join(missing)}; there are {', '.join(sorted(labels))}")
+    if finder:
+        print_matches(finder, [scan.entry for scan in found], problems)
     counts = Counter(scan.name for scan in found)
     for scan in found:
         if counts[scan.name] > 1:
             inside = str(scan.path.relative_to(options.scans))
             problems[inside] = f"{counts[scan.name]} volumes would get the id {scan.name}"
     return [scan for scan in found if counts[scan.name] == 1]
+
+
+def print_matches(finder: EntryFinder, entries: list[Entry], problems: Reasons) -> None:
+    """Print what the table says about the scans, and which names it may write in another way."""
+    known = ", ".join(f"{what} of {count}" for what, count in count_known(entries).items())
+    utils.print_once(f"{len(entries)} scans have a row; the table gives the {known}")
+    if finder.picked and finder.pick != "none":
+        text = (
+            f"{finder.picked} scans show no visit: class of their participant's {finder.pick} row"
+        )
+        utils.print_once(text)
+    if hint := finder.hint(name for name, why in problems.items() if why == UNNAMED):
+        utils.print_once(f"note: {hint}")
 
 
 # Splitting
@@ -186,8 +209,8 @@ def one_sided(scans: list[Scan], split: Split) -> list[tuple[str, str]]:
 
 def print_balance(scans: Iterable[Scan], split: Split) -> None:
     """Print participants, mean age and share of women for each class on each side of the split."""
-    people = {s.entry.participant: s.entry for s in scans}
-    for label in sorted({e.label for e in people.values()}):
+    people = {(s.entry.participant, s.entry.label): s.entry for s in scans}
+    for label in sorted({label for _, label in people}):
         for side in SPLITS:
             own = [e for e in people.values() if e.label == label and split[e.participant] == side]
             ages = [e.age for e in own if not math.isnan(e.age)]
@@ -196,6 +219,10 @@ def print_balance(scans: Iterable[Scan], split: Split) -> None:
             if ages:
                 text += f", age {np.mean(ages):.1f} (deviation {np.std(ages):.1f})"
             utils.print_once(text + (f", {np.mean(women):.0%} women" if women else ""))
+    counts = Counter(participant for participant, _ in people)
+    if several := sorted(name for name, count in counts.items() if count > 1):
+        first = ", ".join(several[:MAX_LISTED]) + ", ..." * (len(several) > MAX_LISTED)
+        utils.print_once(f"{len(several)} participants have scans of several classes: {first}")
 
 
 # Writing

@@ -43,7 +43,10 @@ class ImportOptions:
     table: Path | None = None
     """CSV or TSV of scans or participants (ADNI, OASIS, BIDS); None: SCANS/CLASS/ is the class."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Other names of the columns class, age, scan, participant, sex, such as: class DX age AGE."""
+    """Other names of the columns class, age, scan, participant, sex, visit, date: class DX age AGE.
+    An empty name says that the table has no such column."""
+    unknown_visit: Literal["none", "first", "last"] = "none"
+    """Row that gives the class where rows of a participant differ and a path shows no visit."""
     classes: tuple[str, ...] | None = None
     """Classes to import; None: all."""
     pattern: str = "*"

@@ -138,6 +138,84 @@ def test_too_few_participants_to_split_name_the_class(tmp_path: Path):
     expect_error(root, "NC: too few participants")
 
 
+SCANS = {  # names of the scans of a person, by study
+    "ADNI": "ADNI_{0:03}_S_{1:04}_MR_MPRAGE_br_raw_2006_{2}_S1_I{0}{1}{2}",
+    "OASIS-1": "OAS1_{1:04}_MR{2}",
+    "OASIS-2": "OAS2_{1:04}_MR{2}",
+    "OASIS-3": "OAS3{1:04}_MR_d0{2}00",
+    "BIDS": "sub-{1:02}_ses-{2}_T1w",
+}
+
+
+def write_people(root: Path, name: str, people: int = 12, visits: int = 2) -> Path:
+    """So many scans of each person, one slice each; the class may change from scan to scan."""
+    rng = np.random.default_rng(0)
+    for label in ("AD", "NC"):
+        (root / label).mkdir(parents=True)
+    for person in range(people):
+        for visit in range(visits):
+            folder = root / ("AD" if rng.random() < 0.3 + 0.4 * (person % 2) else "NC")
+            path = folder / f"{name.format(person % 7, person, visit)}_80.png"
+            Image.fromarray(rng.integers(0, 255, (16, 16), np.uint8)).save(path)
+    return root
+
+
+@pytest.mark.parametrize("study", SCANS)
+def test_scans_of_a_person_are_on_one_side_of_the_split(tmp_path: Path, study, capsys):
+    _, splits = find_slices(write_people(tmp_path / "flat", SCANS[study]))
+    people = {k: {f.participant for f in files} for k, files in splits.items()}
+    assert len(people["train"] | people["test"]) == 12 and not people["train"] & people["test"]
+    assert min(map(len, people.values())) >= 2
+    assert "24 scans are of 12 participants by their names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("study", SCANS)
+def test_a_test_set_with_scans_of_training_people_is_refused(tmp_path: Path, study):
+    for split in ("train", "test"):
+        write_people(tmp_path / "ours" / split, SCANS[study])
+    with pytest.raises(UserError, match=r"12 participant\(s\) on both sides of the split: "):
+        find_slices(tmp_path / "ours")
+
+
+def test_a_table_overrules_names_and_a_manifest_too(tmp_path: Path, config: Config, capsys):
+    root = write_people(tmp_path / "flat", "OAS1_{1:04}_MR{2}")
+    table = tmp_path / "table.csv"  # two ids of OASIS are one person
+    rows = [f"OAS1_{p:04}_MR{v},P{p // 2}" for p in range(12) for v in range(2)]
+    table.write_text("\n".join(["MRI ID,Subject", *rows]) + "\n")
+    splits, _ = load_slices(replace(config, data_root=root, table=table))
+    people = {k: set(part.participants) for k, part in splits.items()}
+    assert people["train"] | people["test"] == {f"P{i}" for i in range(6)}
+    assert not people["train"] & people["test"]
+    assert "names 24 of 24 scans" in capsys.readouterr().out
+    (root / "participants.csv").write_text(table.read_text())
+    found = [
+        set(part.participants) for part in load_slices(replace(config, data_root=root))[0].values()
+    ]
+    assert set.union(*found) == {f"P{i}" for i in range(6)}
+    assert "unused" not in capsys.readouterr().out
+    (root / "manifest.csv").write_text("id,participant,class\nOAS1_0000_MR0,Q,AD\n")
+    assert "Q" in {f.participant for part in find_slices(root)[1].values() for f in part}
+    assert "Q" not in {
+        f.participant for part in find_slices(root, False, table)[1].values() for f in part
+    }
+    table.write_text("subject,sex\nsomeone,F\n")
+    with pytest.raises(UserError, match="table.csv names none of the scans"):
+        load_slices(replace(config, data_root=root, table=table))
+
+
+def test_the_encoder_s_positions_are_those_of_scans_not_of_people(tmp_path: Path, config: Config):
+    root = tmp_path / "flat"
+    for person in range(6):
+        for visit in range(2):
+            for i in range(3):
+                path = root / ("AD", "NC")[person % 2] / f"sub-{person}_ses-{visit}_{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (16, 16), 20 * i + person).save(path)
+    train = load_slices(replace(config, data_root=root))[0]["train"]
+    assert len(set(train.participants)) * 2 == len(set(train.scans))
+    assert dataset.find_positions(train.scans).tolist() == [0, 0.5, 1] * (len(train.labels) // 3)
+
+
 def test_files_that_are_each_a_participant_of_their_own_are_pointed_out(
     tmp_path: Path, config, capsys
 ):

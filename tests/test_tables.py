@@ -7,7 +7,7 @@ import pytest
 
 from config import UserError
 from participants.matching import EntryFinder
-from participants.names import plain_name
+from participants.names import participant_in, participants_of, plain_name, simplified
 from participants.tables import class_of, read_manifest, read_table
 
 ADNI = """"Image Data ID","Subject","Group","Sex","Age","Visit","Modality","Description"
@@ -31,7 +31,7 @@ def write(folder: Path, text: str | bytes, name: str = "table.csv") -> Path:
 
 def test_adni_s_own_export_is_read(tmp_path: Path):
     entries = read_table(write(tmp_path, ADNI), {})
-    assert entries[0] == ("I45108", "002_S_0295", "NC", 84.0, "M")
+    assert entries[0] == ("I45108", "002_S_0295", "NC", 84.0, "M", "sc", "")
     assert [e.scan for e in entries[1:]] == ["I45112", "I45113"]
 
 
@@ -47,7 +47,7 @@ def test_oasis_is_read_by_its_rating(tmp_path: Path, capsys):
 
 def test_bids_is_read(tmp_path: Path):
     first, second = read_table(write(tmp_path, BIDS, "participants.tsv"), {})
-    assert first == ("", "sub-01", "AD", 70.5, "F")
+    assert first[:5] == ("", "sub-01", "AD", 70.5, "F")
     assert second[1:3] == ("sub-02", "NC") and math.isnan(second.age) and second.sex == "M"
 
 
@@ -115,8 +115,9 @@ def test_a_participant_of_two_classes_has_none(tmp_path: Path):
 def test_a_number_in_a_path_is_no_participant(tmp_path: Path):
     rids = write(tmp_path, "RID,class\n3,AD\n12,NC\n500,NC\n")
     finder = EntryFinder(rids, {"participant": "RID"})
-    assert finder.named_in("011_S_0003/MPRAGE/2005-10-12_10_12_00.0/I500_2") is None
-    assert finder.named_in("12/scan").participant == "12"
+    assert finder.named_in("011_S_0004/MPRAGE/2005-10-12_10_12_00.0/I500_2") is None
+    assert finder.named_in("011_S_0003/MPRAGE/I500_2").participant == "RID 3"
+    assert finder.named_in("12/scan").participant == "RID 12"
     bids = write(tmp_path, "subject,class\n01,AD\n02,NC\n")
     finder = EntryFinder(bids, {})
     assert finder.named_in("sub-01/ses-02/anat/sub-01_ses-02_T1w").participant == "01"
@@ -155,6 +156,195 @@ def test_what_is_not_understood_is_said(tmp_path: Path, capsys):
 def test_two_rows_that_differ_are_an_error(tmp_path: Path):
     with pytest.raises(UserError, match="I45108 has two rows that differ"):
         EntryFinder(write(tmp_path, ADNI + '"I45108","x","AD","F","1","","",""\n'), {})
+
+
+STUDIES = {  # tables as the studies export them, a path of a scan, and what is to be read
+    "ADNI's search": (
+        "Image Data ID,Subject,Group,Sex,Age,Visit,Modality,Description,Acq Date\n"
+        "I12345,002_S_0295,CN,M,84,sc,MRI,MP-RAGE,4/18/2006\n",
+        "002_S_0295/ADNI_002_S_0295_MR_MP-RAGE_br_raw_20060418193713091_1_S13408_I12345",
+        ("NC", 84, "M"),
+    ),
+    "ADNI's images without the letter": (
+        "Image Data ID,Subject,Group,Sex,Age\nI12345,002_S_0295,CN,M,84\n", "12345",
+        ("NC", 84, "M"),
+    ),
+    "ADNIMERGE": (
+        "RID,PTID,VISCODE,EXAMDATE,DX_bl,AGE,PTGENDER,IMAGEUID,DX\n"
+        "295,002_S_0295,bl,2006-04-18,CN,84.8,Male,45108,CN\n"
+        "295,002_S_0295,m48,2010-05-06,CN,84.8,Male,,Dementia\n",
+        "002_S_0295/MPRAGE/2010-05-06_08_11_12.0/I174600/x", ("Dementia", 84.8, "M"),
+    ),
+    "ADNI's diagnoses, by roster number": (
+        "Phase,RID,VISCODE,DXCURREN\nADNI1,295,m06,1\nADNI1,3,bl,3\n",
+        "011_S_0003/MPRAGE/2005-09-12/I8801/x", ("3", None, ""),
+    ),
+    "ADNI's demographics": (
+        "RID,PTGENDER,PTMARRY\n295,1,1\n3,2,1\n", "011_S_0003/I8801", ("", None, "F")
+    ),
+    "AIBL": (
+        "RID,SITEID,VISCODE,DXCURREN\n12,2,bl,1\n13,2,bl,3\n",
+        "AIBL_13_MR_MPRAGE_br_raw_20090101_1_S2_I77", ("3", None, ""),
+    ),
+    "OASIS-1": (
+        "ID,M/F,Hand,Age,Educ,SES,MMSE,CDR,eTIV\nOAS1_0002_MR1,F,R,55,4,1,29,0,1147\n"
+        "OAS1_0003_MR1,M,R,73,4,3,27,0.5,1454\n",
+        "OAS1_0003_MR1/PROCESSED/OAS1_0003_MR1_mpr_n4_anon_111_t88_gfc", ("AD", 73, "M"),
+    ),
+    "OASIS-2": (
+        "Subject ID,MRI ID,Group,Visit,MR Delay,M/F,Hand,Age,EDUC,SES,MMSE,CDR\n"
+        "OAS2_0009,OAS2_0009_MR1,Demented,1,0,M,R,68,12,2,27,0.5\n"
+        "OAS2_0009,OAS2_0009_MR2,Converted,2,576,M,R,69,12,2,27,0.5\n",
+        "OAS2_0009_MR2/RAW/mpr-1.nifti", ("Converted", 69, "M"),
+    ),
+    "OASIS-3's sessions": (
+        "MR ID,Subject,M/F,Age,Scans\nOAS30001_MR_d0129,OAS30001,F,65,T1w\n"
+        "OAS30001_MR_d0757,OAS30001,F,67,T1w\n",
+        "OAS30001_MR_d0757/anat2/NIFTI/sub-OAS30001_ses-d0757_T1w", ("", 67, "F"),
+    ),
+    "OASIS-3's diagnoses": (
+        "OASISID,OASIS_session_label,days_to_visit,age at visit,CDRTOT,dx1\n"
+        "OAS30001,OAS30001_UDSb4_d0000,0,65.1,0,Cognitively normal\n"
+        "OAS30002,OAS30002_UDSb4_d0000,0,67.2,0.5,AD Dementia\n",
+        "OAS30002_MR_d0653/x", ("AD Dementia", 67.2, ""),
+    ),
+    "Clinica's BIDS of ADNI": (
+        "participant_id\tsession_id\tdiagnosis\tage\tsex\n"
+        "sub-ADNI002S0295\tses-M000\tCN\t84.8\tM\nsub-ADNI002S0295\tses-M048\tMCI\t88.8\tM\n",
+        "sub-ADNI002S0295/ses-M048/anat/sub-ADNI002S0295_ses-M048_T1w", ("MCI", 88.8, "M"),
+    ),
+    "ADNI's table, Clinica's paths": (
+        "Subject,Group,Sex\n002_S_0295,CN,M\n", "sub-ADNI002S0295/ses-M000/x", ("NC", None, "M")
+    ),
+    "BIDS in a spreadsheet's case": (
+        "Participant ID;Dx Group;Age At Scan;SEX\nsub-01;AD;071Y;Female\nsub-02;n/a;150;x\n",
+        "sub-01/anat/sub-01_T1w", ("AD", 71, "F"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_table_is_read_as_its_study_exports_it(tmp_path: Path, name):
+    text, path, (label, age, sex) = STUDIES[name]
+    other = "elsewhere/nobody_I1"
+    entry = EntryFinder(write(tmp_path, text), {}, [path, other]).named_in(path)
+    assert (entry.label, entry.sex) == (label, sex)
+    assert math.isnan(entry.age) if age is None else entry.age == age
+    assert EntryFinder(write(tmp_path, text), {}, [path, other]).named_in(other) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "participant"),
+    [
+        ("OAS1_0001_MR1", "OAS1_0001"), ("oas2_0002_mr2", "OAS2_0002"),
+        ("OAS30003_MR_d0129", "OAS30003"), ("ADNI_002_S_0295_MR_x_I12", "002_S_0295"),
+        ("sub-01_ses-02_T1w", "sub-01"), ("AD-sub-7_x", "sub-7"), ("NIFD_1_S_0012_MR", "1_S_0012"),
+        ("AIBL_12_MR_1", "AIBL_12"), ("miriad_188_AD_M_01_MR_1", "MIRIAD_188"),
+        ("1003730", ""), ("substance_1", ""), ("S_1234", ""), ("I45108", ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_a_participant_is_read_from_a_name(name, participant):
+    assert participant_in(name) == participant
+
+
+def test_a_word_that_all_scans_share_is_no_participant():
+    assert participants_of(["sub-study_1", "sub-study_2"]) == {}
+    assert len(participants_of(["sub-1_1", "sub-1_2", "sub-2_1", "x"])) == 3
+
+
+VISITS = (
+    "subject,visit,date,dx\np100,bl,1/2/2010,CN\np100,m06,7/9/2010,MCI\np100,m24,2012-03-04,AD\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "none", "first", "last"),
+    [
+        ("p100/m06/x", "MCI", "MCI", "MCI"), ("p100/ses-M006/x", "MCI", "MCI", "MCI"),
+        ("p100/2012-03-04_11_12_13.0/x", "AD", "AD", "AD"), ("p100_20100102_x", "NC", "NC", "NC"),
+        ("p100/m60/x", "", "NC", "AD"), ("p100/x", "", "NC", "AD"),
+    ],
+)  # fmt: skip
+def test_the_class_is_that_of_the_visit_that_a_path_shows(tmp_path: Path, path, none, first, last):
+    for text in (VISITS, "\n".join([VISITS.split()[0], *VISITS.split()[:0:-1]])):  # in any order
+        table = write(tmp_path, text)
+        for pick, label in (("none", none), ("first", first), ("last", last)):
+            assert EntryFinder(table, {}, [path], pick).named_in(path).label == label
+
+
+def test_numbers_of_visits_need_their_word(tmp_path: Path):
+    table = write(tmp_path, "subject,visit,dx\np100,1,CN\np100,2,AD\n")
+    paths = ["p100/ses-02/x", "p100_visit1", "p100/2/x"]
+    finder = EntryFinder(table, {}, paths)
+    assert [finder.named_in(path).label for path in paths] == ["AD", "NC", ""]
+
+
+def test_rows_of_a_participant_agree_on_sex(tmp_path: Path, capsys):
+    table = write(tmp_path, "subject,visit,sex\na1,1,F\na1,2,\nb1,1,F\nb1,2,M\n")
+    assert [e.sex for e in read_table(table, {})] == ["F", "F", "", ""]
+    assert "rows of 1 participants differ in sex, such as b1" in capsys.readouterr().out
+
+
+def test_an_id_that_repeats_is_the_participant(tmp_path: Path):
+    table = write(tmp_path, "id,visit,dx\np100,bl,CN\np100,m12,AD\np200,bl,CN\n")
+    paths = ["p100/m12/x", "p200/x"]
+    finder = EntryFinder(table, {}, paths)
+    assert [finder.named_in(path)[1:3] for path in paths] == [("p100", "AD"), ("p200", "NC")]
+
+
+def test_numbers_of_rows_are_no_scans(tmp_path: Path, capsys):
+    table = write(tmp_path, "id,subject,dx\n1,sub-02,AD\n2,sub-01,CN\n3,sub-03,CN\n")
+    finder = EntryFinder(table, {}, ["sub-01/x", "sub-02/x"])
+    assert finder.named_in("sub-01/x").label == "NC"
+    assert "column id names no file, and is not used" in capsys.readouterr().out
+    table = write(tmp_path, "scan,subject,dx\nz9,p100,AD\nz8,p200,CN\n")
+    assert EntryFinder(table, {}, ["p200/x"]).named_in("p200/x").label == "NC"
+    assert "column scan names no file" in capsys.readouterr().out
+    finder = EntryFinder(table, {"scan": ""}, ["p200/z9"])
+    assert finder.named_in("p200/z9").label == "NC"  # as told: there is no column of scans
+
+
+def test_nearly_the_same_names_are_shown(tmp_path: Path):
+    finder = EntryFinder(write(tmp_path, "subject,dx\n7,AD\nPat_12,CN\n"), {}, ["007", "x"])
+    assert finder.hint(["007", "pat-12/a", "x"]).endswith(
+        "no row names 007, pat-12; did you mean 7, Pat_12?"
+    )
+    assert finder.hint(["x", "70"]) == ""
+    assert simplified("sub-0100") == "100" and simplified("002_S_0295") == "2s295"
+
+
+@pytest.mark.parametrize("cell", ["n/a", "", "NA", "NaN", "#N/A", "-4", "None"])
+def test_a_class_that_is_missing_is_none(tmp_path: Path, cell):
+    table = write(tmp_path, f"subject,dx,age\np1,{cell},-4\np2,AD,70\n")
+    first, second = read_table(table, {})
+    assert first.label == "" and math.isnan(first.age) and second.label == "AD"
+
+
+def test_a_column_that_stands_twice_is_named(tmp_path: Path):
+    table = write(tmp_path, "subject,dx,dx\np1,AD,CN\n")
+    with pytest.raises(UserError, match="table.csv has several columns dx: rename all but one"):
+        read_table(table, {})
+    table = write(tmp_path, "subject,DX,dx\np1,AD,CN\n")
+    with pytest.raises(UserError, match="DX and dx may both be the class; add --columns class"):
+        read_table(table, {})
+    assert read_table(table, {"class": "dx"})[0].label == "NC"
+    table = write(tmp_path, "subject,dx,x,x\np1,AD,1,2\n")
+    assert read_table(table, {})[0].label == "AD"  # the repeated one is not used
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "subject,class\rm\xfcller,AD\rb,NC\r".encode("cp1252"),
+        "subject,class\r\nm\xfcller,AD\r\nb,NC".encode("utf-8-sig"),
+        "subject\tclass\nm\xfcller\tAD\nb\tNC\n".encode("utf-16"),
+        "sep=;\nsubject;class\nm\xfcller;AD\nb;NC\n".encode("cp1252"),
+        'subject|class\n"m\xfcller"|"AD"\nb|NC\n'.encode(),
+    ],
+)
+def test_every_encoding_and_line_end_of_spreadsheets_is_read(tmp_path: Path, content):
+    entries = read_table(write(tmp_path, content), {})
+    assert [(e.participant, e.label) for e in entries] == [("m\xfcller", "AD"), ("b", "NC")]
 
 
 def test_a_rating_is_a_class_only_in_its_own_column():

@@ -19,10 +19,10 @@ from modules import Generator
 RUNS = Path("runs")
 MAX_CONFIG = 1_000_000  # bytes of config.json
 DEMO_GENERATOR = Path(__file__).parents[1] / "assets" / "demo_generator"
-PATHS = ("data_root", "out", "cache", "init_from")  # settings that are paths
+PATHS = ("data_root", "table", "out", "cache", "init_from")  # settings that are paths
 # A resumed run may change these settings: they do not decide what it learns
 FREE_TO_CHANGE = (
-    "epochs", "out", "cache", "data_root", "device", "num_workers", "precision", "compile",
+    "epochs", "out", "cache", "data_root", "table", "device", "num_workers", "precision", "compile",
     "snapshot_epochs", "checkpoint_kimg", "fid_kimg", "any_classes",
 )  # fmt: skip
 NETWORK = (  # settings that decide the names and shapes of the weights
