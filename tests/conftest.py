@@ -336,7 +336,8 @@ def make_slices(n: int = 80, per_id: int = 4, size: int = 16, seed: int = 0) -> 
     images = base + rng.normal(0, 10, (n, size, size)) * (radius < 0.4)
     images -= 60 * (labels == 0)[:, None, None] * (radius < 0.15)
     participants = np.array([f"{seed}-{name}" for name in ids(n, per_id)])
-    return Slices(images.clip(0, 255).astype(np.uint8), labels, participants, ["AD", "NC"])
+    images = images.clip(0, 255).astype(np.uint8)
+    return Slices(images, labels, participants, ["AD", "NC"], scans=participants)
 
 
 def fixed_generator(config: Config, **parts) -> Generator:

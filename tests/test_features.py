@@ -153,7 +153,7 @@ def test_the_encoder_tells_position(demo):
     splits, encoder, _ = demo
     with torch.no_grad():
         outputs = encoder(averaged(splits["test"].images) / 127.5 - 1).numpy()
-    positions = dataset.find_positions(splits["test"].participants)
+    positions = dataset.find_positions(splits["test"].scans)
     assert np.corrcoef(outputs[:, 2], positions)[0, 1] > 0.8
 
 
