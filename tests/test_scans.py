@@ -215,6 +215,74 @@ def test_classes_may_be_called_as_in_the_table(options: ImportOptions, capsys):
         import_scans(replace(options, classes=("AD", "MCI"), out=options.out.with_name("b")))
 
 
+def write_visits(root: Path, people: int = 6) -> Path:
+    """Two volumes of each person, named as ADNI does; the last person is MCI first, then AD."""
+    values, affine = head()
+    lines = ["Image Data ID,Subject,Group,Sex,Age,Visit"]
+    for i in range(people):
+        for visit, name in enumerate(("bl", "m12")):
+            person, image = f"{i:03}_S_10{i:02}", f"I{7000 + 10 * i + visit}"
+            write(
+                root / person / f"MPRAGE/{name}" / f"ADNI_{person}_MR_{image}.nii",
+                values + i,
+                affine,
+            )
+            label = ("MCI", "AD")[visit] if i == people - 1 else ("AD", "CN")[i % 2]
+            lines.append(f"{image},{person},{label},{'FM'[i // 2 % 2]},{60 + i + visit},{name}")
+    (root / "table.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_a_person_whose_class_changes_is_on_one_side_counted_and_named(tmp_path: Path, capsys):
+    root = write_visits(tmp_path / "scans", 8)
+    extra = "I9,900_S_1000,MCI,F,70,bl\nI10,901_S_1001,MCI,M,71,bl\n"
+    (root / "table.csv").write_text((root / "table.csv").read_text() + extra)
+    values, affine = head()
+    for name, person in (("I9", "900_S_1000"), ("I10", "901_S_1001")):
+        write(root / person / f"x_{name}.nii", values, affine)
+    options = ImportOptions(root, tmp_path / "out", root / "table.csv", slices=2, size=64)
+    import_scans(options)
+    out = capsys.readouterr().out
+    assert "18 scans have a row; the table gives the class of 18, age of 18, sex of 18" in out
+    assert "1 participants have scans of several classes: 007_S_1007" in out
+    lines = [line for line in out.splitlines() if "/MCI: " in line]
+    assert sum(int(re.search(r": (\d+) part", line)[1]) for line in lines) == 3
+    rows = manifest(options.out)
+    assert len({row["split"] for row in rows if row["participant"] == "007_S_1007"}) == 1
+
+
+@pytest.mark.parametrize("pick", ["none", "first", "last"])
+def test_a_table_of_visits_without_scans_gives_the_class_of_the_visit(tmp_path: Path, pick, capsys):
+    root = write_visits(tmp_path / "scans")
+    lines = (root / "table.csv").read_text().splitlines()
+    (root / "table.csv").write_text("\n".join(line.split(",", 1)[1] for line in lines) + "\n")
+    path = next(root.glob("005_S_1005/MPRAGE/m12/*.nii"))
+    path.rename(root / "005_S_1005" / "later.nii")  # its path shows no visit
+    options = ImportOptions(
+        root, tmp_path / "out", root / "table.csv", slices=2, size=64, unknown_visit=pick
+    )
+    options = replace(options, classes=("AD", "NC") if pick != "first" else None)
+    if pick == "first":
+        with pytest.raises(UserError, match="class MCI: too few participants"):
+            import_scans(options)
+        return
+    import_scans(options)
+    later = [row["class"] for row in manifest(options.out) if "later" in row["source"]]
+    out = capsys.readouterr().out
+    assert later == {"none": [], "last": ["AD"]}[pick]
+    assert ("rows of its participant differ in class (--unknown-visit)" in out) == (pick == "none")
+    assert ("1 scans show no visit: class of their participant's last row" in out) == (
+        pick == "last"
+    )
+
+
+def test_names_in_another_spelling_are_asked_about(options: ImportOptions, capsys):
+    text = options.table.read_text().replace("I100,000_S_0001", "x1,0_s_1")
+    options.table.write_text(text)
+    import_scans(options)
+    assert "no row names 000_S_0001; did you mean 0_s_1?" in capsys.readouterr().out
+
+
 def test_names_of_any_script_and_length_become_ids_of_scans():
     assert [id_of(n) for n in ("Müller 1", "日本", "a/b", " x.", "sub-01_T1w")] == [
         "Müller-1", "日本", "a-b", "x", "sub-01_T1w",
