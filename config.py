@@ -73,7 +73,7 @@ class Config:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of features of 16 x 16 pixels and more; auto: bfloat16 where it is native and faster."""
     compile: Literal["auto", "on", "graphs", "off"] = "auto"
-    """torch.compile; graphs: with CUDA graphs too; auto: on with CUDA, else off."""
+    """torch.compile; graphs: with CUDA graphs too; auto: beside training with CUDA, else off."""
 
     # Networks
     img_resolution: Literal[16, 32, 64, 128, 256, 512] = 256

@@ -25,7 +25,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from dataset import Slices, load_slices, make_loader, normalize
 from evaluation.features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from training import logs, process, runs
+from training.compiler import CompilerProcesses, most_processes
 from training.diagnosis import diagnose, plot_curves
 from training.recorder import FLUSH_STEPS, Measurements, Recorder
 from utils import first_line, num_ranks, print_once, rank, run_command, stream_seed
@@ -132,16 +133,53 @@ PHASES = (g_main, g_path, d_main, d_r1)
 class Phases:
     """Runs phases, each compiled into a forward and a backward graph or, with mode "off", as it is.
 
-    `mode` is a value of config.compile. Each phase is compiled at its first call. If that fails, a
+    `mode` is a value of config.compile. With "on" and "graphs" each phase is compiled at its first
+    call, with "auto" in processes of their own while it runs uncompiled. If compiling fails, a
     warning says why, once, and all phases run uncompiled from then on.
     """
 
     def __init__(self, mode: str) -> None:
         self.graphs = mode == "graphs"
-        options = {"fullgraph": True, "mode": "reduce-overhead" if self.graphs else None}
-        chosen = () if mode == "off" else PHASES
         self.proven: set[Callable] = set()  # phases that ran once
-        self.compiled = {phase: torch.compile(phase, dynamic=False, **options) for phase in chosen}
+        self.compiled: dict[Callable, Callable] = {}
+        self.beside = mode == "auto"  # compilation beside training has yet to start
+        self.processes: CompilerProcesses | None = None
+        self.compiled_at: dict[str, int] = {}  # from which image on a phase runs compiled
+        for phase in PHASES if mode in ("on", "graphs") else ():
+            self.compile(phase)
+
+    def compile(self, phase: Callable) -> None:
+        """Let the next call of a phase compile it, or find it in the cache."""
+        mode = "reduce-overhead" if self.graphs else None
+        self.compiled[phase] = torch.compile(phase, dynamic=False, fullgraph=True, mode=mode)
+
+    def compile_beside(self, state: "TrainingState") -> None:
+        """After a step in mode "auto": start to compile, or use what has been compiled by now.
+
+        The memory of a GPU may not do for another process; then this process compiles.
+        """
+        if self.beside:
+            self.beside = False
+            if not (most := most_processes(state.device)):
+                for phase in PHASES:
+                    self.compile(phase)
+                return
+            args, names = (state.config, state.G.mapping.c_dim), [p.__name__ for p in PHASES]
+            self.processes = CompilerProcesses(compile_phase, names, args, most)
+            text = f"{min(most, len(names))} processes; training goes on meanwhile"
+            print_once(f"compiling {', '.join(names)} in {text}")
+        ended = self.processes.poll() if self.processes else {}
+        for phase in PHASES:
+            if phase.__name__ in ended:
+                self.compile(phase)
+                text = f"compiled in {ended[phase.__name__]:.0f} s, used from image"
+                print_once(f"{phase.__name__}: {text} {state.cur_nimg:,} on")
+                self.compiled_at[f"{phase.__name__}_compiled_at"] = state.cur_nimg
+
+    def close(self) -> None:
+        """End the processes that still compile."""
+        if self.processes:
+            self.processes.stop()
 
     def __call__(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
         """One update by a phase, on its own random stream. -> statistics, averaged over ranks."""
@@ -159,12 +197,13 @@ class Phases:
 
     def first_call(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
         """`backward` of a phase that is compiled now, which may take minutes. Raises Stopped."""
-        print_once(f"compiling {phase.__name__} ...")
+        told = print_once if self.processes is None else lambda _: None
+        told(f"compiling {phase.__name__} ...")
         started = time.perf_counter()
         try:
             with process.STOP.immediate():
                 stats = self.backward(phase, seed, *args)
-            print_once(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
+            told(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
         except Exception as error:  # the compiler raises many types
             reason = f"{phase.__name__} cannot be compiled: {first_line(error)}"
             print_once(f"warning: training goes on uncompiled, because {reason}")
@@ -182,6 +221,19 @@ class Phases:
         loss, stats = self.compiled.get(phase, phase)(*args)
         loss.backward()
         return {name: value.detach().clone() for name, value in stats.items()}
+
+
+def compile_phase(name: str, config: Config, c_dim: int) -> None:
+    """Compile a phase into the cache of compiled code, in a process of its own, by a step."""
+    device = process.resolve_device(config.device)
+    process.tune(device, config.cache)
+    state = TrainingState(config, c_dim, device)
+    state.phases = Phases("off")
+    state.phases.compile(next(phase for phase in PHASES if phase.__name__ == name))
+    images = torch.zeros(config.batch_size, *[config.img_resolution] * 2, dtype=torch.uint8)
+    labels = torch.eye(max(1, c_dim), c_dim, device=device)
+    c = labels[torch.zeros(config.batch_size, dtype=torch.long, device=device)]
+    train_step(state, normalize(images.to(device)), c, labels)
 
 
 # State
@@ -206,7 +258,9 @@ class TrainingState:
         self.d_opt = lazy_adam(self.D, config.learning_rate, config.r1_interval)
         self.pl_mean = torch.zeros([], device=device)
         self.cur_nimg, self.best_fid = 0, math.inf
-        mode = config.compile.replace("auto", "on" if device.type == "cuda" else "off")
+        mode = config.compile
+        if mode == "auto":  # several ranks compile at the same step, as they wait for each other
+            mode = "off" if device.type != "cuda" else "on" if num_ranks() > 1 else "auto"
         self.phases = Phases(mode)
         print_once(f"computing on {device} in {str(dtype).removeprefix('torch.')}, compile {mode}")
 
@@ -381,7 +435,7 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
     """
     config, last = state.config, epoch == state.config.epochs
     weight = label_weight(config, state.cur_nimg)
-    line = recorder.summary(epoch, state.pl_mean.item())
+    line = recorder.summary(epoch, state.pl_mean.item()) | state.phases.compiled_at
     try:
         with process.STOP.immediate():
             if recorder.measurements is not None and (last or recorder.comes_due(config.fid_kimg)):
@@ -525,11 +579,12 @@ def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -
     loader = make_loader(slices, config, state.cur_nimg, total)
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds between lines; fewer in a log file
     style = {"unit": "img", "mininterval": pace, "smoothing": 0.05, "disable": rank() > 0}
-    with tqdm(total=total, initial=state.cur_nimg, **style) as bar:
+    with tqdm(total=total, initial=state.cur_nimg, **style) as bar, closing(state.phases):
         for real, c in batches(loader, recorder, label_pool):
             epoch = state.cur_nimg // len(slices.images) + 1
             bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)
             stats = train_step(state, real, c, label_pool)
+            state.phases.compile_beside(state)
             bar.update(config.batch_size)
             if rank() == 0 and (newest := end_step(state, recorder, stats)):
                 bar.set_postfix({k: f"{newest[k]:.2f}" for k in ("d_loss", "g_loss")})

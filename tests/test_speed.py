@@ -3,11 +3,14 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +27,8 @@ import train as training
 from config import CPU, GPU, Config
 from modules import Discriminator, Generator
 from train import PHASES, Phases, TrainingState, d_r1, g_main, g_path, train, train_step
+from training import compiler
+from training.compiler import CompilerProcesses
 from training.logs import STATS, read_log
 from training.process import feature_dtype, tune
 from utils import run_command
@@ -181,6 +186,77 @@ def first_call_of_r1(config: Config) -> tuple[list[torch.Tensor], dict[str, int]
     counters = torch._dynamo.utils.counters
     names = {"inductor": "fxgraph_cache_miss", "aot_autograd": "autograd_cache_miss"}
     return gradients, {k: counters[k][name] for k, name in names.items()}
+
+
+def write_name(name: str, folder: Path, seconds: float) -> None:
+    """Stands for a compiler: it ends well, or by an error, or is killed."""
+    (folder / f"{name}.{time.time()}").touch()
+    print("not to be seen")
+    time.sleep(seconds)
+    if name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "broken":
+        raise RuntimeError(name)
+
+
+@pytest.mark.slow
+def test_processes_compile_side_by_side_and_every_end_is_noticed(tmp_path: Path, capfd):
+    names = ["a", "killed", "broken", "b"]
+    processes = CompilerProcesses(write_name, names, (tmp_path, 0.0), most=2)
+    ended: dict[str, float] = {}
+    while len(ended) < len(names):
+        assert len(processes.running) <= 2
+        ended |= processes.poll()
+        time.sleep(0.05)
+    assert ended.keys() == set(names) and len(list(tmp_path.iterdir())) == 4
+    assert processes.poll() == {} and capfd.readouterr() == ("", "")
+    waiting = CompilerProcesses(write_name, names, (tmp_path, 60.0), most=1)
+    ((child, _),) = waiting.running.values()
+    started = time.monotonic()
+    waiting.stop()
+    assert not child.is_alive() and time.monotonic() - started < 5 and waiting.poll() == {}
+
+
+def test_as_many_processes_compile_as_cores_and_memory_allow(monkeypatch):
+    found = []
+    for cores, free in ((1, 80), (2, 80), (16, 80), (16, 20), (16, 5)):
+        monkeypatch.setattr(compiler, "num_cores", lambda c=cores: c)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, f=free: (f * 2**30, 0))
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 8 * 2**30)
+        found.append(compiler.most_processes(torch.device("cuda")))
+    assert found == [1, 1, 8, 2, 0]
+    assert compiler.most_processes(torch.device("cpu")) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_training_goes_on_while_another_process_compiles(
+    config: Config, monkeypatch, capsys, fresh_compiler
+):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(training, "PHASES", (d_r1,))
+    tune(torch.device("cpu"), config.cache)
+    state, real, c = one_block(replace(config, r1_interval=1))
+    plain = phase_gradients(state, real, c, Phases("off").backward, (d_r1,))
+    state.phases = Phases("auto")
+    steps = 0
+    with closing(state.phases):
+        while not state.phases.compiled_at and steps < 100_000:
+            train_step(state, real, c, torch.eye(2))
+            state.phases.compile_beside(state)
+            steps += 1
+    assert steps > 10 and state.phases.compiled_at == {"d_r1_compiled_at": state.cur_nimg}
+    state, real, c = one_block(replace(config, r1_interval=1))
+    phases = Phases("on")
+    found = phase_gradients(state, real, c, phases.backward, (d_r1,))
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    counters = torch._dynamo.utils.counters
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+    assert counters["aot_autograd"]["autograd_cache_miss"] == 0
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    out = capsys.readouterr().out
+    assert "compiling d_r1 in 1 processes; training goes on meanwhile" in out
+    assert f"s, used from image {steps * config.batch_size:,} on" in out
 
 
 def test_a_core_is_left_to_others_unless_the_user_says_how_many(monkeypatch):
