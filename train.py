@@ -603,6 +603,8 @@ def parse_settings(args: list[str] | None = None) -> Config:
     given = early.parse_known_args(args)[0]
     cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
     named = GPU if cuda else CPU
+    if given.device == "auto" and (reason := process.unusable_gpu()):
+        print_once(f"warning: {reason}. Until then the small settings of a CPU apply")
     if unknown := sorted(named.keys() - vars(Config())):
         raise UserError(f"config.py: CPU or GPU names no setting {unknown[0]!r}")
     default = Config(**named)

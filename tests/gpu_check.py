@@ -1,6 +1,6 @@
 """What a GPU that is at hand for minutes can tell: stages, each a process with a hard limit.
 
-    python tests/gpu_check.py                                # five minutes at most
+    python tests/gpu_check.py --data-root AD_NC              # ten minutes at most
     python tests/gpu_check.py --peer stylegan2-ada-pytorch   # a clone of it, measured beside
     TORCHDYNAMO_DISABLE=1 python tests/gpu_check.py --device cpu --resolutions 16  # dry run
 
@@ -26,7 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmark import FORMS, PHASES, Options, matrix_rate, measure_row, our_phases
+from benchmark import FORMS, PHASES, Options, matrix_rate, measure_row, milliseconds, our_phases
 
 from config import GPU, Config
 from training.process import resolve_device, tune
@@ -49,8 +49,14 @@ class Check:
     """Folder of a clone of stylegan2-ada-pytorch."""
     seconds: float = 1.0
     """Least time to measure each phase for."""
-    total: float = 300.0
+    total: float = 600.0
     """Seconds for all stages together."""
+    training: float = 150.0
+    """Seconds of training."""
+    data_root: Path | None = None
+    """Slices to train on; None: demo brains."""
+    run: Path = Path("runs/gpu_check")
+    """Folder of that run."""
     device: str = "cuda"
     """cuda, or cpu for a dry run."""
     out: Path = Path("gpu_check.txt")
@@ -85,15 +91,36 @@ def speed(check: Check, form: str, resolution: int) -> None:
     )
 
 
-def compilation(check: Check, resolution: int) -> None:
-    """Each phase for the first time: it says how long that takes."""
-    started = time.perf_counter()
-    device = resolve_device(check.device)
-    for call in our_phases(
-        check.config(resolution), FORMS["bfloat16 NHWC compiled"], device
-    ).values():
+def compilation(check: Check, phase: str, resolution: int) -> None:
+    """One phase, as it is and compiled: ms, and seconds of its first compiled call."""
+    device, found = resolve_device(check.device), {}
+    for form in ("bfloat16 NHWC", "bfloat16 NHWC compiled"):
+        call = our_phases(check.config(resolution), FORMS[form], device)[phase]
+        started = time.perf_counter()
         call()
-    print(f"all phases: {time.perf_counter() - started:.0f} s")
+        first = time.perf_counter() - started
+        found[form] = milliseconds(call, check.seconds, device, warm_up=1)
+    plain, compiled = found.values()
+    print(f"{phase}: {plain:.1f} ms as it is, {compiled:.1f} ms compiled in {first:.0f} s")
+
+
+def training(check: Check, resolution: int, seconds: float) -> None:
+    """Training on slices, as a user starts it, until SIGTERM; then a grid of samples."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "train.py", "--out", str(check.run), "--device", check.device]
+    command += ["--img-resolution", str(resolution), "--epochs", "1000000", "--num-workers", "0"]
+    for name in ("channel_base", "channel_max", "batch_size"):
+        command += [f"--{name}", str(getattr(check, name))]
+    if check.data_root:
+        command += ["--data-root", str(check.data_root)]
+    trained = subprocess.Popen(command, cwd=root)
+    try:
+        trained.wait(seconds)
+    except subprocess.TimeoutExpired:
+        trained.terminate()
+        trained.wait(60)
+    command = ["predict.py", "--checkpoint", str(check.run), "--figures", "grid"]
+    subprocess.run([sys.executable, *command], cwd=root, check=True)
 
 
 def kernels(check: Check, resolution: int, count: int = 20) -> None:
@@ -124,24 +151,26 @@ class Stage(NamedTuple):
     limit: float
 
 
+# Twice the seconds that compiling a phase for an H200 took with 16 workers, without benchmarks
+LIMITS = {"g_main": 150, "g_path": 190, "d_main": 100, "d_r1": 110}
+
+
 def stages(check: Check) -> dict[str, Stage]:
-    """All stages in the order of their worth."""
+    """All stages in the order of their worth; training gets what is left of the time."""
     last = check.resolutions[-1]
     found = {"card": Stage(card, (), 40)}
-    for form in ("bfloat16 NHWC", "bfloat16 NCHW"):
-        found[f"{form}, {last} pixels"] = Stage(speed, (form, last), 60)
-    for start in ("cold", "warm"):
-        found[f"compilation, {start}"] = Stage(compilation, (last,), 150)
-    for resolution in check.resolutions[::-1]:
-        for form in ("bfloat16 NHWC compiled", "bfloat16 NHWC graphs"):
-            found[f"{form}, {resolution} pixels"] = Stage(speed, (form, resolution), 100)
+    found[f"bfloat16 NHWC, {last} pixels"] = Stage(speed, ("bfloat16 NHWC", last), 60)
+    for phase, limit in LIMITS.items():
+        found[f"{phase}, compiled"] = Stage(compilation, (phase, last), limit)
+    form = "bfloat16 NHWC compiled"
+    found[f"{form}, {last} pixels"] = Stage(speed, (form, last), 100)
+    found["training"] = Stage(training, (last, check.training), check.training + 90)
     found["kernels"] = Stage(kernels, (last,), 60)
     if check.peer is not None:
         for form in ("peer float16", "peer float32"):
             found[f"{form}, {last} pixels"] = Stage(speed, (form, last), 120)
-    for form, resolution in (
-        ("bfloat16 NCHW compiled", last), *(("bfloat16 NHWC", r) for r in check.resolutions[:-1])
-    ):  # fmt: skip
+    others = [("bfloat16 NHWC graphs", last), ("bfloat16 NCHW", last)]
+    for form, resolution in others + [("bfloat16 NHWC", r) for r in check.resolutions[:-1]]:
         found[f"{form}, {resolution} pixels"] = Stage(speed, (form, resolution), 100)
     return found
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ from train import (
     train,
     train_step,
 )
-from training import recorder, runs
+from training import process, recorder, runs
 from training.logs import STATS, read_log, read_losses
 from training.runs import (
     DEMO_GENERATOR,
@@ -632,6 +633,36 @@ def test_batches_need_no_shared_memory(config: Config, monkeypatch):
     monkeypatch.setattr(dataset, "WAIT_SECONDS", 5)
     train(replace(config, num_workers=2, epochs=1))
     assert read_log(config.out)[-1]["nimg"] == 16
+
+
+SMI = """NVIDIA-SMI version  : 535.104.05
+NVML version        : 535.104
+DRIVER version      : 535.104.05
+CUDA Version        : 12.2
+"""
+
+
+@pytest.mark.parametrize("told", [SMI, ""])
+def test_a_gpu_that_this_torch_cannot_use_is_named_with_both_versions(monkeypatch, capsys, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda p, s: [p / "nvidia0"] if "nvidia" in s else glob(p, s))
+    done = subprocess.CompletedProcess([], 0, told)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    text = "(driver 535.104.05, for CUDA up to 12.2)" if told else "(driver unknown, for CUDA up to"
+    assert training.parse_settings([]).img_resolution == CPU["img_resolution"]
+    warned = capsys.readouterr().out
+    assert warned.startswith("warning: this machine has an NVIDIA GPU") and text in warned
+    assert "is built for CUDA 13.0 and cannot use it" in warned and "small settings" in warned
+    with pytest.raises(UserError, match="device = cuda: this machine has an NVIDIA GPU"):
+        process.resolve_device("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    training.parse_settings([])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="device = cuda: torch .* finds none on this machine"):
+        process.resolve_device("cuda")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -113,6 +114,28 @@ def leave() -> None:
         os._exit(0)  # a normal exit would wait for the threads of the compiler
 
 
+def unusable_gpu() -> str:
+    """Why PyTorch cannot use the NVIDIA GPU of this machine; "" if it can, or if there is none."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or hidden or not any(Path("/dev").glob("nvidia[0-9]*")):
+        return ""
+    try:
+        command = ["nvidia-smi", "--version"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        told = ""
+    found = {
+        k.strip().lower(): v.strip() for k, _, v in (s.partition(":") for s in told.split("\n"))
+    }
+    driver, cuda = found.get("driver version", "unknown"), found.get("cuda version", "unknown")
+    needs = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"this machine has an NVIDIA GPU (driver {driver}, for CUDA up to {cuda}), but torch "
+        f"{torch.__version__} is built {needs} and cannot use it: install a torch for that CUDA "
+        "(pytorch.org/get-started), or a newer driver"
+    )
+
+
 def resolve_device(name: str) -> torch.device:
     """The device to compute on; `auto` takes CUDA, then MPS, then the CPU.
 
@@ -122,7 +145,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = next((device for device, found in available.items() if found), "cpu")
     elif not available.get(name, True):
-        raise UserError(f"device = {name}: torch {torch.__version__} finds none on this machine")
+        reason = name == "cuda" and unusable_gpu()
+        reason = reason or f"torch {torch.__version__} finds none on this machine"
+        raise UserError(f"device = {name}: {reason}")
     if name == "cuda" and num_ranks() > 1:
         if "LOCAL_RANK" not in os.environ:
             raise UserError("WORLD_SIZE is set but LOCAL_RANK is not: start with torchrun")
