@@ -21,8 +21,9 @@ def plain_name(name: str) -> bool:
 
 
 def stem(name: str) -> str:
-    """The name of a volume without .nii and .gz."""
-    return re.sub(r"(\.nii)?(\.gz)?$", "", name, flags=re.IGNORECASE)
+    """The name of a volume without .nii.gz or the ending of another format."""
+    endings = r"(\.(nii|hdr|img|mgz|mgh|mnc|par|rec|head|brik))?(\.gz)?$"
+    return re.sub(endings, "", name, flags=re.IGNORECASE)
 
 
 def participant_in(name: str) -> str:

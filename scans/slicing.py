@@ -2,8 +2,15 @@
 
     python prepare.py import SCANS --out AD_NC --table subjects.csv
 
-A volume is a NIfTI file, or a folder of DICOM files if the program dcm2niix is installed, at any
-depth. Its row of the table is the one whose scan, or else whose participant, is part of its path.
+A volume is a file that nibabel opens (NIfTI, Analyze, MGH, MINC, PAR/REC, AFNI), or a folder of
+DICOM files if the program dcm2niix is installed, at any depth, through links too. Where a name
+tells a contrast by a BIDS suffix, such as _FLAIR, or a word, such as MPRAGE, only --contrast is
+taken; names that tell nothing are kept. Left out are the folders sourcedata, derivatives, code and
+fmap, phase images, masks, segmentations, and what SPM, CAT12, FSL and FreeSurfer make of a scan. Of
+a DICOM folder with several series one must be the scan. What is left out is counted by reason;
+OUT/left_out.csv lists it.
+
+The row of the table is the one whose scan, or else whose participant, is part of a volume's path.
 Plain numbers count only if they are a whole file or folder name, since others may be dates. Without
 a table the class is the first folder, SCANS/CLASS/..., and the participant is a name such as
 sub-01, 002_S_0295 or OAS1_0001 in the path, else the next folder, else the file name. The class CN
@@ -21,7 +28,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -34,19 +40,19 @@ from dataset import SPLITS
 from participants.matching import EntryFinder
 from participants.names import participant_in, plain_name, stem
 from participants.tables import MANIFEST, RENAMED, Entry, count_known, manifest_rows
+from scans.finding import Reasons, find_volumes
 from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
 
-SUFFIXES = (".nii", ".nii.gz")
 UNNAMED = "no row of the table names it"
-MAX_LISTED = 5  # names in a line
+LEFT_OUT = "left_out.csv"
 MAX_LETTERS = 80  # of a scan's id
+MAX_NAMES, MAX_REASONS = 5, 30  # that are printed: names for each reason, and reasons
 MANIFEST_SECONDS = 5  # from one writing of the manifest to the next; a kill may cost this much work
 Split = dict[str, str]  # train or test, by participant
-Reasons = dict[str, str]  # why a volume is left out, by its path inside SCANS
 Rows = dict[str, dict[str, str]]  # of the manifest, by scan
 
 
-# Finding
+# Naming
 
 
 class Scan(NamedTuple):
@@ -55,34 +61,6 @@ class Scan(NamedTuple):
     path: Path
     name: str
     entry: Entry
-
-
-def find_volumes(root: Path, pattern: str) -> list[Path]:
-    """NIfTI files and DICOM folders, but no BIDS derivatives or masks. Raises UserError if none."""
-    if not root.is_dir():
-        raise UserError(f"scans = {root}: no such folder")
-    files = sorted(p for p in root.rglob("*") if p.name[0] != "." and p.is_file())
-    files = [p for p in files if "derivatives" not in p.relative_to(root).parts]
-    found = [path for path in files if path.name.lower().endswith(SUFFIXES)]
-    found = [path for path in found if not stem(path.name).endswith(("_mask", "_dseg", "_probseg"))]
-    found += sorted({path.parent for path in files if is_dicom(path)})
-    found = [path for path in found if fnmatch(path.name, pattern)]
-    if not found:
-        raise UserError(f"{root}: no NIfTI file (.nii, .nii.gz), no DICOM folder called {pattern}")
-    return found
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its ending or, if it has none, by its first bytes."""
-    if path.suffix.lower() in (".dcm", ".ima"):
-        return True
-    if path.suffix and not path.suffix[1:].isdigit():
-        return False
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def id_of(name: str) -> str:
@@ -221,7 +199,7 @@ def print_balance(scans: Iterable[Scan], split: Split) -> None:
             utils.print_once(text + (f", {np.mean(women):.0%} women" if women else ""))
     counts = Counter(participant for participant, _ in people)
     if several := sorted(name for name, count in counts.items() if count > 1):
-        first = ", ".join(several[:MAX_LISTED]) + ", ..." * (len(several) > MAX_LISTED)
+        first = ", ".join(several[:MAX_NAMES]) + ", ..." * (len(several) > MAX_NAMES)
         utils.print_once(f"{len(several)} participants have scans of several classes: {first}")
 
 
@@ -325,26 +303,32 @@ def is_done(scan: Scan, row: dict[str, str] | None, options: ImportOptions) -> b
 def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> None:
     """Cut slices from scans, and write them into class folders of a training and a test set.
 
-    The end of the output lists the volumes that were left out, and why.
+    The end of the output counts by reason what was left out. OUT/left_out.csv lists all of it.
 
     Raises:
         UserError: no scan can be used; or, before anything is written, the options, the table or a
             folder is bad.
     """
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # errors are printed here
-    volumes, problems = find_volumes(options.scans, options.pattern), {}
+    problems: Reasons = {}
+    volumes = find_volumes(options.scans, options.pattern, options.contrast, problems)
+    if not volumes:
+        text = "no NIfTI file or other volume, no DICOM folder"
+        raise UserError(f"{options.scans}: {text} called {options.pattern}{counts_of(problems)}")
     scans = match_to_table(options, volumes, problems)
     if not scans:
-        why = "; ".join(f"{n} {reason}" for reason, n in Counter(problems.values()).most_common(3))
-        raise UserError(f"{options.scans}: none of {len(volumes)} volumes can be used: {why}")
+        text = f"none of {len(volumes)} volumes can be used"
+        raise UserError(f"{options.scans}: {text}{counts_of(problems)}")
     utils.ensure_writable(options.out)
     rows = rows_before(scans, options)
     before = {row["participant"]: row["split"] for row in rows.values()}
     scans = [scan for scan in scans if has_header(scan, problems, options)]
+    if not scans:
+        raise UserError(f"{options.scans}: no volume could be used{counts_of(problems)}")
     try:
         split = split_participants(scans, options.test_share, options.seed, before)
     except UserError:
-        print_problems(problems)
+        print_reasons(f"{len(problems)} left out:", problems.items())
         raise
     with utils.lock_folder(options.out, "importing"):
         if rows_before(scans, options) != rows:
@@ -352,6 +336,12 @@ def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> N
             raise UserError(f"{options.out}: {text}")
         utils.delete_partials(options.out)
         cut_all(scans, split, rows, problems, options)
+        if rows or before:
+            write_left_out(problems, options.out / LEFT_OUT)
+        else:  # nothing was written but a manifest without rows
+            (options.out / MANIFEST).unlink()
+            (options.out / ".lock").unlink()
+            options.out.rmdir()
     if gone := sorted(rows.keys() - {scan.name for scan in scans}):
         first = ", ".join(gone[:5])
         utils.print_once(f"note: {len(gone)} scans of an earlier import remain: {first}")
@@ -370,16 +360,17 @@ def cut_all(
     rows |= {s.name: row_of(s, split[s.entry.participant], None, options) for s in todo}
     manifest, guard = options.out / MANIFEST, threading.Lock()
     write_manifest(rows, manifest)
-    written = time.monotonic()
+    written, warnings = time.monotonic(), []
 
     def work(scan: Scan) -> None:
         nonlocal written
-        side = split[scan.entry.participant]
+        side, inside, said = split[scan.entry.participant], inside_of(scan, options), []
         try:
-            made = cut(*read_volume(scan.path, options.unoriented), options)
+            volume = read_volume(scan.path, options.unoriented, options.contrast, said)
+            made = cut(*volume, options)
             row = row_of(scan, side, made, options)
         except Exception as error:  # nibabel raises many types of errors
-            problems[str(scan.path.relative_to(options.scans))] = utils.first_line(error)
+            problems[inside] = utils.first_line(error)
             for path in slice_paths(scan, side, options):
                 path.unlink(missing_ok=True)  # a slice of an earlier version of the file
             with guard:
@@ -387,6 +378,7 @@ def cut_all(
             return
         write_slices(scan, side, made, options)
         with guard:
+            warnings.extend((inside, text) for text in said)
             rows[scan.name] = row
             if time.monotonic() > written + MANIFEST_SECONDS:
                 write_manifest(rows, manifest)
@@ -396,6 +388,7 @@ def cut_all(
         utils.map_on_cores(work, todo, "scans", "scan")
     finally:
         write_manifest(rows, manifest)
+        print_reasons("warnings of the converter of DICOM:", warnings)
 
 
 def has_header(scan: Scan, problems: Reasons, options: ImportOptions) -> bool:
@@ -403,17 +396,57 @@ def has_header(scan: Scan, problems: Reasons, options: ImportOptions) -> bool:
     try:
         find_converter() if scan.path.is_dir() else open_volume(scan.path, options.unoriented)
     except Exception as error:  # nibabel raises many types of errors
-        problems[str(scan.path.relative_to(options.scans))] = utils.first_line(error)
+        problems[inside_of(scan, options)] = utils.first_line(error)
         return False
     return True
 
 
-def print_problems(problems: Reasons) -> None:
-    """Print which volumes are left out, and why."""
-    if problems:
-        utils.print_once(f"{len(problems)} volumes left out:")
-    for name, why in sorted(problems.items()):
-        utils.print_once(f"  {name}: {why}")
+def inside_of(scan: Scan, options: ImportOptions) -> str:
+    """The path of a scan inside SCANS."""
+    return str(scan.path.relative_to(options.scans))
+
+
+def by_reason(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Reasons and the names that have them, most names first, from pairs of name and reason.
+
+    Reasons that differ in numbers only, or after a colon, are one, with the text of the first.
+    """
+    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name, why in sorted(pairs):
+        groups[re.sub(r"\b\d[\d.e+-]*\b", "N", why.partition(": ")[0])].append((name, why))
+    found = []
+    for group in groups.values():
+        alike = len({why for _, why in group}) == 1
+        found.append((group[0][1] + " or similar" * (not alike), [name for name, _ in group]))
+    return sorted(found, key=lambda item: (-len(item[1]), item[0]))
+
+
+def print_reasons(title: str, pairs: Iterable[tuple[str, str]]) -> None:
+    """Print reasons, how many names each has, and the first of these names."""
+    reasons = by_reason(pairs)
+    if reasons:
+        utils.print_once(title)
+    for why, names in reasons[:MAX_REASONS]:
+        more = ", ..." * (len(names) > MAX_NAMES)
+        first = ", ".join(names[:MAX_NAMES]).replace("\n", " ")
+        utils.print_once(f"  {len(names)} x {why}: {first}{more}")
+    if len(reasons) > MAX_REASONS:
+        utils.print_once(f"  and {len(reasons) - MAX_REASONS} other reasons")
+
+
+def counts_of(problems: Reasons) -> str:
+    """How often each reason occurs, as the end of an error's line."""
+    counts = [f"{len(names)} x {why}" for why, names in by_reason(problems.items())]
+    return f"; left out: {'; '.join(counts[:MAX_REASONS])}" if counts else ""
+
+
+def write_left_out(problems: Reasons, path: Path) -> None:
+    """Write the complete list of what is left out, with the reasons."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("path", "reason"))
+    writer.writerows((utils.printable(name), problems[name]) for name in sorted(problems))
+    utils.write_atomically(path, lambda partial: partial.write_text(text.getvalue(), "utf-8"))
 
 
 def print_report(
@@ -421,9 +454,9 @@ def print_report(
 ) -> None:
     """Print what was imported, how even the split is, and what was left out."""
     print_balance(scans, split)
-    print_problems(problems)
     if not scans:
-        raise UserError(f"{options.scans}: no volume could be used")
+        raise UserError(f"{options.scans}: no volume could be used{counts_of(problems)}")
+    print_reasons(f"{len(problems)} left out, see {options.out / LEFT_OUT}:", problems.items())
     for label, side in one_sided(scans, split):
         text = f"all readable volumes of class {label} are in {side}/; remove the unreadable ones"
         raise UserError(f"{text}, and use another --out")

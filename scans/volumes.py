@@ -4,10 +4,14 @@ Positions are in mm of a volume's affine: x to the patient's right, y to the fro
 no registration and no skull stripping.
 """
 
+import gzip
 import math
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +20,17 @@ from typing import Annotated, Literal, NamedTuple
 import nibabel
 import numpy as np
 import tyro
+from nibabel.spatialimages import SpatialImage
 from scipy import ndimage
 
 from config import Range, Seed, UserError, check_fields
+from scans.finding import CONTRASTS, contrast_of, other_contrast
 from utils import otsu_threshold
 
 MAX_VOXELS = 512**3
 MAX_GZIP_RATIO = 1100  # of the size of the content to the size of the file
+MAX_EXTRA = 2**24  # bytes of a file beside its values
+MAX_LABELS = 32  # distinct values of a segmentation; a scan has more
 VOXEL_MM, EXTENT_MM = (0.1, 12), (60, 600)  # allowed ranges for a volume that shows a head
 DIAMETER_MM = (90, 260)  # allowed range for a head
 COARSE = 2  # mm, voxel size for the search of the head
@@ -30,6 +38,12 @@ VENTRICLES_BELOW_TOP = 0.43  # of the lateral ventricles, in head diameters, to 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 CONVERTER = "dcm2niix"
 CONVERT_SECONDS = 600
+FEW_SLICES = 10  # a series with fewer is a localizer, if there are others
+# Warnings of dcm2niix that mean a gap between slices
+GAP = re.compile(
+    r"missing (images|DICOMs)|images may be missing|interslice distance varies|positions repeated",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -37,9 +51,9 @@ class ImportOptions:
     """Which slices to cut. Raises UserError naming the option, its value and what is allowed."""
 
     scans: tyro.conf.Positional[Path]
-    """Folder that holds NIfTI files, or folders of DICOM files, at any depth."""
+    """Folder that holds volumes (NIfTI and others), or folders of DICOM files, at any depth."""
     out: Path
-    """Folder for OUT/{train,test}/CLASS/ID_SLICE.png and manifest.csv; the same command resumes."""
+    """Folder for {train,test}/CLASS/ID_SLICE.png, manifest.csv, left_out.csv; repeat to resume."""
     table: Path | None = None
     """CSV or TSV of scans or participants (ADNI, OASIS, BIDS); None: SCANS/CLASS/ is the class."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -50,7 +64,9 @@ class ImportOptions:
     classes: tuple[str, ...] | None = None
     """Classes to import; None: all."""
     pattern: str = "*"
-    """Pattern for names of files or DICOM folders, such as *T1w*; masks are never imported."""
+    """Pattern for names of files or DICOM folders, such as *mpr-1*; masks are never imported."""
+    contrast: str = "T1w"
+    """Contrast to import (T1w, T2w, FLAIR, ...) where a name tells it; any: all contrasts."""
     axis: Literal["axial", "coronal", "sagittal"] = "axial"
     """Orientation of the slices."""
     centre: float | None = None
@@ -70,7 +86,7 @@ class ImportOptions:
     seed: Seed = 0
     """Seed of the split."""
     unoriented: bool = False
-    """Also import volumes whose header gives no orientation, without turning them."""
+    """Also import volumes whose left and right are unknown, such as Analyze, taking the usual."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -78,45 +94,90 @@ class ImportOptions:
             raise UserError(f"window = {self.window}: black must be below white")
         if self.columns and self.table is None:
             raise UserError("columns: there is no --table that has them")
+        if self.contrast not in ("any", *CONTRASTS):
+            allowed = ", ".join(("any", *CONTRASTS))
+            raise UserError(f"contrast = {self.contrast}: must be one of {allowed}")
         if self.axis != "axial" and self.centre is None:
             raise UserError(f"axis = {self.axis}: needs a --centre in mm")
 
 
-def read_volume(path: Path, unoriented: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Values float32 [X, Y, Z], NaN as 0, and affine [4, 4] to mm. Raises ValueError if bad."""
+def read_volume(
+    path: Path, unoriented: bool, contrast: str = "any", warnings: list[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values float32 [X, Y, Z], NaN as 0, and affine [4, 4] to mm. Raises ValueError if bad.
+
+    Of a DICOM folder the series of that contrast is read; `warnings` gets those of the converter.
+    """
     if path.is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            return read_volume(convert_dicom(path, Path(folder)), unoriented)
-    volume = open_volume(path, unoriented)
+        with tempfile.TemporaryDirectory() as name:
+            file, said = convert_dicom(path, Path(name), contrast)
+            if warnings is not None:
+                warnings += said
+            return read_volume(file, unoriented)
+    volume, affine = open_volume(path, unoriented)
+    if path.suffix.lower() in (".gz", ".mgz"):
+        content = unzip(path, data_bytes(volume) + MAX_EXTRA)
+        if hasattr(volume, "from_bytes"):  # a format of one file
+            volume = type(volume).from_bytes(content)
     values = np.asanyarray(volume.dataobj).reshape(volume.shape[:3]).astype(np.float32)
     if np.isinf(values).any():
         raise ValueError("holds values that are infinite")
-    return np.nan_to_num(values, copy=False, nan=0), volume.affine
+    values = np.nan_to_num(values, copy=False, nan=0)
+    distinct = np.unique(values[tuple(slice(None, None, -(-n // 48)) for n in values.shape)])
+    if 1 < len(distinct) <= MAX_LABELS and (distinct == distinct.round()).all():
+        raise ValueError("a segmentation: it holds few values, all whole numbers")
+    return values, affine
 
 
-def open_volume(path: Path, unoriented: bool) -> nibabel.Nifti1Pair:
-    """A volume, after checks of its header only. Raises ValueError with the reason."""
+def unzip(path: Path, most: int) -> bytes:
+    """The content of a gzip file of at most so many bytes. Raises ValueError if it is damaged."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read(most + 1)  # with the end of the file its checksum is compared
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError("damaged: its gzip checksum or data are wrong") from error
+    if len(content) > most:
+        raise ValueError("holds more data than its header says")
+    return content
+
+
+def data_bytes(volume: SpatialImage) -> int:
+    """Bytes of the values of a volume in its file, before any compression."""
+    return math.prod(volume.shape) * volume.get_data_dtype().itemsize
+
+
+def open_volume(path: Path, unoriented: bool) -> tuple[SpatialImage, np.ndarray]:
+    """A volume and its affine, after checks of its header. Raises ValueError with the reason."""
     size = path.stat().st_size
     if size == 0:
         raise ValueError("empty file")
-    volume = nibabel.load(path)
-    header = volume.header
-    if not isinstance(volume, nibabel.Nifti1Pair):  # NIfTI-2 is a subclass
-        raise ValueError(f"{type(volume).__name__} is not NIfTI")
+    try:
+        volume = nibabel.load(path)
+    except ModuleNotFoundError as error:
+        text = f"{path.suffix} of this kind needs {error.name}: pip install {error.name}"
+        raise ValueError(text) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError("damaged: its gzip checksum or data are wrong") from error
+    except nibabel.filebasedimages.ImageFileError as error:
+        text = "its content is of no known format, or its header file is missing"
+        raise ValueError(text) from error
+    if not isinstance(volume, SpatialImage):
+        raise ValueError(f"{type(volume).__name__} is no volume")
+    for kind, file in volume.file_map.items():
+        if kind != "mat" and not Path(file.filename).exists():  # SPM's .mat file may be missing
+            raise ValueError(f"there is no {Path(file.filename).name} beside it")
     shape = [n for i, n in enumerate(volume.shape) if i < 3 or n != 1]
     if len(shape) != 3 or min(shape) < 2:
         raise ValueError(f"is no volume but {' x '.join(map(str, volume.shape))}")
-    dtype = header.get_data_dtype()
+    dtype = volume.get_data_dtype()
     if dtype.kind not in "iuf":
         raise ValueError(f"holds values of type {dtype}, not numbers")
-    needed, text = math.prod(shape) * dtype.itemsize, " x ".join(map(str, shape))
+    needed, text = data_bytes(volume), " x ".join(map(str, shape))
     if math.prod(shape) > MAX_VOXELS or needed > size * MAX_GZIP_RATIO:
         raise ValueError(f"{text} voxels: too many for a file of {size} bytes")
-    if path.suffix.lower() == ".nii" and needed > size:
+    if path.suffix.lower() in (".nii", ".img", ".rec", ".brik", ".mgh") and needed > size:
         raise ValueError(f"truncated: {size} bytes of {needed}")
-    if not unoriented and not header["sform_code"] and not header["qform_code"]:
-        raise ValueError("no orientation in its header (sform and qform code 0): --unoriented")
-    affine = volume.affine
+    affine = affine_of(volume, unoriented)
     voxel = np.linalg.norm(affine[:3, :3], axis=0) if np.isfinite(affine).all() else np.zeros(3)
     extent = voxel * shape
     if not (VOXEL_MM[0] <= voxel.min() <= voxel.max() <= VOXEL_MM[1]):
@@ -126,30 +187,113 @@ def open_volume(path: Path, unoriented: bool) -> nibabel.Nifti1Pair:
         raise ValueError(f"is {text} mm large: not the size of a head")
     if abs(np.linalg.det(affine[:3, :3] / voxel)) < 0.5:
         raise ValueError("its axes are not perpendicular")
-    return volume
+    return volume, affine
+
+
+def affine_of(volume: SpatialImage, unoriented: bool) -> np.ndarray:
+    """The affine [4, 4] to mm. Raises ValueError if left and right are unknown, unless allowed."""
+    header, affine = volume.header, volume.affine
+    if isinstance(volume, nibabel.Nifti1Pair):  # NIfTI-2 is a subclass
+        if not unoriented and not header["sform_code"] and not header["qform_code"]:
+            raise ValueError("no orientation in its header (sform and qform code 0): --unoriented")
+        usable = np.isfinite(affine).all() and np.linalg.det(affine[:3, :3]) != 0
+        return affine if usable or not header["qform_code"] else header.get_qform()
+    if isinstance(volume, nibabel.MGHImage) and not header["goodRASFlag"] and not unoriented:
+        raise ValueError("no orientation in its header (good RAS flag 0): --unoriented")
+    if not isinstance(volume, nibabel.AnalyzeImage):
+        return affine
+    if not unoriented:
+        raise ValueError("left and right are unknown, as in all Analyze files: --unoriented")
+    if not np.array_equal(affine, header.get_best_affine()):
+        return affine  # a .mat file beside it
+    orient = bytes(header["orient"].item()) or b"\0"
+    if (code := orient[0]) > 2:
+        raise ValueError(f"its orient is {code}: only 0, 1 and 2 are known")
+    # x, y or z of each axis of the volume, if it was scanned transverse, coronal or sagittal
+    order = ((0, 1, 2), (0, 2, 1), (1, 2, 0))[code]
+    steps = np.abs(np.diag(header.get_base_affine()))[:3]
+    turned = np.eye(4)
+    turned[:3, :3] = 0
+    turned[order, range(3)] = steps * [-1 if axis == 0 else 1 for axis in order]
+    turned[:3, 3] = -turned[:3, :3] @ (np.array(volume.shape[:3]) - 1) / 2
+    return affine if code == 0 else turned
 
 
 def find_converter() -> str:
     """The path of the program that reads DICOM. Raises ValueError that says how to install it."""
-    program = shutil.which(CONVERTER)
+    beside = Path(sys.executable).parent  # of an environment that may not be activated
+    program = shutil.which(CONVERTER) or shutil.which(CONVERTER, path=beside)
     if program is None:
         raise ValueError(f"DICOM needs {CONVERTER}: pip install {CONVERTER}")
     return program
 
 
-def convert_dicom(folder: Path, out: Path) -> Path:
-    """The only series of a DICOM folder, as a NIfTI file. Raises ValueError with the reason."""
-    flags = ["-z", "n", "-b", "n", "-d", "0", "-f", "series%s"]
-    command = [find_converter(), *flags, "-o", out, folder]
+def convert_dicom(folder: Path, out: Path, contrast: str) -> tuple[Path, list[str]]:
+    """The series of a contrast in a DICOM folder, as a NIfTI file, and the converter's warnings.
+
+    Raises ValueError with the reason if no series or several could be meant, or slices are missing.
+    """
+    flags = ["-z", "n", "-b", "n", "-d", "0", "-f", "%s_%d"]
+    command = [find_converter(), *flags, "-o", out, with_preambles(folder, out / "dicom")]
     try:
         done = subprocess.run(command, capture_output=True, timeout=CONVERT_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"{CONVERTER} took more than {CONVERT_SECONDS} s") from error
-    found = sorted(out.glob("*.nii"))
-    if len(found) != 1:
-        last = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines()[-1:]
-        raise ValueError(f"{CONVERTER} made {len(found)} volumes of it, not 1: {' '.join(last)}")
-    return found[0]
+    lines = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines()
+    series: dict[str, list[str]] = {}  # warnings by name; they precede the line of their series
+    warnings: list[str] = []
+    for line in lines:
+        if line.startswith("Warning: "):
+            warnings.append(line.removeprefix("Warning: "))
+        elif made := re.match(r"Convert \d+ DICOM as (.+) \(\d+x", line):
+            series[Path(made[1]).name], warnings = warnings, []
+    files = {path.stem: path for path in sorted(out.glob("*.nii")) if path.stem in series}
+    if not files:
+        raise ValueError(f"{CONVERTER} made no volume of it: {' '.join(lines[-1:])}")
+    name = choose_series(files, contrast)
+    if gaps := [text for text in series[name] if GAP.search(text)]:
+        raise ValueError(f"{CONVERTER}: {'; '.join(gaps)}")
+    return files[name], series[name]
+
+
+def with_preambles(folder: Path, copy: Path) -> Path:
+    """A folder of DICOM files, or a copy if files start with group 2: the converter fails there."""
+
+    def is_bare(path: Path) -> bool:
+        with open(path, "rb") as file:
+            start = file.read(132)
+        return start[:4] == b"\2\0\0\0" and start[128:] != b"DICM"
+
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if not any(map(is_bare, files)):
+        return folder
+    copy.mkdir()
+    for path in files:
+        before = bytes(128) + b"DICM" if is_bare(path) else b""
+        (copy / path.name).write_bytes(before + path.read_bytes())
+    return copy
+
+
+def choose_series(files: dict[str, Path], contrast: str) -> str:
+    """The one series, named by number and description, that is the scan. Raises ValueError."""
+    why = {}
+    for name, path in files.items():
+        few = min(nibabel.load(path).shape[:3]) < FEW_SLICES
+        if len(files) > 1 and (few or contrast_of(name) == "localizer"):
+            why[name] = "localizer"
+        elif re.search(r"_(ph|real|imaginary)[a-z]?$", name):
+            why[name] = "phase image"
+        else:
+            why[name] = other_contrast(name, contrast)
+    left = [name for name in files if not why[name]]
+    left = [name for name in left if contrast_of(name) == contrast] or left
+    if len(left) == 1:
+        return left[0]
+    if len(files) == 1:
+        raise ValueError(next(iter(why.values())))
+    if left:
+        raise ValueError(f"{len(left)} series could be the scan: {', '.join(left)}")
+    raise ValueError(f"no series is the scan: {', '.join(f'{n} ({w})' for n, w in why.items())}")
 
 
 def corners_of(shape: Sequence[int]) -> np.ndarray:

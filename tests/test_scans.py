@@ -36,7 +36,7 @@ HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcnt
 HOLD += "print('held', flush=True); time.sleep(60)"
 
 
-def head(grey: float = 100, low: float = 0) -> tuple[np.ndarray, np.ndarray]:
+def head(grey: float = 100.5, low: float = 0) -> tuple[np.ndarray, np.ndarray]:
     """An ellipsoid of 150 x 190 x 170 mm with dark ventricles, brighter at its left and front."""
     shape = np.array([68, 78, 70])
     affine = np.diag([VOXEL, VOXEL, VOXEL, 1.0])
@@ -86,6 +86,11 @@ def options(scans: Path, tmp_path: Path) -> ImportOptions:
 def manifest(out: Path) -> list[dict[str, str]]:
     with open(out / "manifest.csv") as file:
         return list(csv.DictReader(file))
+
+
+def left_out(out: Path) -> dict[str, str]:
+    with open(out / "left_out.csv") as file:
+        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -371,14 +376,23 @@ def test_no_bad_volume_stops_the_rest_and_each_has_its_reason(options: ImportOpt
     import_scans(options)
     out = capsys.readouterr().out
     for line in (
-        "B0.nii: truncated: 5000 bytes of", "B2.nii: ", "B3.nii.gz: empty file",
-        "B4.nii: voxels of 0.001 x", "B5.nii: is no volume but 8 x 8 x 8 x 3",
-        "B6.nii: holds values that are infinite", "B7.nii: all voxels have one value",
-        "B8.nii: no orientation in its header", "B9.nii: 30000 x 30000 x 30000 voxels: too many",
-        "B10.nii.gz: 30000 x 30000 x 30000 voxels: too many", "none.nii: no row of the table",
-        "B1.nii.gz: ", "12 volumes left out",
+        "1 x truncated: 5000 bytes of", "1 x empty file: B3.nii.gz", "12 left out, see",
+        "2 x 30000 x 30000 x 30000 voxels: too many for a file of",
+        " or similar: B10.nii.gz, B9.nii",
     ):  # fmt: skip
         assert line in out, line
+    assert str(options.out / "left_out.csv") in out
+    reasons = left_out(options.out)
+    for name, why in (
+        ("B0.nii", "truncated: 5000 bytes of"), ("B1.nii.gz", "damaged: "), ("B2.nii", ""),
+        ("B3.nii.gz", "empty file"), ("B4.nii", "voxels of 0.001 x"),
+        ("B5.nii", "is no volume but 8 x 8 x 8 x 3"), ("B6.nii", "holds values that are infinite"),
+        ("B7.nii", "all voxels have one value"), ("B8.nii", "no orientation in its header"),
+        ("B9.nii", "30000 x 30000 x 30000 voxels: too many"),
+        ("B10.nii.gz", "30000 x 30000 x 30000 voxels: too many"), ("none.nii", "no row of the tab"),
+    ):  # fmt: skip
+        assert reasons.pop(name).startswith(why), name
+    assert not reasons
     assert len(manifest(options.out)) == 6
     assert not list(options.out.rglob("*.partial"))
 
@@ -418,7 +432,7 @@ def test_an_import_goes_on_and_ends_the_same(options: ImportOptions, monkeypatch
     assert [bool(row["sha256"]) for row in manifest(options.out)] == [True] * 2 + [False] * 4
     monkeypatch.setattr(slicing, "write_slices", write_slices)
     read, asked = slicing.read_volume, []
-    monkeypatch.setattr(slicing, "read_volume", lambda p, u: asked.append(p) or read(p, u))
+    monkeypatch.setattr(slicing, "read_volume", lambda p, *a: asked.append(p) or read(p, *a))
     import_scans(options)
     assert len(asked) == 4 and files(options.out) == files(whole.out)
     import_scans(options)
@@ -428,7 +442,7 @@ def test_an_import_goes_on_and_ends_the_same(options: ImportOptions, monkeypatch
 def test_a_volume_that_changed_is_cut_again(options: ImportOptions, monkeypatch):
     import_scans(options)
     before = files(options.out)
-    values, affine = head(grey=80)
+    values, affine = head(grey=80.5)
     values[20:30, 20:30] = 30
     write(options.scans / "000_S_0001" / "ADNI_000_S_0001_I100.nii.gz", values, affine)
     import_scans(options)
@@ -549,9 +563,13 @@ def test_a_dicom_folder_is_a_volume_or_says_what_it_needs(
     (folder / "1.dcm").write_bytes(bytes(128) + b"DICM")
     with open(options.table, "a") as table:
         table.write("I500,100_S_0001,AD,F,70\n")
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     import_scans(options)
-    assert "I500: DICOM needs dcm2niix: pip install dcm2niix" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (
+        f"1 x DICOM needs dcm2niix: pip install dcm2niix: {folder.relative_to(options.scans)}"
+        in out
+    )
 
 
 @pytest.mark.skipif(shutil.which("dcm2niix") is None, reason="needs dcm2niix")
