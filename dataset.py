@@ -125,8 +125,8 @@ def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM by its ending or, if it has none, by its first bytes."""
     if path.suffix.lower() in (".dcm", ".ima"):
         return True
-    if path.suffix and not path.suffix[1:].isdigit():
-        return False
+    if path.suffix and not path.suffix[1:].isdigit() or not path.is_file():
+        return False  # reading from a pipe could wait forever
     with suppress(OSError), open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
     return False
@@ -141,22 +141,19 @@ def what_to_do_with(path: Path) -> str:
     found = {k: [f for f in files if f.name.lower().endswith(tuple(e))] for k, e in ends.items()}
     found["DICOM file"] = [file for file in files if is_dicom(file)]
     for kind in ("NIfTI volume", "DICOM file"):
-        if count := len(found[kind]):
-            folder, them = path if path.is_dir() else path.parent, "them" if count > 1 else "it"
-            command = f"python prepare.py import {folder} --out FOLDER"
-            return (
-                f"; found {count} {kind}{'s' * (count > 1)}: cut slices from {them} with {command}"
-            )
+        if found[kind]:
+            command = f"python prepare.py import {path if path.is_dir() else path.parent}"
+            return f"; found {len(found[kind])} {kind}(s): {command} --out FOLDER cuts slices"
     images = sorted(found["image"])
     folders = {file.parent for file in images}
-    roots = {f.parents[1 if f.parent.name.lower() in SPLIT_NAMES else 0] for f in folders}
+    parents = {folder.parent for folder in folders}
+    roots = {p.parent if p.name.lower() in SPLIT_NAMES else p for p in parents}
     if path in folders:
         text = f"{len(images)} images lie in {path} itself"
         return f"; {text}: they belong into a folder for each class, such as {path / 'NC'}"
-    if len(roots) == 1 and path not in roots:
-        return f"; did you mean {min(roots)}?"
-    if images and path not in roots:
-        return f"; images lie too deep, such as {images[0]}"
+    if images and path not in parents | roots:
+        deep = f"images lie too deep, such as {images[0]}"
+        return f"; did you mean {min(roots)}?" if len(roots) == 1 else f"; {deep}"
     return f"; unpack {found['archive'][0]} first" if found["archive"] else ""
 
 
@@ -224,14 +221,15 @@ def read_splits(root: Path, any_classes: bool) -> tuple[list[str], Splits]:
         kind = f"is no folder{what_to_do_with(root)}" if root.exists() else "no such folder"
         raise UserError(f"data_root = {root}: {kind}")
     has_split = (root / "train").is_dir()
-    similar = [p.name for p in visible_paths(root) if p.is_dir() and p.name.lower() in SPLIT_NAMES]
-    if has_split and not (root / "test").is_dir():
-        others = ", ".join(sorted({*similar} - {"train"}))
-        advice = f"rename {others} to test" if others else "add test/, or leave out both"
-        raise UserError(f"{root} has train/ but no test/; {advice}")
-    if not has_split and len(similar) > 1 and any("train" in name.lower() for name in similar):
-        text = " and ".join(sorted(similar))
-        raise UserError(f"{root} has {text}: rename them to train and test")
+    if not has_split or not (root / "test").is_dir():
+        folders = sorted(path.name for path in visible_paths(root) if path.is_dir())
+        similar = [name for name in folders if name.lower() in SPLIT_NAMES and name != "train"]
+        if has_split:
+            rename = f"rename {', '.join(similar)} to test"
+            advice = rename if similar else "add test/, or leave out both"
+            raise UserError(f"{root} has train/ but no test/; {advice}")
+        if len(similar) > 1 and any("train" in name.lower() for name in similar):
+            raise UserError(f"{root} has {' and '.join(similar)}: rename them to train and test")
     parents = [root / split for split in SPLITS] if has_split else [root]
     names, found = zip(*map(find_class_folders, parents), strict=True)
     if has_split and names[0] != names[1]:

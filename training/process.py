@@ -196,7 +196,8 @@ def join_ranks(backend: str) -> None:
     place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
     text = f"rank {rank()} of {num_ranks()} waits for the others at {place}"
     advice = "if you did not start them, unset RANK and WORLD_SIZE"
-    said = threading.Timer(SAID_AFTER, print, [f"{text}; {advice}"], {"file": sys.stderr})
+    how = {"file": sys.stderr, "flush": True}
+    said = threading.Timer(SAID_AFTER, print, [f"{text}; {advice}"], how)
     said.start()
     try:
         with STOP.default_handlers():
