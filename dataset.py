@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,10 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_SIDE = 8192  # pixels, of a file's longer side
 TEST_SHARE = 0.2  # of the participants of each class, for a folder without train/ and test/
 PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie beside the slices
+MAX_SEEN = 20_000  # files that are looked at where slices are missing
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar")
+# Names of folders, in any case, that stand for a split
+SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
 CACHE_VERSION = 2  # part of every cache key: raise it when decoding changes
 
 
@@ -147,10 +152,50 @@ def visible_paths(folder: Path) -> list[Path]:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
 
 
+def image_suffixes() -> set[str]:
+    """Endings of the names of image files."""
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its ending or, if it has none, by its first bytes."""
+    if path.suffix.lower() in (".dcm", ".ima"):
+        return True
+    if path.suffix and not path.suffix[1:].isdigit() or not path.is_file():
+        return False  # reading from a pipe could wait forever
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+    return False
+
+
+def what_to_do_with(path: Path) -> str:
+    """What lies at a path that holds no slices where they should be, and what to do, or ""."""
+    walk = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    files = [path] if path.is_file() else list(islice(walk, MAX_SEEN))
+    files = [file for file in files if file.name[0] != "."]
+    ends = {"NIfTI volume": (".nii", ".nii.gz"), "archive": ARCHIVES, "image": image_suffixes()}
+    found = {k: [f for f in files if f.name.lower().endswith(tuple(e))] for k, e in ends.items()}
+    found["DICOM file"] = [file for file in files if is_dicom(file)]
+    for kind in ("NIfTI volume", "DICOM file"):
+        if found[kind]:
+            command = f"python prepare.py import {path if path.is_dir() else path.parent}"
+            return f"; found {len(found[kind])} {kind}(s): {command} --out FOLDER cuts slices"
+    images = sorted(found["image"])
+    folders = {file.parent for file in images}
+    parents = {folder.parent for folder in folders}
+    roots = {p.parent if p.name.lower() in SPLIT_NAMES else p for p in parents}
+    if path in folders:
+        text = f"{len(images)} images lie in {path} itself"
+        return f"; {text}: they belong into a folder for each class, such as {path / 'NC'}"
+    if images and path not in parents | roots:
+        deep = f"images lie too deep, such as {images[0]}"
+        return f"; did you mean {min(roots)}?" if len(roots) == 1 else f"; {deep}"
+    return f"; unpack {found['archive'][0]} first" if found["archive"] else ""
+
+
 def list_slices(folder: Path, label: int) -> list[SliceFile]:
     """The images of a class folder, sorted by scan and slice. Raises UserError if it has none."""
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-    paths = [p for p in visible_paths(folder) if p.suffix.lower() in suffixes]
+    paths = [p for p in visible_paths(folder) if p.suffix.lower() in image_suffixes()]
     if not paths:
         raise UserError(f"class folder {folder} holds no image files")
     files = [SliceFile(p, "", label) for p in paths]
@@ -179,9 +224,12 @@ def split_by_participant(files: list[SliceFile]) -> Splits:
 def find_class_folders(folder: Path) -> tuple[list[str], list[SliceFile]]:
     """Class names and files of FOLDER/CLASS/*. Raises UserError if there are none."""
     classes = [path.name for path in sorted(visible_paths(folder)) if path.is_dir()]
-    if not classes:
-        raise UserError(f"{folder} holds no class folders (CLASS/ID_SLICE.jpeg)")
-    return classes, [f for i, c in enumerate(classes) for f in list_slices(folder / c, i)]
+    try:
+        if not classes:
+            raise UserError(f"{folder} holds no class folders (CLASS/ID_SLICE.jpeg)")
+        return classes, [f for i, c in enumerate(classes) for f in list_slices(folder / c, i)]
+    except UserError as error:
+        raise UserError(f"{error}{what_to_do_with(folder)}") from error
 
 
 def find_slices(
@@ -210,10 +258,18 @@ def read_splits(
     damaged manifest or table or, unless `any_classes`, classes that look like patients.
     """
     if not root.is_dir():
-        raise UserError(f"data_root = {root}: no such folder")
+        kind = f"is no folder{what_to_do_with(root)}" if root.exists() else "no such folder"
+        raise UserError(f"data_root = {root}: {kind}")
     has_split = (root / "train").is_dir()
-    if has_split and not (root / "test").is_dir():
-        raise UserError(f"{root} has train/ but no test/; add test/, or leave out both")
+    if not has_split or not (root / "test").is_dir():
+        folders = sorted(path.name for path in visible_paths(root) if path.is_dir())
+        similar = [name for name in folders if name.lower() in SPLIT_NAMES and name != "train"]
+        if has_split:
+            rename = f"rename {', '.join(similar)} to test"
+            advice = rename if similar else "add test/, or leave out both"
+            raise UserError(f"{root} has train/ but no test/; {advice}")
+        if len(similar) > 1 and any("train" in name.lower() for name in similar):
+            raise UserError(f"{root} has {' and '.join(similar)}: rename them to train and test")
     parents = [root / split for split in SPLITS] if has_split else [root]
     names, found = zip(*map(find_class_folders, parents), strict=True)
     if has_split and names[0] != names[1]:

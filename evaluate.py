@@ -511,6 +511,7 @@ def over_runs(reports: list[dict[str, Any]]) -> Rows:
 
 def main() -> None:
     """The command line."""
+    utils.work_alone()
     options = tyro.cli(Options, description=__doc__)
     sources = options.runs or (runs.newest_run(),)
     reports = [evaluate(replace(options, runs=(run,))) for run in sources]

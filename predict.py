@@ -21,13 +21,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,6 +36,9 @@ from evaluation.features import averaged
 from evaluation.metrics import mean_by_participant
 from modules import Generator
 from training import diagnosis, logs, process, recorder, runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)
 POSITION_SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -131,7 +132,7 @@ def draw_sweep(
     G: Generator, classes: dict[int, str], seeds: list[int], sweep: dict[str, Options], path: Path
 ) -> None:
     """A block of images for each class, with a row for each seed and a column for each options."""
-    figure = Figure(figsize=(1.5 * len(sweep) * len(classes), 1.5 * len(seeds) + 0.6))
+    figure = utils.new_figure(figsize=(1.5 * len(sweep) * len(classes), 1.5 * len(seeds) + 0.6))
     axes = figure.subplots(1, len(classes), squeeze=False)[0]
     for ax, (label, name) in zip(axes, classes.items(), strict=True):
         columns = [sample_class(G, label, seeds, options) for options in sweep.values()]
@@ -191,7 +192,7 @@ def draw_embedding(
     if len(x) < MIN_POINTS or not x.std(0).any():
         reason = f"there are fewer than {MIN_POINTS} images, or all are equal"
         return utils.print_once(f"no {path.name}: {reason}")
-    figure = Figure(figsize=(11, 5.4))
+    figure = utils.new_figure(figsize=(11, 5.4))
     for ax, (title, points) in zip(figure.subplots(1, 2), embed(x).items(), strict=True):
         for label, name in enumerate(names):
             style = {"s": 14, "alpha": 0.6, "color": f"C{label}", "linewidths": 0.8}
@@ -255,7 +256,7 @@ def differences(configs: Sequence[Config]) -> list[str]:
 
 def plot_comparison(folders: Sequence[Path], path: Path) -> None:
     """A column for each run with its last grid and its losses; below, the FID of all runs."""
-    figure = Figure(figsize=(max(8, 3 * len(folders)), 9))
+    figure = utils.new_figure(figsize=(max(8, 3 * len(folders)), 9))
     axes = figure.subplots(3, len(folders), squeeze=False, height_ratios=(2, 3, 5))
     titles = differences([runs.read_run_config(run)[0] for run in folders])
     for (top, middle, _), run, title in zip(axes.T, folders, titles, strict=True):
@@ -274,7 +275,7 @@ def plot_comparison(folders: Sequence[Path], path: Path) -> None:
     utils.save_figure(figure, path)
 
 
-def draw_fid(ax: Axes, folders: Sequence[Path]) -> None:
+def draw_fid(ax: "Axes", folders: Sequence[Path]) -> None:
     """FID of each run over the images it was shown; dotted, FID of the real test slices.
 
     Runs with other data or another extractor than the first run are left out: not comparable.
@@ -347,6 +348,7 @@ def predict(options: Options) -> Path:
 
 def main() -> None:
     """The command line."""
+    utils.work_alone()
     options = tyro.cli(Options, description=__doc__)
     if options.compare:
         path = (options.out or Path("runs")) / "comparison.png"

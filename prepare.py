@@ -18,7 +18,7 @@ from config import Config, UserError
 from dataset import visible_paths
 from scans.checks import check
 from scans.slicing import import_scans
-from utils import delete_partials, ensure_writable, print_once, run_command, size_of
+from utils import delete_partials, ensure_writable, print_once, run_command, size_of, work_alone
 
 # Names of cached files and folders
 CACHED = re.compile(
@@ -60,6 +60,7 @@ def clean(cache: Path = Config.cache, days: float = 30) -> None:
 
 def main() -> None:
     """Run the subcommand that the command line names."""
+    work_alone()
     commands = {"import": import_scans, "check": check, "demo": demo, "clean": clean}
     tyro.extras.subcommand_cli_from_dict(commands)
 

@@ -46,7 +46,7 @@ from training import logs, process, runs
 from training.compiler import CompilerProcesses, most_processes
 from training.diagnosis import diagnose, plot_curves
 from training.recorder import FLUSH_STEPS, Measurements, Recorder
-from utils import first_line, num_ranks, print_once, rank, run_command, stream_seed
+from utils import first_line, num_ranks, print_once, rank, run_command, stream_seed, work_alone
 
 # Losses
 
@@ -629,7 +629,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--diagnose"]:
         if len(sys.argv) != 3:
             raise UserError("--diagnose takes one run folder and nothing else")
+        work_alone()
         return print_diagnosis(Path(sys.argv[2]))
+    process.check_ranks()
     config = parse_settings()
     if config.data_root is None:
         print_once("no data_root: training on built-in demo brains (synthetic, from a template)")

@@ -68,7 +68,13 @@ def first_line(error: Exception) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command. Bad input and errors of the system end it with one line and exit code 2."""
+    """Run a command. Bad input and errors of the system end it with one line and exit code 2.
+
+    Signs that the terminal or file has no code for are written as backslash codes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     leave_a_core()
     threading.excepthook = print_error_of_thread
     try:
@@ -87,6 +93,12 @@ def print_error_of_thread(end: threading.ExceptHookArgs) -> None:
         print_once(f"warning: {end.exc_value}")
     else:
         threading.__excepthook__(end)
+
+
+def work_alone() -> None:
+    """Forget that other processes train with this one, as torchrun's variables may say."""
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 def num_ranks() -> int:
@@ -448,6 +460,14 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
 def save_grey(picture: np.ndarray, path: Path) -> None:
     """Write uint8 [H, W] as an 8-bit grey PNG, uint16 as a 16-bit one."""
     write_atomically(path, lambda partial: Image.fromarray(picture).save(partial, format="png"))
+
+
+def new_figure(**options: Any) -> "Figure":
+    """An empty matplotlib figure. It needs no display, so what MPLBACKEND asks for is ignored."""
+    os.environ["MPLBACKEND"] = "agg"  # matplotlib fails on import if it lacks a notebook's one
+    from matplotlib.figure import Figure  # slow to import
+
+    return Figure(**options)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -8,17 +8,18 @@ first show demo brains, which are made first if need be.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 
 from config import CPU, Config
 from dataset import SPLITS, Slices, TrainingSlices, load_slices, normalize
 from modules import AdaptiveAugment
-from utils import save_figure, save_grey, tile, to_uint8
+from utils import new_figure, save_figure, save_grey, tile, to_uint8
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FOLDER = Path(__file__).parent
 NUM_SUBJECTS, NUM_LEVELS, NUM_DRAWS = 3, 5, 6
@@ -27,20 +28,24 @@ STRENGTHS = ("ada_flip", "ada_translation", "ada_scale", "ada_anisotropy", "ada_
 COLOURS = {"style": "#cfe2f3", "conv": "#d9ead3", "image": "#fff2cc", "plain": "#eeeeee"}
 
 
-def box(ax: Axes, x: float, y: float, text: str, kind: str = "plain", width: float = 2.6) -> None:
+def box(ax: "Axes", x: float, y: float, text: str, kind: str = "plain", width: float = 2.6) -> None:
     """A labelled box centred at (x, y)."""
+    from matplotlib.patches import FancyBboxPatch
+
     shape = FancyBboxPatch((x - width / 2, y - 0.3), width, 0.6, boxstyle="round,pad=0.04")
     shape.set(facecolor=COLOURS[kind], edgecolor="black", linewidth=0.8)
     ax.add_patch(shape)
     ax.text(x, y, text, ha="center", va="center", fontsize=8.5)
 
 
-def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+def arrow(ax: "Axes", start: tuple[float, float], end: tuple[float, float]) -> None:
     """A straight arrow."""
     ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "lw": 0.9})
 
 
-def chain(ax: Axes, x: float, top: float, parts: list[tuple[str, str]], width: float = 2.6) -> None:
+def chain(
+    ax: "Axes", x: float, top: float, parts: list[tuple[str, str]], width: float = 2.6
+) -> None:
     """Boxes one below the other, from `top` down, joined by arrows."""
     for i, (text, kind) in enumerate(parts):
         box(ax, x, top - i, text, kind, width)
@@ -48,7 +53,7 @@ def chain(ax: Axes, x: float, top: float, parts: list[tuple[str, str]], width: f
             arrow(ax, (x, top - i + 0.66), (x, top - i + 0.34))
 
 
-def draw_mapping(ax: Axes) -> None:
+def draw_mapping(ax: "Axes") -> None:
     """z and the label to w."""
     box(ax, 0.9, 9, "z ~ N(0, 1)", width=1.6)
     box(ax, 3.0, 9, "label c", width=1.6)
@@ -67,7 +72,7 @@ def draw_mapping(ax: Axes) -> None:
             ha="center", va="top", fontsize=8)  # fmt: skip
 
 
-def draw_synthesis(ax: Axes) -> None:
+def draw_synthesis(ax: "Axes") -> None:
     """One block of the generator, and how the image is summed."""
     x = 7.4
     parts = [("const 4x4, or block before", "plain"), ("scale by style s = A(w)", "style"),
@@ -85,7 +90,7 @@ def draw_synthesis(ax: Axes) -> None:
     arrow(ax, (9.06, 3), (9.3, 3))
 
 
-def draw_discriminator(ax: Axes) -> None:
+def draw_discriminator(ax: "Axes") -> None:
     """Residual blocks down to 4x4, then the logit."""
     x = 16.9
     parts = [("real or fake image", "image"), ("fromRGB: conv 1x1", "conv"),
@@ -101,7 +106,7 @@ def draw_discriminator(ax: Axes) -> None:
 
 def draw_architecture() -> None:
     """The whole, in one figure."""
-    figure = Figure(figsize=(14, 6.2))
+    figure = new_figure(figsize=(14, 6.2))
     ax = figure.subplots()
     draw_mapping(ax)
     draw_synthesis(ax)

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from dataset import Slices
-from utils import printable, save_figure, tile, write_atomically
+from utils import new_figure, printable, save_figure, tile, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Row = dict[str, Any]  # a row of a table, by column
 Rows = list[Row]
@@ -62,10 +63,10 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def write_text(text: str, path: Path) -> None:
     """Write a text file; readers see the old file or the whole new one."""
-    write_atomically(path, lambda partial: partial.write_text(text))
+    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
-def draw_ratios(ax: Axes, rows: Rows) -> None:
+def draw_ratios(ax: "Axes", rows: Rows) -> None:
     """FD of samples to unseen participants over that of memory or generator, with intervals."""
     points = [
         (f"{row['extractor']}, {name}", row[f"over_{name}"], row[f"over_{name}_interval"])
@@ -88,7 +89,11 @@ def draw_ratios(ax: Axes, rows: Rows) -> None:
 
 
 def draw_histograms(
-    ax: Axes, found: dict[str, list[float]], title: str, label: str, threshold: float | None = None
+    ax: "Axes",
+    found: dict[str, list[float]],
+    title: str,
+    label: str,
+    threshold: float | None = None,
 ) -> None:
     """The densities of a `histogram` as steps, the real set in blue."""
     ax.set(title=title, xlabel=label, yticks=[], ylabel="density")
@@ -102,7 +107,7 @@ def draw_histograms(
     ax.legend(fontsize=8, loc="upper right")
 
 
-def draw_labels(ax: Axes, rows: Rows) -> None:
+def draw_labels(ax: "Axes", rows: Rows) -> None:
     """AUC by participant, for synthetic tests by slice, with the standard deviation over seeds."""
     units = dict.fromkeys(("TRTR", "TSTR", "TRTS", "TR+STR"), "participants") | {"TRTS": "slices"}
     found = {(r["measurement"], r["unit"]): r for r in rows}
@@ -134,7 +139,7 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
     if not panels:
         return
     columns, lines = min(3, len(panels)), math.ceil(len(panels) / 3)
-    figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="tight")
+    figure = new_figure(figsize=(4.6 * columns, 3.6 * lines), layout="tight")
     for number, draw in enumerate(panels, 1):
         draw(figure.add_subplot(lines, columns, number))
     save_figure(figure, path)
@@ -143,7 +148,7 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
 def draw_nearest(row: Row, fakes: Slices, train: Slices, path: Path) -> None:
     """The 20 samples nearest to a training slice, each above that slice, with their distance."""
     pairs = {name: np.array(values) for name, values in row["pairs"].items()}
-    figure = Figure(figsize=(11, 5.4), layout="tight")
+    figure = new_figure(figsize=(11, 5.4), layout="tight")
     blocks = np.array_split(np.arange(len(pairs["gap"])), 2)
     for ax, block in zip(figure.subplots(2, 1), blocks, strict=True):
         rows = fakes.images[pairs["sample"][block]], train.images[pairs["train"][block]]

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy import fft, ndimage
 from torch.nn import functional as F
@@ -336,7 +335,7 @@ def draw_sheet(folder: CheckedFolder, path: Path) -> None:
     """Draw a row of slices for each class; it ends with dark, bright, small and large ones."""
     labels = np.array([seen.file.label for seen in folder.slices])
     present = np.unique(labels)
-    figure = Figure(figsize=(COLUMNS + 4 * EXTREMES, 1.15 * len(present) + 0.5))
+    figure = utils.new_figure(figsize=(COLUMNS + 4 * EXTREMES, 1.15 * len(present) + 0.5))
     axes = figure.subplots(len(present), COLUMNS + 4 * EXTREMES, squeeze=False)
     for line, label in zip(axes, present, strict=True):
         pictures = folder.pictures[labels == label]

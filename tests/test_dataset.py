@@ -121,6 +121,115 @@ def test_train_without_test_is_an_error(data_root: Path):
     expect_error(data_root, "train/ but no test/")
 
 
+def pictures(folder: Path, *names: str) -> None:
+    """Small images, for which folders are made."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(folder / name)
+
+
+def files(folder: Path, *names: str, content: bytes = b"x") -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+DICOM = bytes(128) + b"DICM"
+CUT = "python prepare.py import {root} --out FOLDER cuts slices"
+MISTAKES = {  # what lies there, and what the message says of it
+    "volumes": (
+        lambda r: files(r, "a.nii", "b.nii.gz", "c.NII.GZ"),
+        "{root} holds no class folders", f"; found 3 NIfTI volume(s): {CUT}",
+    ),
+    "one volume per class": (
+        lambda r: files(r, "AD/sub-1/anat/a.nii.gz", "AD/notes.txt"),
+        "{root}/AD holds no image files", f"; found 1 NIfTI volume(s): {CUT}",
+    ),
+    "DICOM": (
+        lambda r: files(r, "p1/s1/IM0001", "p1/s1/1.2.840.113", "p2/x.dcm", content=DICOM),
+        f"; found 3 DICOM file(s): {CUT}",
+    ),
+    "an archive": (lambda r: files(r, "AD_NC.zip"), "; unpack {root}/AD_NC.zip first"),
+    "the folder above": (
+        lambda r: pictures(r, "AD_NC/train/AD/1_0.png", "AD_NC/test/AD/2_0.png"),
+        "; did you mean {root}/AD_NC?",
+    ),
+    "two folders above, and an archive's rest": (
+        lambda r: (pictures(r, "x/y/AD/1_0.png", "x/y/NC/2_0.png"), files(r, "__MACOSX/._1.png")),
+        "; did you mean {root}/x/y?",
+    ),
+    "no classes": (
+        lambda r: pictures(r, "1_0.png", "1_1.jpg"),
+        "; 2 images lie in {root} itself: they belong into a folder for each class, such as {root}",
+    ),
+    "no classes in a split": (
+        lambda r: pictures(r, "train/1_0.png", "test/2_0.png"),
+        "{root}/train holds no class folders", "; 1 images lie in {root}/train itself",
+    ),
+    "patients in classes": (
+        lambda r: pictures(r, "AD/p1/1_0.png", "NC/p2/2_0.png"),
+        "{root}/AD holds no image files", "; images lie too deep, such as {root}/AD/p1/1_0.png",
+    ),
+    "other case": (
+        lambda r: pictures(r, "Train/AD/1_0.png", "Test/AD/2_0.png"),
+        "{root} has Test and Train: rename them to train and test",
+    ),
+    "other names": (
+        lambda r: pictures(r, "training/AD/1_0.png", "validation/AD/2_0.png"),
+        "{root} has training and validation: rename them to train and test",
+    ),
+    "splits without classes": (
+        lambda r: pictures(r, "Train/1_0.png", "VAL/2_0.png"),
+        "{root} has Train and VAL: rename them to train and test",
+    ),
+    "one other name": (
+        lambda r: pictures(r, "train/AD/1_0.png", "val/AD/2_0.png"),
+        "{root} has train/ but no test/; rename val to test",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_lies_in_a_wrong_folder_is_told(tmp_path: Path, mistake):
+    make, *words = MISTAKES[mistake]
+    root = tmp_path / "root"
+    make(root)
+    words = [text.format(root=root) for text in words]
+    expect_error(root, *words)
+    with pytest.raises(UserError) as error:
+        check(root, out=tmp_path / "check.png")
+    assert all(text in str(error.value) for text in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.zip", "is no folder; unpack {path} first"),
+        ("a.tar.gz", "is no folder; unpack {path} first"),
+        ("a.nii.gz", f"is no folder; found 1 NIfTI volume(s): {CUT}"),
+        ("train/AD/1_0.png", "is no folder; did you mean {root}?"),
+        ("a.txt", "is no folder"),
+    ],
+)
+def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path, name, words):
+    files(tmp_path, name)
+    path = tmp_path / name
+    expect_error(path, f"data_root = {path}: {words.format(path=path, root=tmp_path)}")
+
+
+def test_classes_may_have_names_like_splits(tmp_path: Path):
+    names = [f"{label}/{number}_0.png" for label in ("training", "rest") for number in range(5)]
+    pictures(tmp_path / "data", *names)
+    assert find_slices(tmp_path / "data")[0] == ["rest", "training"]
+
+
+def test_an_empty_class_beside_a_full_one_gets_no_wrong_advice(data_root: Path):
+    (data_root / "train" / "ZZ").mkdir()
+    with pytest.raises(UserError) as error:
+        find_slices(data_root)
+    assert str(error.value) == f"class folder {data_root / 'train' / 'ZZ'} holds no image files"
+
+
 def test_classes_that_differ_are_listed(data_root: Path):
     (data_root / "test" / "NC").rename(data_root / "test" / "CN")
     expect_error(data_root, "classes differ", "['AD', 'NC']", "['AD', 'CN']")

@@ -60,7 +60,7 @@ def test_no_room_is_too_large():
 
 # What takes long to import is imported where it is used: --help answers within 2.5 seconds
 HEAVY = ("torchvision", "sklearn", "umap", "tensorboard", "scipy.signal", "scipy.stats")
-HEAVY += ("torch._dynamo", "torch.utils.tensorboard", "torchmetrics", "timm")
+HEAVY += ("matplotlib", "torch._dynamo", "torch.utils.tensorboard", "torchmetrics", "timm")
 LISTED = """
 import sys
 import train, predict, evaluate

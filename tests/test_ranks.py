@@ -85,11 +85,15 @@ def run_rank(number: int, port: int, main: Callable, config: Config, cwd: Path) 
     leave()
 
 
-def fork_ranks(main: Callable, config: Config, cwd: Path) -> list:
-    """Two ranks without torchrun, which costs seconds of imports."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def fork_ranks(main: Callable, config: Config, cwd: Path) -> list:
+    """Two ranks without torchrun, which costs seconds of imports."""
+    port = free_port()
     ranks = [FORK.Process(target=run_rank, args=(i, port, main, config, cwd)) for i in range(2)]
     for process in ranks:
         process.start()
@@ -188,3 +192,34 @@ def test_bad_input_to_many_ranks_is_one_line(config: Config, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert err.count("no such folder") == 1
+
+
+@pytest.mark.skipif(FORK is None, reason="forks")
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_says_that_it_waits_and_can_be_ended(config: Config, tmp_path, number):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(training.process, "SAID_AFTER", 0.2)
+    lone = FORK.Process(
+        target=run_rank, args=(number, free_port(), training.main, config, tmp_path)
+    )
+    lone.start()
+    text = f"rank {number} of 2 waits for the others at 127.0.0.1:"
+    deadline, file = time.time() + 60, tmp_path / f"rank{number}.txt"
+    while not file.exists() or text not in file.read_text():
+        assert time.time() < deadline and lone.is_alive()
+        time.sleep(0.05)
+    lone.terminate()
+    lone.join(10)
+    patch.undo()
+    assert lone.exitcode == -signal.SIGTERM
+
+
+def test_a_port_that_is_taken_is_one_line(config: Config, tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in (where | {"RANK": "0", "WORLD_SIZE": "2"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="rank 0 of 2 waits for the others at .* unset RANK"):
+            train(config)

@@ -3,16 +3,17 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from config import Config
 from modules import AdaptiveAugment
 from training.logs import History, read_history
-from utils import save_figure
+from utils import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAX_DRAWN = 5000  # about so many steps in a plot, at most twice as many
 
@@ -188,7 +189,7 @@ def steps_drawn(count: int) -> slice:
     return slice(None, None, max(1, count // MAX_DRAWN))
 
 
-def draw_loss(ax: Axes, run: Path, name: str, color: str = "C0") -> None:
+def draw_loss(ax: "Axes", run: Path, name: str, color: str = "C0") -> None:
     """Draw one loss of a run: each step, a smoothed curve, and the mean of each epoch."""
     epochs, steps = read_history(run)
     kimg, values, thin = steps["nimg"] / 1000, steps[name], steps_drawn(len(steps[name]))
@@ -202,7 +203,7 @@ def draw_loss(ax: Axes, run: Path, name: str, color: str = "C0") -> None:
 
 def plot_losses(run: Path, path: Path) -> None:
     """Loss curves of D and G of one run."""
-    figure = Figure(figsize=(11, 3.6))
+    figure = new_figure(figsize=(11, 3.6))
     titles = {"d_loss": "Discriminator", "g_loss": "Generator"}
     for ax, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         draw_loss(ax, run, name)
@@ -249,7 +250,7 @@ def plot_curves(run: Path, path: Path, config: Config) -> None:
     if not panels:
         return
     columns, rows = 4, math.ceil(len(panels) / 4)
-    figure = Figure(figsize=(4.2 * columns, 3.1 * rows))
+    figure = new_figure(figsize=(4.2 * columns, 3.1 * rows))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[len(panels) :]:
         ax.axis("off")
@@ -271,7 +272,7 @@ def plot_curves(run: Path, path: Path, config: Config) -> None:
     save_figure(figure, path)
 
 
-def draw_column(ax: Axes, history: History, name: str, label: str, color: str) -> None:
+def draw_column(ax: "Axes", history: History, name: str, label: str, color: str) -> None:
     """Draw a column: epochs as dots joined by a line, steps as a thin smoothed curve."""
     for columns in history:
         if name in columns:

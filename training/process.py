@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,11 @@ from torch import Tensor
 
 from config import Config, UserError
 from modules import channels
-from utils import SIGNALS, compiled_folder, first_line, num_ranks, rank
+from utils import SIGNALS, compiled_folder, first_line, num_ranks, rank, work_alone
 
+# Variables that start ranks, with torchrun or by hand; LOCAL_RANK only matters for GPUs
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
+SAID_AFTER = 5  # seconds of waiting for other ranks
 ALARM = getattr(signal, "SIGALRM", None)  # Windows has no alarm
 
 
@@ -197,16 +201,47 @@ def tune(device: torch.device, cache: Path) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_folder(cache)
 
 
+def check_ranks() -> None:
+    """Raises UserError if variables that start ranks are incomplete or no numbers."""
+    found = {name: os.environ[name] for name in LAUNCH if name in os.environ}
+    number = {name: int(value) if value.isdecimal() else -1 for name, value in found.items()}
+    ranks, missing = number.get("WORLD_SIZE", 1), [name for name in LAUNCH[:4] if name not in found]
+    right = 0 <= number.get("RANK", 0) < ranks
+    if ranks > 1:
+        right &= not missing and number["MASTER_PORT"] > 0 and number.get("LOCAL_RANK", 0) >= 0
+    if not right:
+        work_alone()  # so that this process prints the error
+        text = ", ".join(f"{name} = {value}" for name, value in found.items())
+        text += f", but no {', '.join(missing)}" * bool(missing)
+        raise UserError(f"{text}: start with torchrun, or unset these variables")
+
+
+def join_ranks(backend: str) -> None:
+    """Wait for all ranks, and say so if it takes long. Raises UserError if they cannot be met."""
+    place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+    text = f"rank {rank()} of {num_ranks()} waits for the others at {place}"
+    advice = "if you did not start them, unset RANK and WORLD_SIZE"
+    how = {"file": sys.stderr, "flush": True}
+    said = threading.Timer(SAID_AFTER, print, [f"{text}; {advice}"], how)
+    said.start()
+    try:
+        with STOP.default_handlers():
+            dist.init_process_group(backend)
+    except (ValueError, dist.DistError) as error:
+        raise UserError(f"{text}: {first_line(error)}; {advice}") from error
+    finally:
+        said.cancel()
+
+
 @contextmanager
 def rank_0_first(device: torch.device) -> Iterator[None]:
     """The other ranks wait until rank 0 is done and its files are there; they end if it fails."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if rank() > 0:
-        with STOP.default_handlers():
-            dist.init_process_group(backend)
+        join_ranks(backend)
     yield
     if rank() == 0 and num_ranks() > 1:
-        dist.init_process_group(backend)
+        join_ranks(backend)
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -256,7 +255,7 @@ def plot_progress(run: Path, path: Path, num_columns: int = 6) -> None:
     if not grids:
         return
     chosen = [grids[i] for i in utils.evenly_spaced(len(grids), num_columns)]
-    figure = Figure(figsize=(3.2 * len(chosen), 2))
+    figure = utils.new_figure(figsize=(3.2 * len(chosen), 2))
     for ax, grid in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
         ax.imshow(read_square(grid), cmap="gray", vmin=0, vmax=255)
         ax.set_title(f"epoch {int(grid.stem[5:])}", fontsize=9)
