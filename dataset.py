@@ -44,6 +44,7 @@ SAMPLE_FORMAT, PHOTOMETRIC = 339, 262  # TIFF tags
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_SIDE = 8192  # pixels, of a file's longer side
 TEST_SHARE = 0.2  # of the participants of each class, for a folder without train/ and test/
+LEFT_OUT = "left_out.csv"  # written by the import
 PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie beside the slices
 MAX_SEEN = 20_000  # files that are looked at where slices are missing
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar")
@@ -320,7 +321,7 @@ def describe(root: Path | None, classes: list[str], splits: Splits) -> None:
     if root is None:
         return
     files = splits["train"] + splits["test"]
-    known = {root / name for name in (MANIFEST, *PARTICIPANTS)}
+    known = {root / name for name in (MANIFEST, LEFT_OUT, *PARTICIPANTS)}
     if ignored := ignored_files(root, {f.path for f in files} | known):
         more = f", and {len(ignored) - 5} more folders" if len(ignored) > 5 else ""
         utils.print_once(f"note: unused files: {'; '.join(ignored[:5])}{more}")

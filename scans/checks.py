@@ -33,6 +33,7 @@ NEIGHBOURS = 3  # training slices with the most similar grey, whose edges are co
 SAME_EDGES = 0.7  # from this correlation on, two slices show the same picture
 SUSPICIOUS_AUC = 0.65  # from this AUC on, a single number tells the classes apart
 COLUMNS, EXTREMES = 12, 2  # of the contact sheet
+MAX_PAIRS = 10  # pairs of scans with one picture that are printed
 MAX_LISTED = 5  # items of a long list that are printed
 
 
@@ -273,17 +274,20 @@ def report_duplicates(folder: CheckedFolder) -> None:
     """Report exact duplicates, and pictures that are in both training and test set."""
     exact_duplicates(folder)
     same, most = near_duplicates(folder)
-    if folder.pictures.size:
+    if most > 0:
         text = f"edges of all other test and training slices correlate by at most {most:.2f}"
         utils.print_once(text)
     of_scans = defaultdict(list)
     for pair in sorted(same, key=lambda pair: -pair.score):
         of_scans[pair.test.file.scan, pair.train.file.scan].append(pair)
-    for pairs in of_scans.values():
+    for pairs in list(of_scans.values())[:MAX_PAIRS]:
         score, *both, mirrored = pairs[0]
         how = f"{len(pairs)} slices{', mirrored' * mirrored}, correlation up to {score:.2f}"
         paths = " and ".join(str(s.file.path.relative_to(folder.root)) for s in both)
         folder.problems.append(f"one picture in test and train ({how}): {paths}")
+    if len(of_scans) > MAX_PAIRS:
+        more = len(of_scans) - MAX_PAIRS
+        folder.problems.append(f"one picture in test and train: {more} more pairs of scans")
 
 
 # Confounds

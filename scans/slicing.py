@@ -36,7 +36,7 @@ import tyro
 
 import utils
 from config import UserError
-from dataset import SPLITS
+from dataset import LEFT_OUT, SPLITS
 from participants.matching import EntryFinder
 from participants.names import participant_in, plain_name, stem
 from participants.tables import MANIFEST, RENAMED, Entry, count_known, manifest_rows
@@ -44,9 +44,8 @@ from scans.finding import Reasons, find_volumes
 from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
 
 UNNAMED = "no row of the table names it"
-LEFT_OUT = "left_out.csv"
 MAX_LETTERS = 80  # of a scan's id
-MAX_NAMES, MAX_REASONS = 5, 30  # that are printed: names for each reason, and reasons
+MAX_NAMES, MAX_REASONS = 5, 30  # that are printed
 MANIFEST_SECONDS = 5  # from one writing of the manifest to the next; a kill may cost this much work
 Split = dict[str, str]  # train or test, by participant
 Rows = dict[str, dict[str, str]]  # of the manifest, by scan
@@ -115,7 +114,9 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
             problems[str(inside)] = str(error)
             continue
         labels.add(entry.label)
-        if options.classes is None or entry.label in wanted:
+        if options.classes is not None and entry.label not in wanted:
+            problems[str(inside)] = f"class {entry.label} (--classes)"
+        else:
             own = name if stems[name] == 1 else str(inside.parent / name)
             found.append(Scan(path, id_of(entry.scan or own), entry))
     if missing := sorted(wanted - labels):
@@ -173,7 +174,9 @@ def split_participants(scans: list[Scan], share: float, seed: int, before: Split
         split |= {name: "test" if i in drawn else "train" for i, name in enumerate(names)}
     split |= before
     for label, _ in one_sided(scans, split):
-        raise UserError(f"class {label}: too few participants to split them")
+        count = len({s.entry.participant for s in scans if s.entry.label == label})
+        text = f"too few participants to split them ({count}); --classes leaves a class out"
+        raise UserError(f"class {label}: {text}")
     return split
 
 
@@ -427,8 +430,8 @@ def print_reasons(title: str, pairs: Iterable[tuple[str, str]]) -> None:
     if reasons:
         utils.print_once(title)
     for why, names in reasons[:MAX_REASONS]:
-        more = ", ..." * (len(names) > MAX_NAMES)
-        first = ", ".join(names[:MAX_NAMES]).replace("\n", " ")
+        more = ", ..." * (len(names) > 2)
+        first = ", ".join(names[:2]).replace("\n", " ")
         utils.print_once(f"  {len(names)} x {why}: {first}{more}")
     if len(reasons) > MAX_REASONS:
         utils.print_once(f"  and {len(reasons) - MAX_REASONS} other reasons")

@@ -630,7 +630,7 @@ def test_a_thousand_bad_volumes_give_a_few_lines_and_a_list(four: ImportOptions,
     assert len(out.splitlines()) < 20
     assert f"1003 left out, see {four.out / 'left_out.csv'}:\n" in out
     assert "  1000 x empty file: AD/a/0000.nii, AD/a/0001.nii" in out and "0005.nii" not in out
-    assert "AD/a/0004.nii, ...\n  3 x contrast FLAIR (--contrast): NC/c/0_FLAIR.nii, NC" in out
+    assert "AD/a/0001.nii, ...\n  3 x contrast FLAIR (--contrast): NC/c/0_FLAIR.nii, NC" in out
     listed = left_out(four.out)
     assert len(listed) == 1003 and listed["AD/a/0999.nii"] == "empty file"
     touch(four.scans / "NC" / "e,\n2", "mask.nii")
