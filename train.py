@@ -44,7 +44,7 @@ from evaluation.features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from training import logs, process, runs
 from training.compiler import CompilerProcesses, most_processes
-from training.diagnosis import diagnose, plot_curves
+from training.diagnosis import diagnose, out_of_range, plot_curves, verdict
 from training.recorder import FLUSH_STEPS, Measurements, Recorder
 from utils import first_line, num_ranks, print_once, rank, run_command, stream_seed, work_alone
 
@@ -570,6 +570,11 @@ def train_and_save(
     if state.cur_nimg < total or process.STOP.name:
         raise process.Stopped
     print_once(f"done: {state.cur_nimg:,} images, {config.out}")
+    if rank() == 0:
+        print_once(
+            f"{verdict(logs.read_history(config.out))} More: train.py --diagnose {config.out}"
+        )
+        print_once(f"figures: python predict.py --checkpoint {config.out}")
 
 
 def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -> None:
@@ -619,8 +624,9 @@ def parse_settings(args: list[str] | None = None) -> Config:
 def print_diagnosis(run: Path) -> None:
     """Print what looks wrong in a run, and draw its curves. Raises UserError if it is no run."""
     config, _, _ = runs.read_run_config(run)
-    found = diagnose(logs.read_history(run), config)
-    print_once("\n".join(found.values()) or f"{run}: nothing looks wrong")
+    history = logs.read_history(run)
+    found = [*diagnose(history, config).values(), *out_of_range(history)]
+    print_once("\n".join([verdict(history), *(found or ["No rule finds a problem."])]))
     plot_curves(run, run / "curves.png", config)
 
 

@@ -19,7 +19,7 @@ from evaluation import features
 from modules import Discriminator
 from train import train
 from training import diagnosis
-from training.diagnosis import PANELS, RULES, plot_curves
+from training.diagnosis import PANELS, RULES, out_of_range, plot_curves, verdict
 from training.logs import STATS, append_losses, read_history, read_log, read_losses, truncate_logs
 from training.recorder import Measurements, grid_interval
 from training.runs import checkpoints, load_checkpoint, load_generator
@@ -40,7 +40,8 @@ HEALTHY = {
     "g_main_grad": 0.5, "d_main_grad": 0.4, "ada_p": 0.2, "fid": 0.4, "fid_real": 0.1,
     "overfitting": 0.1, "vary_z": 0.9, "vary_noise": 0.1, "vary_class": 0.3, "agreement": 0.7,
     "agreement_real": 0.7, "agreement_chance": 0.5, "leak_rotation": 1.1, "leak_flip": 0.1,
-    "leak_border": 0.2, "spectrum": 0.8, "data_wait": 0.01, "img_per_s": 100.0,
+    "leak_border": 0.2, "spectrum": 0.8, "precision": 0.6, "recall": 0.2, "spread": 0.9,
+    "data_wait": 0.01, "img_per_s": 100.0,
 }  # fmt: skip
 
 
@@ -70,6 +71,8 @@ ILL = {
     "z ignored": {"vary_z": 0.02},
     "texture comes from noise": {"vary_noise": 0.4},
     "odd spectrum": {"spectrum": 11.0},
+    "few samples look real": {"precision": 0.05},
+    "too little variety": {"spread": 0.3},
     "labels without signal": {"agreement": 0.52, "agreement_real": 0.52},
     "class ignored": {"agreement": 0.51},
     "caricature": {"agreement": 0.99, "agreement_real": 0.65},
@@ -228,6 +231,29 @@ def test_a_run_without_measurements_is_judged_by_its_losses_alone(tmp_path):
     assert diagnose(write_run(tmp_path, epochs=0)) == {}
 
 
+@pytest.mark.parametrize(
+    ("fid", "words"),
+    [
+        (0.11, "as near as real slices: their FID is 1.1 times that of unseen slices: look for"),
+        (0.25, "close to real slices: their FID is 2.5 times that of unseen slices."),
+        (0.4, "some way from"), (1.5, "far from real slices: their FID is 15.0 times"),
+        (2.6, "very far from real slices: their FID is 26.0 times"),
+        (None, "not measured yet"),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_the_distance_to_real_slices(tmp_path, fid, words):
+    assert words in verdict(read_history(write_run(tmp_path, fid=fid)))
+
+
+def test_what_lies_outside_of_its_green_range_is_named(tmp_path):
+    assert out_of_range(read_history(write_run(tmp_path))) == []
+    run = write_run(tmp_path, leak_border=[0, 0, 0, 6.0, 6.0, 7.5], vary_z=0.1, vary_noise=0.5)
+    assert out_of_range(read_history(run)) == [
+        "What moves a pixel, z: 0.1, healthy from 0.3 to 1.2",
+        "Leaks, border, grey levels: 6.5, healthy from -1 to 2",
+    ]
+
+
 @pytest.mark.drawn
 def test_curves_show_every_panel_and_need_none(tmp_path):
     plot_curves(write_run(tmp_path, **ILL["D overfits"]), tmp_path / "curves.png", Config())
@@ -348,7 +374,7 @@ def test_a_diagnosis_is_printed(config: Config, tmp_path, monkeypatch, capsys, c
     train(replace(config, epochs=1))
     capsys.readouterr()
     assert command("--diagnose", config.out) == 0
-    assert capsys.readouterr().out.strip() == f"{config.out}: nothing looks wrong"
+    assert "No rule finds a problem." in capsys.readouterr().out
     assert command("--diagnose", tmp_path) == 2
     assert "is no run: it has no config.json" in capsys.readouterr().err
     assert command("--diagnose", config.out, "--epochs", "3") == 2

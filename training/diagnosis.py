@@ -15,6 +15,7 @@ from utils import new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+NO_RANGE = ("vary_noise", "vary_class")  # the range of their panel is that of z
 MAX_DRAWN = 5000  # about so many steps in a plot, at most twice as many
 
 
@@ -143,6 +144,19 @@ RULES = {
         f"slices (a lattice), or less than 1/{SPECTRUM_LIMIT} as strong (a blur)",
         ((lambda c: c.noise, "against a lattice set noise = False"), "against a blur train longer"),
     ),
+    "few samples look real": Rule(
+        lambda h: h.recent("precision", MIN_MEASUREMENTS) < 0.1,
+        "fewer than one sample in ten lies among the real slices (precision)",
+        (
+            "train longer",
+            "start from weights that draw heads, such as the demo generator's (init_from)",
+        ),
+    ),
+    "too little variety": Rule(
+        lambda h: h.recent("spread", MIN_MEASUREMENTS) < 0.5,
+        "samples vary less than half as much as real slices, in the ways in which those vary most",
+        ("train longer, with a lower learning_rate at the end", "raise r1_gamma"),
+    ),
     "labels without signal": Rule(
         lambda h: h.recent("agreement_real") - h.recent("agreement_chance") < LEAST_SIGNAL,
         "a classifier trained on the training slices cannot tell the classes of test slices",
@@ -173,6 +187,31 @@ def diagnose(history: History, config: Config) -> dict[str, str]:
         for name, rule in RULES.items()
         if rule.holds(history)
     }
+
+
+def verdict(history: History) -> str:
+    """How far samples are from real slices by their newest FID, in one sentence."""
+    fid, reference = history.recent("fid"), history.recent("fid_real")
+    if not math.isfinite(fid + reference) or reference <= 0:
+        return "The distance to real slices is not measured yet."
+    ratio = fid / reference
+    grades = {1.2: "as near as", 3: "close to", 8: "some way from", 20: "far from"}
+    grade = next((words for limit, words in grades.items() if ratio < limit), "very far from")
+    more = ": look for copies of training slices with evaluate.py" if ratio < 1.2 else ""
+    text = f"Samples are {grade} real slices: their FID is {ratio:.1f} times that of unseen slices"
+    return text + more + "."
+
+
+def out_of_range(history: History) -> list[str]:
+    """The newest values that lie outside of the healthy range of their panel of curves.png."""
+    found = []
+    for title, names, healthy, _ in PANELS:
+        for name, label in names.items() if healthy else ():
+            value = math.nan if name in NO_RANGE else history.recent(name)
+            if math.isfinite(value) and not healthy[0] <= value <= healthy[1]:
+                low, high = (f"{limit:.2g}" for limit in healthy)
+                found.append(f"{title}, {label}: {value:.3g}, healthy from {low} to {high}")
+    return found
 
 
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
@@ -229,6 +268,10 @@ PANELS = (
      "healthy: below the limit; only with ada"),
     ("FID", {"fid": "samples", "fid_real": "test slices"}, None,
      "healthy: samples fall towards test slices"),
+    ("Precision and recall", {"precision": "precision", "recall": "recall"}, None,
+     "samples among real slices; real slices among samples"),
+    ("Variety", {"spread": "spread of samples, ratio"}, (0.6, 1.4),
+     "1: as far apart as real slices"),
     ("Overfitting of D", {"overfitting": "(train - test) / (train - generated)"}, (-0.1, 0.5),
      "1: D takes all test slices for generated ones"),
     ("What moves a pixel", {"vary_z": "z", "vary_noise": "noise", "vary_class": "class"},
@@ -265,7 +308,7 @@ def plot_curves(run: Path, path: Path, config: Config) -> None:
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=7, frameon=False)
         ax.grid(alpha=0.3)
-    found = "\n".join(diagnose(history, config).values()) or "No rule finds anything wrong."
+    found = "\n".join([verdict(history), *diagnose(history, config).values()])
     text = "x: thousands of real images seen. Green: healthy range. Thin: steps, smoothed."
     figure.suptitle(f"{text}\n{found}", fontsize=9)
     figure.tight_layout()

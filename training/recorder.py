@@ -28,6 +28,7 @@ from training.process import most_of_ranks
 
 FLUSH_STEPS = 50  # steps between two writes of the losses, each of which waits for the device
 GRID_COLUMNS = 8
+MAIN_AXES = 10  # principal components of real slices along which the spread is measured
 MAX_DEVIATION = 1000  # at most so many slices of a class give the deviation of a pixel
 
 
@@ -37,6 +38,9 @@ class Measurements:
     - `fid`, `kid`: distance to the training slices; `fid_real`: the FID of test slices, which are
       of other participants.
     - `leak_rotation`, `leak_flip`, `leak_border`: see `leaks`.
+    - `precision`, `recall`: shares of samples among real slices, and of real slices among samples.
+    - `spread`: deviation of samples along the ten main axes of the real slices' features, divided
+      by that of the real slices; the median of the axes.
     - `spectrum`: power of samples at the highest frequencies, divided by that of real slices.
     - `vary_z`, `vary_noise`, `vary_class`: how far a pixel moves if only z, only the noise or only
       the class changes, as a share of the deviation among real slices; z counts in the class that
@@ -68,6 +72,12 @@ class Measurements:
         )
         self.fid_real = metrics.frechet_distance(unseen, self.real)
         self.gaussian = metrics.gaussian(self.real)
+        rows = utils.evenly_spaced(len(self.real), config.fid_images)
+        self.some_real = metrics.Features(
+            self.real[rows], train.participants[rows], train.labels[rows]
+        )
+        _, deviations, axes = torch.linalg.svd(self.gaussian[1], full_matrices=False)
+        self.axes = (axes / deviations.clamp(min=1e-6)[:, None])[:MAIN_AXES].T.numpy()
         self.labels = features.labels_in_proportion(train.labels, config.fid_images)
         rng = np.random.default_rng(0)  # D gets slices in random order, as in training
         self.subsets = {
@@ -105,10 +115,16 @@ class Measurements:
         order = np.random.default_rng(0).permutation(len(fakes.labels))
         subsets = (self.subsets["train"], self.subsets["test"], fakes.take(order))
         real, test, fake = (self.mean_logit(D, slices) for slices in subsets)
+        n = len(self.some_real.values)
+        some = metrics.Features(values[order][:n], fakes.participants[:n], fakes.labels[order][:n])
+        near = metrics.manifold_metrics(self.some_real, some)
         moved = features.conditional_variation(G, self.config.seed)
         found = {
             "fid": metrics.gaussian_distance(metrics.gaussian(values), self.gaussian),
             "fid_real": self.fid_real,
+            "precision": near["precision"],
+            "recall": near["recall"],
+            "spread": float(np.median((values @ self.axes).std(0))),
             "kid": metrics.kernel_distance(values, self.real, subsets=10)[0],
             **metrics.leaks(self.pose, metrics.pose(fakes.images)),
             "spectrum": metrics.grain(fakes.images) / self.grain,
