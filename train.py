@@ -42,7 +42,7 @@ from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader, normalize
 from evaluation.features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
-from training import logs, process, runs
+from training import card, logs, process, runs
 from training.compiler import CompilerProcesses, most_processes
 from training.diagnosis import diagnose, out_of_range, plot_curves, verdict
 from training.recorder import FLUSH_STEPS, Measurements, Recorder
@@ -268,7 +268,7 @@ class TrainingState:
         """The content of a checkpoint: tensors and plain values only."""
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state |= {name: getattr(self, name) for name in self.VALUES}
-        return state | {"num_ranks": num_ranks(), "settings": runs.plain_settings(self.config)}
+        return state | {"num_ranks": num_ranks(), "settings": runs.shared_settings(self.config)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. Raises UserError if it has other parts or sizes."""
@@ -571,10 +571,7 @@ def train_and_save(
         raise process.Stopped
     print_once(f"done: {state.cur_nimg:,} images, {config.out}")
     if rank() == 0:
-        print_once(
-            f"{verdict(logs.read_history(config.out))} More: train.py --diagnose {config.out}"
-        )
-        print_once(f"figures: python predict.py --checkpoint {config.out}")
+        card.end_run(config, slices)
 
 
 def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -> None:

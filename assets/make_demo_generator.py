@@ -34,6 +34,7 @@ def share(run: Path, out: Path) -> None:
         write_safetensors(out / f"{name}.safetensors", half, state["cur_nimg"])
     config = replace(config, out=Config.out, cache=Config.cache, init_from=None)
     write_run_config(out, config, classes, data)
+    (out / "paths.json").unlink()
     print_once(f"{out}: {state['cur_nimg']:,} images")
 
 

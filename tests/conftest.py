@@ -112,8 +112,8 @@ def copied(run: Config, folder: Path, name: str = "test") -> Config:
     source = run.data_root.parent
     shutil.copytree(source, folder, dirs_exist_ok=True)
     out = (folder / "runs" / "test").rename(folder / "runs" / name)
-    text = (out / "config.json").read_text()
-    (out / "config.json").write_text(text.replace(str(source), str(folder)))
+    text = (out / "paths.json").read_text()
+    (out / "paths.json").write_text(text.replace(str(source), str(folder)))
     return replace(run, data_root=folder / "data", out=out, cache=folder / "cache")
 
 

@@ -385,6 +385,8 @@ def test_a_shared_run_does_not_choose_where_its_cache_goes(
     run = shutil.copytree(whole.out, tmp_path / "shared")
     (tmp_path / "victim").mkdir()
     attack(run, cache=str(tmp_path / "victim"))
+    paths = json.loads((run / "paths.json").read_text()) | {"cache": str(tmp_path / "victim")}
+    (run / "paths.json").write_text(json.dumps(paths))
     predict(Options(run, count=2))
     assert list((tmp_path / "victim").iterdir()) == []
     assert (tmp_path / "here" / "cache").is_dir()

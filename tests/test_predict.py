@@ -114,6 +114,8 @@ def test_a_shared_generator_needs_its_config_only(run: Path, tmp_path, config: C
     shared.mkdir()
     for name in ("generator.safetensors", "config.json"):
         shutil.copy(run / name, shared / name)
+    text = (shared / "config.json").read_text()
+    assert str(tmp_path) not in text and str(config.data_root.parent) not in text
     shutil.rmtree(config.data_root)
     out = predict(Options(checkpoint=shared / "generator.safetensors", count=2, device="cpu"))
     assert out == shared / "predict" and (out / "grid_AD.png").exists()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
     as_flags,
     assert_same_run,
     phase_gradients,
@@ -818,6 +819,33 @@ def test_every_setting_is_saved_as_a_plain_value(config: Config):
     state = TrainingState(config, 2, torch.device("cpu")).state_dict()
     assert state["settings"].keys() == asdict(config).keys()
     assert all(isinstance(v, str | int | float | None) for v in state["settings"].values())
+
+
+def test_a_run_ends_with_a_card_that_the_user_may_keep_as_their_own(
+    config: Config, data_root: Path, capsys, monkeypatch
+):
+    config = replace(config, epochs=1, data_root=data_root, fid_kimg=0)
+    train(config)
+    out, card = capsys.readouterr().out, config.out / "README.md"
+    assert "The distance to real slices is not measured yet." in out
+    assert f"figures: python predict.py --checkpoint {config.out}" in out
+    text = card.read_text()
+    assert "16 x 16 pixels, trained on 16 slices of 8\nparticipants for 16 images" in text
+    assert str(data_root) not in text and "epochs = 1" in text and "| not measured | |" in text
+    monkeypatch.chdir(ROOT)
+    code = (
+        text.split("```python\n")[1]
+        .split("```")[0]
+        .replace("FOLDER OF THIS FILE", str(card.parent))
+    )
+    names: dict = {}
+    exec(code, names)
+    assert names["image"].shape == (1, 1, 16, 16) and names["classes"] == ["AD", "NC"]
+    train(replace(config, epochs=2))
+    assert "for 32 images" in card.read_text()
+    card.write_text(card.read_text().partition("\n")[2] + "Licence: ours\n")
+    train(replace(config, epochs=3))
+    assert "for 32 images" in card.read_text() and "Licence: ours" in card.read_text()
 
 
 def test_fewer_epochs_than_are_trained_are_refused_and_change_nothing(trained: Config):

@@ -103,11 +103,23 @@ def plain_settings(config: Config) -> dict[str, str | int | float | None]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
 
 
+def shared_settings(config: Config) -> dict[str, str | int | float | None]:
+    """The plain settings, with the name of a folder in place of its absolute path."""
+    paths = {name: path for name in PATHS if (path := getattr(config, name)) is not None}
+    names = {name: path.name for name, path in paths.items() if path.is_absolute()}
+    return plain_settings(config) | names
+
+
 def write_run_config(run: Path, config: Config, classes: list[str], data: str) -> None:
-    """Write config.json: the settings, the class names, the identity of the data."""
-    content = {"classes": classes, "data": data, "settings": plain_settings(config)}
-    text = json.dumps(content, indent=2)
-    utils.write_atomically(run / "config.json", lambda path: path.write_text(text + "\n"))
+    """Write config.json, which may be shared: settings, class names, identity of the data.
+
+    The paths of this machine go to paths.json, which need not be shared.
+    """
+    content = {"classes": classes, "data": data, "settings": shared_settings(config)}
+    paths = {k: v for k, v in plain_settings(config).items() if k in PATHS}
+    for name, values in (("paths.json", paths), ("config.json", content)):
+        text = json.dumps(values, indent=2) + "\n"
+        utils.write_atomically(run / name, lambda path, text=text: path.write_text(text))
 
 
 def read_run_config(run: Path) -> tuple[Config, list[str], str]:
@@ -119,6 +131,10 @@ def read_run_config(run: Path) -> tuple[Config, list[str], str]:
         saved = json.loads(path.read_text())
         known = {field.name for field in fields(Config)}
         settings = {k: v for k, v in saved["settings"].items() if k in known}
+        if (local := run / "paths.json").exists():
+            path = local
+            settings |= {k: v for k, v in json.loads(local.read_text()).items() if k in PATHS}
+        path = run / "config.json"
         paths = {k: Path(settings[k]) for k in PATHS if settings.get(k)}
         classes, data = saved["classes"], saved["data"]
         if not classes or not all(isinstance(v, str) for v in [*classes, data]):
@@ -139,7 +155,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 def require_same(saved: dict[str, Any], config: Config, source: Path) -> None:
     """Raises UserError with every setting that differs and is not in FREE_TO_CHANGE."""
-    wanted = plain_settings(config)
+    wanted = shared_settings(config)
     names = [n for n in wanted if n not in FREE_TO_CHANGE and saved.get(n, wanted[n]) != wanted[n]]
     if names:
         changed = "; ".join(f"{n} = {saved[n]}, now {wanted[n]}" for n in names)
@@ -154,7 +170,7 @@ def open_run(config: Config) -> dict[str, Any] | None:
     """
     utils.ensure_writable(config.out)
     if (config.out / "config.json").exists():
-        require_same(plain_settings(read_run_config(config.out)[0]), config, config.out)
+        require_same(shared_settings(read_run_config(config.out)[0]), config, config.out)
     found = checkpoints(config.out)
     for path in found[::-1]:
         try:
