@@ -51,14 +51,14 @@ CERTAIN = {
     "output of FreeSurfer": r"(.+_)?(aseg|aparc[+.].*|brainmask|wmparc|([lr]h\.)?ribbon)(\.\w+)?",
     "output of SPM or CAT12": r"(s\d*)?(m0?w|w|r)[cp][1-6].+|u_rc[1-6].+",
     "output of FSL": r".+_(pve_\d|pveseg|mixeltype|prob_\d|fseg)",
-    "mask or segmentation": r"(.*[_-])?(brain)?mask|.+_(d|prob)?seg(_\d)?",
+    "mask or segmentation": r".*masks?|.+_(d|prob)?seg(_\d)?",
 }
 CERTAIN = {why: re.compile(pattern, re.IGNORECASE) for why, pattern in CERTAIN.items()}
 # What stands before or after the name of a scan that lies in the same folder or the one above:
 BEFORE = re.compile(r"(i?y_|u_|wj_|mean|BiasField_|s\d+|m0|[cp][0-6]|[mwrsua])+")
 AFTER = re.compile(
     r"(_(brain|restore|biascorr|bet|skull|overlay|fast|bias|flirt|fnirt|warp|warped|std|reorient"
-    r"|to_mni\w*|to_std\w*|mni\w*))+",
+    r"|orig|fullfov|to_mni\w*|to_std\w*|mni\w*))+",
     re.IGNORECASE,
 )
 FREESURFER = {"orig.mgz", "rawavg.mgz", "nu.mgz", "brainmask.mgz", "aseg.mgz"}  # in SUBJECT/mri
@@ -109,11 +109,11 @@ def files_by_folder(root: Path, problems: Reasons) -> dict[Path, list[Path]]:
     """
     found: dict[Path, list[Path]] = {}
     seen: dict[Path, Path] = {}
-    ways = [(0, root)]
+    ways, top = [(0, root)], root.resolve()
     while ways:
         detours, folder = heapq.heappop(ways)
         inside, real = str(folder.relative_to(root)), folder.resolve()
-        if seen and (real in seen or root.resolve().is_relative_to(real)):
+        if seen and (real in seen or top.is_relative_to(real)):
             problems[inside] = f"the same folder as {seen.get(real, root).relative_to(root)}"
             continue
         seen[real], own = folder, []

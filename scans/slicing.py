@@ -3,18 +3,12 @@
     python prepare.py import SCANS --out AD_NC --table subjects.csv
 
 A volume is a file that nibabel opens (NIfTI, Analyze, MGH, MINC, PAR/REC, AFNI), or a folder of
-DICOM files if the program dcm2niix is installed, at any depth, through links too. Where a name
-tells a contrast by a BIDS suffix, such as _FLAIR, or a word, such as MPRAGE, only --contrast is
-taken; names that tell nothing are kept. Left out are the folders sourcedata, derivatives, code and
-fmap, phase images, masks, segmentations, and what SPM, CAT12, FSL and FreeSurfer make of a scan. Of
-a DICOM folder with several series one must be the scan. What is left out is counted by reason;
-OUT/left_out.csv lists it.
-
-The row of the table is the one whose scan, or else whose participant, is part of a volume's path.
-Plain numbers count only if they are a whole file or folder name, since others may be dates. Without
-a table the class is the first folder, SCANS/CLASS/..., and the participant is a name such as
-sub-01, 002_S_0295 or OAS1_0001 in the path, else the next folder, else the file name. The class CN
-of a table becomes NC, and a CDR above 0 becomes AD.
+DICOM files if the program dcm2niix is installed, at any depth, through links too. `import_scans`
+says which are left out. A volume's row of the table is the one whose scan, or else whose
+participant, is part of its path. Plain numbers count only if they are a whole file or folder name,
+since others may be dates. Without a table the class is the first folder, SCANS/CLASS/..., and the
+participant is a name such as sub-01, 002_S_0295 or OAS1_0001 in the path, else the next folder,
+else the file name. The class CN of a table becomes NC, and a CDR above 0 becomes AD.
 """
 
 import csv
@@ -28,6 +22,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -306,7 +301,12 @@ def is_done(scan: Scan, row: dict[str, str] | None, options: ImportOptions) -> b
 def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> None:
     """Cut slices from scans, and write them into class folders of a training and a test set.
 
-    The end of the output counts by reason what was left out. OUT/left_out.csv lists all of it.
+    A scan is a volume, or a folder of DICOM files, at any depth. Where a name tells a contrast by a
+    BIDS suffix, such as _FLAIR, or by a word, such as MPRAGE, only --contrast is taken; names that
+    tell nothing are kept. Left out are also the folders sourcedata, derivatives, code and fmap,
+    phase images, segmentations, and what SPM, CAT12, FSL and FreeSurfer made of a scan. One series
+    of a DICOM folder must be the scan. The end of the output counts by reason what was left out;
+    OUT/left_out.csv lists it.
 
     Raises:
         UserError: no scan can be used; or, before anything is written, the options, the table or a
@@ -343,8 +343,9 @@ def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> N
             write_left_out(problems, options.out / LEFT_OUT)
         else:  # nothing was written but a manifest without rows
             (options.out / MANIFEST).unlink()
-            (options.out / ".lock").unlink()
-            options.out.rmdir()
+            with suppress(OSError):  # other hidden files may lie there
+                (options.out / ".lock").unlink()
+                options.out.rmdir()
     if gone := sorted(rows.keys() - {scan.name for scan in scans}):
         first = ", ".join(gone[:5])
         utils.print_once(f"note: {len(gone)} scans of an earlier import remain: {first}")

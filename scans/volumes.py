@@ -198,8 +198,6 @@ def affine_of(volume: SpatialImage, unoriented: bool) -> np.ndarray:
             raise ValueError("no orientation in its header (sform and qform code 0): --unoriented")
         usable = np.isfinite(affine).all() and np.linalg.det(affine[:3, :3]) != 0
         return affine if usable or not header["qform_code"] else header.get_qform()
-    if isinstance(volume, nibabel.MGHImage) and not header["goodRASFlag"] and not unoriented:
-        raise ValueError("no orientation in its header (good RAS flag 0): --unoriented")
     if not isinstance(volume, nibabel.AnalyzeImage):
         return affine
     if not unoriented:
@@ -247,11 +245,13 @@ def convert_dicom(folder: Path, out: Path, contrast: str) -> tuple[Path, list[st
             warnings.append(line.removeprefix("Warning: "))
         elif made := re.match(r"Convert \d+ DICOM as (.+) \(\d+x", line):
             series[Path(made[1]).name], warnings = warnings, []
-    files = {path.stem: path for path in sorted(out.glob("*.nii")) if path.stem in series}
+    # other files are copies of a series, such as one that fills its gaps
+    files = {path.name[:-4]: path for path in sorted(out.glob("*.nii"))}
+    files = {name: path for name, path in files.items() if name in series}
     if not files:
         raise ValueError(f"{CONVERTER} made no volume of it: {' '.join(lines[-1:])}")
     name = choose_series(files, contrast)
-    if gaps := [text for text in series[name] if GAP.search(text)]:
+    if gaps := [text.rstrip(".") for text in series[name] if GAP.search(text)]:
         raise ValueError(f"{CONVERTER}: {'; '.join(gaps)}")
     return files[name], series[name]
 
