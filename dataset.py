@@ -76,6 +76,7 @@ class Slices:
     classes: list[str]
     positions: np.ndarray | None = None  # [n], see `find_positions`; None: no condition
     scans: np.ndarray | None = None  # [n], None for samples
+    files: np.ndarray | None = None  # [n] paths within the data's folder; None: no files
 
     @property
     def c_dim(self) -> int:
@@ -84,9 +85,10 @@ class Slices:
 
     def take(self, rows: np.ndarray | slice) -> "Slices":
         """Some of the slices: copies if `rows` is an array, views if it is a slice."""
-        positions, scans = (None if x is None else x[rows] for x in (self.positions, self.scans))
+        optional = (self.positions, self.scans, self.files)
+        optional = (None if x is None else x[rows] for x in optional)
         parts = self.images[rows], self.labels[rows], self.participants[rows]
-        return Slices(*parts, self.classes, positions, scans)
+        return Slices(*parts, self.classes, *optional)
 
     def conditions(self) -> Tensor:
         """c of each slice. -> [n, c_dim]."""
@@ -507,7 +509,8 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     participants = np.array([f.participant for f in files])
     scans = np.array([str(f.path.parent / f.scan) for f in files])
     positions = find_positions(scans) if config.condition_position else None
-    both = Slices(images, labels, participants, classes, positions, scans)
+    names = np.array([str(f.path.relative_to(root)) for f in files])
+    both = Slices(images, labels, participants, classes, positions, scans, names)
     splits = {"train": both.take(slice(first)), "test": both.take(slice(first, None))}
     return splits, data_identity(files, root)
 

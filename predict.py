@@ -2,10 +2,12 @@
 
     python predict.py                                         # every figure of the newest run
     python predict.py --checkpoint runs/adni --classes AD --seeds 0 1 2 --truncation-psi 0.7
+    python predict.py --figures grid truncation               # some figures only
     python predict.py --compare runs/a runs/b runs/c          # grids, losses and FID of runs
 
 Writes grid_CLASS.png, images/CLASS/seed0000.png, truncation.png, embedding_images.png and
-embedding_w.png into RUN/predict or --out; positions.png too if the run has condition_position. On
+embedding_w.png into RUN/predict or --out; positions.png too if the run has condition_position. With
+--format pdf the figures, but not the single images, are also written as PDF with vector letters. On
 one machine the same seed always gives the same image: a seed has one z for all classes, noise is
 constant, and images are computed one by one.
 
@@ -17,11 +19,13 @@ References:
 
 import math
 import os
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import numpy as np
 import torch
@@ -40,6 +44,7 @@ from training import diagnosis, logs, process, recorder, runs
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Drawing = Literal["grid", "images", "truncation", "positions", "embedding"]
 PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)
 POSITION_SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SWEEP_SEEDS = 4
@@ -77,6 +82,10 @@ class Options:
     """Folder of decoded images; None: the cache of the run."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute."""
+    figures: tuple[Drawing, ...] | None = None
+    """Figures to draw; None: all. Embeddings take longest; positions need condition_position."""
+    format: Literal["png", "pdf"] = "png"
+    """pdf: figures are also written as PDF, with letters as vectors."""
     compare: tuple[Path, ...] = ()
     """Runs whose last grids and losses are drawn side by side; nothing else is drawn."""
 
@@ -84,6 +93,12 @@ class Options:
         check_fields(self)
         if self.seeds == ():
             raise UserError("seeds = (): at least one is needed")
+        if self.figures == ():
+            raise UserError(f"figures = (): at least one is needed, of {get_args(Drawing)}")
+
+    def paths(self, folder: Path, name: str) -> list[Path]:
+        """The files of a figure: PNG, and PDF if that is asked for."""
+        return [folder / f"{name}.{end}" for end in dict.fromkeys(("png", self.format))]
 
 
 def latents(seeds: list[int], z_dim: int) -> Tensor:
@@ -94,14 +109,16 @@ def latents(seeds: list[int], z_dim: int) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    G: Generator, z: Tensor, c: Tensor, psi: float = 1, cutoff: int | None = None
-) -> np.ndarray:
-    """Images of latents [N, z_dim] and labels [N, c_dim]. -> uint8 [N, H, W].
+    G: Generator, z: Tensor, c: Tensor, psi: float = 1, cutoff: int | None = None,
+    bar: str | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Images of latents [N, z_dim] and labels [N, c_dim], under a progress bar. -> uint8 [N, H, W].
 
     Batches of one image make every bit of an image independent of the other images.
     """
     device = next(G.parameters()).device
     pairs = zip(z.to(device).split(1), c.to(device).split(1), strict=True)
+    pairs = tqdm(pairs, bar, len(z), leave=False, unit="image", disable=bar is None)
     images = [utils.to_uint8(G(z, c, psi, cutoff, noise_mode="const")) for z, c in pairs]
     return np.concatenate(images)
 
@@ -113,36 +130,62 @@ def labels_of(G: Generator, labels: np.ndarray, seeds: list[int], position: floa
     return utils.conditions(labels, positions if G.by_position else None, G.c_dim)
 
 
-def sample_class(G: Generator, label: int, seeds: list[int], options: Options) -> np.ndarray:
+def sample_class(
+    G: Generator, label: int, seeds: list[int], options: Options, bar: str | None = None
+) -> np.ndarray:
     """Images of one class. -> uint8 [N, H, W]."""
     c = labels_of(G, np.full(len(seeds), label), seeds, options.position)
-    return sample(G, latents(seeds, G.z_dim), c, options.truncation_psi, options.truncation_cutoff)
+    how = options.truncation_psi, options.truncation_cutoff, bar
+    return sample(G, latents(seeds, G.z_dim), c, *how)
 
 
 def write_images(images: np.ndarray, name: str, seeds: list[int], out: Path) -> None:
-    """Write one PNG for each seed, and a grid of all images."""
+    """Write one PNG for each seed."""
     for image, seed in zip(images, seeds, strict=True):
         utils.save_grey(image, out / "images" / name / f"seed{seed:04d}.png")
+
+
+def names_of_rows(seeds: list[int], columns: int) -> list[str]:
+    """The seeds in each row of a grid, in words."""
+    rows = [seeds[i : i + columns] for i in range(0, len(seeds), columns)]
+    return [
+        f"seeds {row[0]} to {row[-1]}"
+        if len(row) > 2 and row == list(range(row[0], row[-1] + 1))
+        else f"seed{'s' * (len(row) > 1)} {', '.join(map(str, row))}"
+        for row in rows
+    ]
+
+
+def write_grid(images: np.ndarray, name: str, seeds: list[int], paths: list[Path]) -> None:
+    """Write a grid of all images of a class, with the seeds beside its rows."""
     columns = math.ceil(math.sqrt(2 * len(images)))
     blank = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)
-    utils.save_grey(utils.tile(np.concatenate([images, blank]), columns), out / f"grid_{name}.png")
+    picture = utils.tile(np.concatenate([images, blank]), columns)
+    labels = names_of_rows(seeds, columns), [str(i + 1) for i in range(columns)]
+    utils.save_grid(picture, *labels, name, paths[0])
+    if paths[1:]:
+        figure = utils.new_figure(figsize=np.array(picture.shape[::-1]) / 96)
+        ax = figure.subplots()
+        utils.show_tiles(ax, picture, [utils.label(row, 20) for row in labels[0]], labels[1])
+        ax.set_title(utils.label(name, 3 * columns))
+        utils.save_figure(figure, *paths[1:])
 
 
 def draw_sweep(
-    G: Generator, classes: dict[int, str], seeds: list[int], sweep: dict[str, Options], path: Path
-) -> None:
+    G: Generator, classes: dict[int, str], seeds: list[int], sweep: dict[str, Options], axis: str,
+    paths: list[Path],
+) -> None:  # fmt: skip
     """A block of images for each class, with a row for each seed and a column for each options."""
-    figure = utils.new_figure(figsize=(1.5 * len(sweep) * len(classes), 1.5 * len(seeds) + 0.6))
+    figure = utils.new_figure(
+        figsize=(1.5 * len(sweep) * len(classes), 1.5 * len(seeds) + 1), layout="constrained"
+    )
     axes = figure.subplots(1, len(classes), squeeze=False)[0]
     for ax, (label, name) in zip(axes, classes.items(), strict=True):
         columns = [sample_class(G, label, seeds, options) for options in sweep.values()]
         picture = utils.tile(np.stack(columns, 1).reshape(-1, *columns[0].shape[1:]), len(sweep))
-        H = len(picture) / len(seeds)
-        ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        ax.set_xticks([H * (i + 0.5) for i in range(len(sweep))], sweep)
-        ax.set_yticks([H * (i + 0.5) for i in range(len(seeds))], [f"seed {s}" for s in seeds])
-        ax.set_title(utils.printable(name))
-    utils.save_figure(figure, path)
+        utils.show_tiles(ax, picture, list(map(str, seeds)), list(sweep))
+        ax.set(xlabel=axis, ylabel="seed", title=utils.label(name, 12 * len(sweep)))
+    utils.save_figure(figure, *paths)
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
@@ -186,29 +229,30 @@ def embed(features: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def draw_embedding(
-    x: np.ndarray, labels: np.ndarray, fake: np.ndarray, names: list[str], caption: str, path: Path
-) -> None:
+    x: np.ndarray, labels: np.ndarray, fake: np.ndarray, names: list[str], caption: str,
+    paths: list[Path],
+) -> None:  # fmt: skip
     """Two panels of x [N, F] by class: dots are real slices, crosses samples (`fake` [N], bool)."""
     if len(x) < MIN_POINTS or not x.std(0).any():
         reason = f"there are fewer than {MIN_POINTS} images, or all are equal"
-        return utils.print_once(f"no {path.name}: {reason}")
-    figure = utils.new_figure(figsize=(11, 5.4))
+        return utils.print_once(f"no {paths[0].name}: {reason}")
+    figure = utils.new_figure(figsize=(11, 6), layout="constrained")
     for ax, (title, points) in zip(figure.subplots(1, 2), embed(x).items(), strict=True):
         for label, name in enumerate(names):
             style = {"s": 14, "alpha": 0.6, "color": f"C{label}", "linewidths": 0.8}
             for is_fake, marker, kind in (False, "o", "real, true class"), (True, "x", "generated"):
                 chosen, text = (labels == label) & (fake == is_fake), f"{name} ({kind})"
                 if chosen.any():
-                    style |= {"marker": marker, "label": utils.printable(text)}
+                    style |= {"marker": marker, "label": utils.label(text, 28)}
                     ax.scatter(*points[chosen].T, **style)
-        ax.set(title=title, xticks=[], yticks=[])
+        ax.set(xticks=[], yticks=[], xlabel=f"{title}, first axis", ylabel="second axis")
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="lower center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 0.03))
-    figure.text(0.5, 0.02, caption, ha="center", va="top", fontsize=9)
-    utils.save_figure(figure, path)
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(caption, fontsize=9)
+    utils.save_figure(figure, *paths)
 
 
-def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> None:
+def draw_image_embedding(G: Generator, splits: dict[str, Slices], paths: list[Path]) -> None:
     """Real test slices by true class and as many samples, by principal components of images."""
     from sklearn.decomposition import PCA
 
@@ -229,66 +273,88 @@ def draw_image_embedding(G: Generator, splits: dict[str, Slices], out: Path) -> 
     )
     both = np.concatenate([features["test"][chosen], fake])
     labels, is_fake = np.tile(real.labels, 2), np.repeat([False, True], len(fake))
-    draw_embedding(both, labels, is_fake, test.classes, caption, out / "embedding_images.png")
+    draw_embedding(both, labels, is_fake, test.classes, caption, paths)
 
 
 @torch.no_grad()
-def draw_w_embedding(G: Generator, names: list[str], out: Path) -> None:
+def draw_w_embedding(G: Generator, names: list[str], paths: list[Path]) -> None:
     """The intermediate latents w, coloured by the class given to G."""
     labels = np.arange(len(names)).repeat(math.ceil(MAX_POINTS / len(names)))
     seeds, device = list(range(len(labels))), next(G.parameters()).device
     z, c = latents(seeds, G.z_dim), labels_of(G, labels, seeds, None)
     w = G.mapping.map(z.to(device), c.to(device)).cpu().numpy()
     caption = "w of the mapping network. Classes may separate just because the label is an input."
-    draw_embedding(w, labels, np.ones(len(w), bool), names, caption, out / "embedding_w.png")
+    draw_embedding(w, labels, np.ones(len(w), bool), names, caption, paths)
 
 
-def differences(configs: Sequence[Config]) -> list[str]:
-    """For each run, its settings that differ between the runs and change the training step.
+def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
+    """Settings that differ between runs and change the training step, and their values in each run.
 
     Settings that control ADA or measuring are left out.
     """
     settings = [runs.plain_settings(config) for config in configs]
     names = [n for n in settings[0] if len({str(s[n]) for s in settings}) > 1]
     names = [n for n in names if n not in runs.FREE_TO_CHANGE and n[:4] not in ("ada_", "fid_")]
-    return [", ".join(f"{n} {s[n]}" for n in names) for s in settings]
+    return {name: [str(s[name]) for s in settings] for name in names}
 
 
-def plot_comparison(folders: Sequence[Path], path: Path) -> None:
-    """A column for each run with its last grid and its losses; below, the FID of all runs."""
-    figure = utils.new_figure(figsize=(max(8, 3 * len(folders)), 9))
-    axes = figure.subplots(3, len(folders), squeeze=False, height_ratios=(2, 3, 5))
-    titles = differences([runs.read_run_config(run)[0] for run in folders])
-    for (top, middle, _), run, title in zip(axes.T, folders, titles, strict=True):
+def plot_comparison(folders: Sequence[Path], paths: list[Path]) -> None:
+    """A column for each run with its last grid and its losses; below, FIDs and other settings."""
+    differing = differences([runs.read_run_config(run)[0] for run in folders])
+    names = [run.name for run in folders]
+    if len(set(names)) < len(names):
+        names = list(map(str, folders))
+    titles = [utils.label(name, 26) for name in names]
+    height = 0.25 * (len(differing) + 1)  # inches, of the table
+    figure = utils.new_figure(
+        figsize=(max(8, 3.2 * len(folders)), 9 + height), layout="constrained"
+    )
+    ratios = (1.8, 2.8, 4.4, height)
+    axes = figure.subplots(4, len(folders), squeeze=False, height_ratios=ratios)
+    for (top, middle, *_), run, title in zip(axes.T, folders, titles, strict=True):
         for grid in sorted((run / "grids").glob("epoch*.png"))[-1:]:
             top.imshow(recorder.read_square(grid), cmap="gray", vmin=0, vmax=255)
         top.axis("off")
-        top.set_title(f"{run.name}: {title}" if title else run.name, fontsize=10)
+        top.set_title(title, fontsize=10)
         middle.sharey(axes[1, 0])
         diagnosis.draw_loss(middle, run, "d_loss", "C0")
         diagnosis.draw_loss(middle, run, "g_loss", "C1")
         middle.legend(fontsize=8)
-    for ax in axes[2]:
+    for ax in axes[2:].flat:
         ax.remove()
-    draw_fid(figure.add_subplot(axes[2, 0].get_gridspec()[2, :]), folders)
-    figure.tight_layout()
-    utils.save_figure(figure, path)
+    fid, table = (figure.add_subplot(axes[0, 0].get_gridspec()[row, :]) for row in (2, 3))
+    draw_fid(fid, folders, titles)
+    table.axis("off")
+    if differing:
+        cells = [[utils.label(value, 26, 1) for value in values] for values in differing.values()]
+        heads = [utils.label(name, 26, 1) for name in names]
+        table.table(cells, None, "center", rowLabels=[*differing], colLabels=heads, loc="center")
+    utils.save_figure(figure, *paths)
 
 
-def draw_fid(ax: "Axes", folders: Sequence[Path]) -> None:
+def draw_fid(ax: "Axes", folders: Sequence[Path], names: Sequence[str]) -> None:
     """FID of each run over the images it was shown; dotted, FID of the real test slices.
 
-    Runs with other data or another extractor than the first run are left out: not comparable.
+    Runs with other data or another extractor than the first run are not comparable: they are left
+    out, and named.
     """
     kinds = [(config.fid_extractor, data) for config, _, data in map(runs.read_run_config, folders)]
-    for i, (run, kind) in enumerate(zip(folders, kinds, strict=True)):
+    for i, (run, (extractor, data)) in enumerate(zip(folders, kinds, strict=True)):
         log = [e for e in logs.read_log(run) if e.get("fid") is not None]
         line = [(e["nimg"] / 1000, e["fid"], e.get("fid_real")) for e in log]
-        if line and kind == kinds[0]:
-            kimg, fid, real = zip(*line, strict=True)
-            ax.plot(kimg, fid, ".-", color=f"C{i}", label=f"{run.name}, lowest {min(fid):.2f}")
-            if real[0] is not None:  # None if there are too few test slices
-                ax.axhline(real[0], color="grey", ls=":", lw=0.8)
+        reasons = {
+            "it has measured none": not line,
+            f"it is of {extractor}, not {kinds[0][0]} as in {folders[0]}": extractor != kinds[0][0],
+            f"it has other data than {folders[0]}": data != kinds[0][1],
+        }
+        if any(reasons.values()):
+            text = "; ".join(reason for reason, holds in reasons.items() if holds)
+            utils.print_once(f"{run}: no FID in the figure: {text}")
+            continue
+        kimg, fid, real = zip(*line, strict=True)
+        ax.plot(kimg, fid, ".-", color=f"C{i}", label=f"{names[i]}, lowest {min(fid):.2f}")
+        if real[0] is not None:  # None if there are too few test slices
+            ax.axhline(real[0], color="grey", ls=":", lw=0.8)
     ax.set(xlabel="thousands of real images seen", yscale="log")
     ax.set_ylabel(f"FID to the training slices ({kinds[0][0]})")
     ax.set_title("dotted: FID of real test slices", fontsize=9)
@@ -318,31 +384,58 @@ def real_slices(config: Config, options: Options, known: list[str]) -> dict[str,
     return splits
 
 
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Print the name of what was drawn, and the seconds that it took."""
+    started = time.perf_counter()
+    yield
+    utils.print_once(f"{name}: {time.perf_counter() - started:.1f} s")
+
+
 def predict(options: Options) -> Path:
-    """Draw every figure. -> the folder of the figures. Raises UserError for bad input."""
+    """Draw the figures. -> their folder. Raises UserError for bad input."""
     source = options.checkpoint or runs.newest_run()
     G, config, known = runs.load_generator(source)
-    if options.position is not None and not G.by_position:
-        place = f"position = {options.position}"
+    if not G.by_position and (
+        options.position is not None or "positions" in (options.figures or ())
+    ):
+        place = (
+            "figures: positions" if options.position is None else f"position = {options.position}"
+        )
         raise UserError(f"{place}: a generator without condition_position has none")
     G.to(process.resolve_device(options.device))
     classes = chosen_classes(options.classes, known)
     out = options.out or runs.output_folder(source, "predict")
     utils.ensure_writable(out)
     config = replace(config, cache=options.cache or runs.cache_of(config))
-    os.environ.setdefault("NUMBA_CACHE_DIR", utils.compiled_folder(config.cache))  # for UMAP
-    splits = real_slices(config, options, known)
+    wanted = options.figures or get_args(Drawing)
+    splits = real_slices(config, options, known) if "embedding" in wanted else None
     seeds = list(options.seeds or range(options.count))
-    for label, name in tqdm(classes.items(), "sampling", unit="class"):
-        write_images(sample_class(G, label, seeds, options), name, seeds, out)
-    sweep = {f"psi {psi}": Options(truncation_psi=psi) for psi in PSI_SWEEP}  # [1], appendix B
-    draw_sweep(G, classes, seeds[:SWEEP_SEEDS], sweep, out / "truncation.png")
-    if G.by_position:
-        sweep = {f"{position:.2f}": Options(position=position) for position in POSITION_SWEEP}
-        draw_sweep(G, classes, seeds[:SWEEP_SEEDS], sweep, out / "positions.png")
-    draw_w_embedding(G, known, out)
+    samples = [name for name in ("images", "grid") if name in wanted]
+    for label, name in classes.items() if samples else ():
+        with timed(f"{' and '.join(samples)} of {name}"):
+            images = sample_class(G, label, seeds, options, f"sampling {utils.printable(name)}")
+            if "images" in wanted:
+                write_images(images, name, seeds, out)
+            if "grid" in wanted:
+                write_grid(images, name, seeds, options.paths(out, f"grid_{name}"))
+    sweeps = {
+        "truncation": ("psi", {f"{psi}": Options(truncation_psi=psi) for psi in PSI_SWEEP}),  # [1]
+        "positions": ("position", {f"{x:.2f}": Options(position=x) for x in POSITION_SWEEP}),
+    }
+    for figure, (axis, sweep) in sweeps.items():
+        if figure in wanted and (figure == "truncation" or G.by_position):
+            with timed(figure):
+                paths = options.paths(out, figure)
+                draw_sweep(G, classes, seeds[:SWEEP_SEEDS], sweep, axis, paths)
+    if "embedding" in wanted:
+        utils.print_once("embeddings take a while: UMAP is compiled first")
+        os.environ.setdefault("NUMBA_CACHE_DIR", utils.compiled_folder(config.cache))  # for UMAP
+        with timed("embedding_w"):
+            draw_w_embedding(G, known, options.paths(out, "embedding_w"))
     if splits is not None:
-        draw_image_embedding(G, splits, out)
+        with timed("embedding_images"):
+            draw_image_embedding(G, splits, options.paths(out, "embedding_images"))
     return out
 
 
@@ -351,10 +444,10 @@ def main() -> None:
     utils.work_alone()
     options = tyro.cli(Options, description=__doc__)
     if options.compare:
-        path = (options.out or Path("runs")) / "comparison.png"
-        utils.ensure_writable(path.parent)
-        plot_comparison(options.compare, path)
-        utils.print_once(str(path))
+        paths = options.paths(options.out or Path("runs"), "comparison")
+        utils.ensure_writable(paths[0].parent)
+        plot_comparison(options.compare, paths)
+        utils.print_once(" ".join(map(str, paths)))
     else:
         utils.print_once(f"figures in {predict(options)}")
 

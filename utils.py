@@ -15,19 +15,22 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,6 +39,7 @@ from tqdm import tqdm
 from config import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NUM_POSITIONS = 5  # entries of c for each class, if c holds the position of a slice
@@ -462,17 +466,105 @@ def save_grey(picture: np.ndarray, path: Path) -> None:
     write_atomically(path, lambda partial: Image.fromarray(picture).save(partial, format="png"))
 
 
+def read_picture(path: Path) -> np.ndarray:
+    """The picture in a file of `save_grid`, without its labels. -> uint8 [H, W]."""
+    with Image.open(path) as image:
+        box = map(int, image.info["picture"].split()) if "picture" in image.info else None
+        return np.asarray(image.crop(tuple(box) if box else None))
+
+
+def save_grid(
+    picture: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, path: Path
+) -> None:
+    """Write a picture uint8 [H, W] as grey PNG, with names of its rows, its columns and itself.
+
+    The pixels stay as they are; `read_picture` reads them back.
+    """
+    H, W = picture.shape
+    size = max(14, H // len(rows) // 10)  # pixels, of a letter
+    font, line = ImageFont.truetype(font_file(), size), round(1.25 * size)
+    head = label(title, max(8, int(W / size / 0.65))).replace("\\$", "$")
+    beside = [label(name, 20, 4).replace("\\$", "$") for name in rows]
+    widths = [font.getlength(part) for name in beside for part in name.split("\n")]
+    left, top = round(max(widths)) + size, line * (head.count("\n") + 2) + size // 2
+    canvas = Image.new("L", (left + W, top + H), 255)
+    canvas.paste(Image.fromarray(picture), (left, top))
+    words = [((left + W / 2, size // 4), head, "ma")]  # place, text, anchor
+    for i, name in enumerate(columns):
+        words.append(((left + W * (i + 0.5) / len(columns), top - size // 3), name, "md"))
+    for i, name in enumerate(beside):
+        words.append(((left - size // 2, top + H * (i + 0.5) / len(rows)), name, "rm"))
+    draw = ImageDraw.Draw(canvas)
+    for place, text, anchor in words:
+        draw.multiline_text(place, text, 0, font, anchor, align="center")
+    info = PngInfo()
+    info.add_text("picture", f"{left} {top} {left + W} {top + H}")
+    write_atomically(path, lambda target: canvas.save(target, format="png", pnginfo=info))
+
+
+# Figures
+
+
+def ready_matplotlib() -> None:
+    """Let matplotlib be imported under any MPLBACKEND, such as that of a notebook.
+
+    Figures that are only written to files need no backend of that kind.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+
+
 def new_figure(**options: Any) -> "Figure":
-    """An empty matplotlib figure. It needs no display, so what MPLBACKEND asks for is ignored."""
-    os.environ["MPLBACKEND"] = "agg"  # matplotlib fails on import if it lacks a notebook's one
+    """An empty matplotlib figure."""
+    ready_matplotlib()
     from matplotlib.figure import Figure  # slow to import
 
     return Figure(**options)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a matplotlib figure as PNG."""
-    write_atomically(path, lambda p: figure.savefig(p, format="png", dpi=110, bbox_inches="tight"))
+@cache
+def font_file() -> str:
+    """The font of figures: DejaVu Sans, unless a matplotlibrc names another."""
+    ready_matplotlib()
+    from matplotlib.font_manager import FontProperties, findfont  # slow to import
+
+    return findfont(FontProperties())
+
+
+def label(text: object, width: int = 24, lines: int = 3) -> str:
+    """A name for a figure, in lines of at most `width` signs; too long a name loses its middle.
+
+    Signs that the font lacks are written as backslash codes.
+    """
+    from matplotlib.font_manager import get_font
+
+    known, room = get_font(font_file()).get_char_index, width * lines
+    signs = [c if known(ord(c)) else c.encode("unicode_escape").decode() for c in printable(text)]
+    while len("".join(signs)) > room:
+        middle = len(signs) // 2
+        signs[middle - 1 : middle + 2] = ["…"]
+    return "\n".join(textwrap.wrap("".join(signs), width, break_on_hyphens=False)).replace(
+        "$", r"\$"
+    )
+
+
+def show_tiles(
+    ax: "Axes", picture: np.ndarray, rows: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Show a picture uint8 [H, W] in a figure, with names of its rows and columns."""
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    for names, size, set_ticks in (
+        (columns, picture.shape[1], ax.set_xticks),
+        (rows, picture.shape[0], ax.set_yticks),
+    ):
+        set_ticks([size / len(names) * (i + 0.5) for i in range(len(names))], names)
+    ax.tick_params(length=0)
+
+
+def save_figure(figure: "Figure", *paths: Path) -> None:
+    """Write a matplotlib figure as PNG or PDF, by the ending of each path."""
+    for path in paths:
+        options = {"format": path.suffix[1:], "dpi": 110, "bbox_inches": "tight"}
+        write_atomically(path, lambda target, options=options: figure.savefig(target, **options))
 
 
 # Heads in pictures

@@ -93,7 +93,7 @@ def draw_synthesis(ax: "Axes") -> None:
 def draw_discriminator(ax: "Axes") -> None:
     """Residual blocks down to 4x4, then the logit."""
     x = 16.9
-    parts = [("real or fake image", "image"), ("fromRGB: conv 1x1", "conv"),
+    parts = [("real or generated", "image"), ("fromRGB: conv 1x1", "conv"),
              ("conv 3x3", "conv"), ("FIR, conv 3x3, stride 2", "conv"), ("sum / sqrt 2", "plain"),
              ("minibatch std", "plain"), ("conv 3x3, FC", "conv"),
              ("logit: FC + <embed(c), x>", "style")]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataset import Slices
-from utils import new_figure, printable, save_figure, tile, write_atomically
+from utils import label, new_figure, printable, save_figure, show_tiles, tile, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,8 +80,11 @@ def draw_ratios(ax: "Axes", rows: Rows) -> None:
         ax.text(value, place - 0.08, f"{value:.3g}", ha="center", va="bottom")
     ax.axvline(1, color="k", ls="--", lw=1)
     ax.set(xscale="log", yticks=range(len(points)), yticklabels=[name for name, *_ in points])
-    ax.set(ylim=(len(points) - 0.5, -0.5), title="Samples over a perfect memory or generator")
-    ax.set_xlabel("ratio of FDs to unseen participants")
+    ax.set(ylim=(len(points) - 0.5, -0.5), title="FD of samples over that of a reference")
+    text = "ratio of FDs to unseen participants\nmemory: a G that repeats the training slices"
+    if any("perfect" in name for name, *_ in points):
+        text += "\nperfect: a G that draws new subjects as the demo brains do"
+    ax.set(xlabel=text, ylabel="extractor, reference")
     ends = [1.0, *(end for *_, limits in points for end in limits)]
     ticks = [t for t in TICKS if min(ends) / 2 < t < max(ends) * 2]
     ax.set_xticks(ticks, map(str, ticks))
@@ -100,7 +103,8 @@ def draw_histograms(
     names = sorted(found.keys() - {"edges"})
     for name in names:
         color = "C1" if name == "fake" else "C0"
-        ax.stairs(found[name], found["edges"], fill=True, alpha=0.45, color=color, label=name)
+        text = "generated" if name == "fake" else name
+        ax.stairs(found[name], found["edges"], fill=True, alpha=0.45, color=color, label=text)
     ax.set_ylim(0, 1.35 * max(max(found[name]) for name in names))  # room for the legend
     if threshold is not None:
         ax.axvline(threshold, color="k", ls="--", lw=1, label="1st percentile of test")
@@ -119,6 +123,7 @@ def draw_labels(ax: "Axes", rows: Rows) -> None:
     for place, height in enumerate(heights):
         ax.text(place, 0.03, f"{height:.2f}", ha="center", color="w")
     ax.set(ylim=(0, 1.05), ylabel="AUC, std over seeds", title="Label fidelity")
+    ax.set_xlabel("trained (T) and tested on real (R) or generated slices (S)")
 
 
 def draw_report(report: dict[str, Any], path: Path) -> None:
@@ -145,19 +150,24 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def name_of(slices: Slices, row: int) -> str:
+    """The file of a slice, or its participant if it has no file."""
+    return str(slices.participants[row] if slices.files is None else slices.files[row])
+
+
 def draw_nearest(row: Row, fakes: Slices, train: Slices, path: Path) -> None:
-    """The 20 samples nearest to a training slice, each above that slice, with their distance."""
+    """The 20 samples nearest to a training slice, each above that slice, with distance and name."""
     pairs = {name: np.array(values) for name, values in row["pairs"].items()}
-    figure = new_figure(figsize=(11, 5.4), layout="tight")
+    figure = new_figure(figsize=(13, 8.2), layout="constrained")
     blocks = np.array_split(np.arange(len(pairs["gap"])), 2)
     for ax, block in zip(figure.subplots(2, 1), blocks, strict=True):
         rows = fakes.images[pairs["sample"][block]], train.images[pairs["train"][block]]
         picture = tile(np.concatenate(rows), len(block))
-        R = len(picture) / 2
-        ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        ax.set_yticks([R * 0.5, R * 1.5], ["generated", "training"])
-        middles = R * (np.arange(len(block)) + 0.5)
-        ax.set_xticks(middles, [f"{pairs['gap'][i]:.3g}" for i in block])
+        names = [label(name_of(train, pairs["train"][i]), 18, 5) for i in block]
+        names = [f"{pairs['gap'][i]:.3g}\n{name}" for i, name in zip(block, names, strict=True)]
+        show_tiles(ax, picture, ["generated", "training"], names)
+        ax.set_xlabel("distance, and training slice")
+        ax.tick_params(axis="x", labelsize=7)
     title = f"Nearest in {row['space']}, with distances; below {row['threshold']:.3g} is too near"
     figure.axes[0].set_title(title)
     save_figure(figure, path)

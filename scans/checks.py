@@ -336,13 +336,14 @@ def most_telling_auc(values: np.ndarray, labels: np.ndarray) -> tuple[float, flo
 
 
 def draw_sheet(folder: CheckedFolder, path: Path) -> None:
-    """Draw a row of slices for each class; it ends with dark, bright, small and large ones."""
+    """Draw a row of slices for each class; odd ones (dark, small, ...) end it, with their names."""
     labels = np.array([seen.file.label for seen in folder.slices])
     present = np.unique(labels)
-    figure = utils.new_figure(figsize=(COLUMNS + 4 * EXTREMES, 1.15 * len(present) + 0.5))
+    figure = utils.new_figure(figsize=(COLUMNS + 4 * EXTREMES, 1.45 * len(present) + 0.2))
     axes = figure.subplots(len(present), COLUMNS + 4 * EXTREMES, squeeze=False)
     for line, label in zip(axes, present, strict=True):
         pictures = folder.pictures[labels == label]
+        files = [seen.file.path.name for seen in folder.slices if seen.file.label == label]
         grey = pictures.mean((1, 2))
         size = np.array([(p > utils.otsu_threshold(p) / 2).mean() for p in pictures])
         at = {"": utils.evenly_spaced(len(pictures), COLUMNS)}
@@ -352,9 +353,11 @@ def draw_sheet(folder: CheckedFolder, path: Path) -> None:
         for ax, name, i in zip(line, titles, np.concatenate(list(at.values())), strict=False):
             ax.imshow(pictures[i], cmap="gray", vmin=0, vmax=255)
             ax.set_title(name, fontsize=8)
+            if name:
+                ax.set_xlabel(utils.label(files[i], 18), fontsize=6)
         for ax in line:
             ax.set(xticks=[], yticks=[])
-        line[0].set_ylabel(utils.printable(folder.classes[label]))
+        line[0].set_ylabel(utils.label(folder.classes[label], 16, 4), fontsize=8)
     utils.save_figure(figure, path)
 
 

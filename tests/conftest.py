@@ -25,6 +25,7 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 from matplotlib.figure import Figure
 from PIL import Image
 
+import utils
 from config import CPU, Config
 from dataset import Slices
 from evaluation import features
@@ -33,7 +34,7 @@ from train import PHASES, TrainingState, d_main, d_r1, g_main, g_path, main, tra
 from training import recorder
 from training.logs import read_log
 from training.runs import checkpoints, load_checkpoint
-from utils import SIGNALS, run_command
+from utils import SIGNALS, run_command, save_grey
 
 ROOT = Path(__file__).parents[1]
 for number in SIGNALS:  # under nohup or & some are ignored, in what tests start too
@@ -192,6 +193,7 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Figure, "savefig", save)
     patch.setattr(Figure, "tight_layout", lambda _figure: None)
+    patch.setattr(utils, "save_grid", lambda picture, *names: save_grey(picture, names[-1]))
     for name in ("plot_losses", "plot_curves", "plot_progress"):  # of a run; axes take long too
         patch.setattr(recorder, name, lambda _run, path, *_: path.write_bytes(b"no plot"))
 

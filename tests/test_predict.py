@@ -25,7 +25,7 @@ from predict import (
 from train import train
 from training import runs
 from training.runs import load_generator, newest_run, run_folder
-from utils import evenly_spaced, one_hot
+from utils import evenly_spaced, one_hot, read_picture
 
 ABSENT = "cuda" if not torch.cuda.is_available() else "mps"
 
@@ -89,7 +89,7 @@ def test_every_figure_is_drawn_from_the_newest_run(run: Path, monkeypatch):
     for name in images:
         image = Image.open(out / name)
         assert (image.mode, image.size) == ("L", (16, 16))
-    grid = np.asarray(Image.open(out / "grid_AD.png"))
+    grid = read_picture(out / "grid_AD.png")
     assert grid.shape == (96, 3 * 96)
     image = Image.open(out / "images/AD/seed0000.png")
     assert (grid[:, :96] == np.asarray(image.resize((96, 96), Image.Resampling.LANCZOS))).all()
@@ -144,6 +144,7 @@ def test_without_a_run_the_demo_generator_is_drawn(tmp_path, monkeypatch, capsys
         ({"data_root": Path("nowhere")}, "data_root = nowhere"),
         ({"device": ABSENT}, f"device = {ABSENT}"),
         ({"position": 0.3}, "position = 0.3: a generator without condition_position"),
+        ({"figures": ("positions",)}, "figures: positions: a generator without condition_position"),
     ],
 )
 def test_bad_requests_are_named_before_anything_is_drawn(run: Path, options, words):
@@ -161,6 +162,9 @@ def test_bad_requests_are_named_before_anything_is_drawn(run: Path, options, wor
         ({"truncation_psi": 1.5}, "truncation_psi = 1.5"),
         ({"truncation_cutoff": -1}, "truncation_cutoff = -1"),
         ({"position": 1.01}, "position = 1.01"),
+        ({"figures": ()}, "figures = "),
+        ({"figures": ("grids",)}, "figures = "),
+        ({"format": "svg"}, "format = "),
     ],
 )
 def test_invalid_options_are_named(options, words):
@@ -239,7 +243,7 @@ def test_pixels_are_averaged_and_spread_is_even():
 def test_runs_can_be_compared(run: Path, config: Config, tmp_path):
     other = replace(config, learning_rate=0.001, epochs=1, out=run.with_name("slow"))
     train(other)
-    plot_comparison([run, other.out], tmp_path / "comparison.png")
+    plot_comparison([run, other.out], [tmp_path / "comparison.png"])
     assert Image.open(tmp_path / "comparison.png").size[0] > 600
     with pytest.raises(UserError, match="is no run"):
-        plot_comparison([tmp_path / "nowhere"], tmp_path / "x.png")
+        plot_comparison([tmp_path / "nowhere"], [tmp_path / "x.png"])

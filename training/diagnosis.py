@@ -303,13 +303,14 @@ def plot_curves(run: Path, path: Path, config: Config) -> None:
                 draw_column(ax, history, name, label, f"C{i}")
         if healthy is not None:
             ax.axhspan(*healthy, color="C2", alpha=0.08, lw=0)
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel(caption, fontsize=8)
+        ax.set_title(caption, fontsize=8)
+        ax.set_ylabel(title, fontsize=10)
+        ax.set_xlabel("thousands of real images seen", fontsize=7)
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=7, frameon=False)
         ax.grid(alpha=0.3)
     found = "\n".join([verdict(history), *diagnose(history, config).values()])
-    text = "x: thousands of real images seen. Green: healthy range. Thin: steps, smoothed."
+    text = "Green: healthy range. Thin: steps, smoothed."
     figure.suptitle(f"{text}\n{found}", fontsize=9)
     figure.tight_layout()
     save_figure(figure, path)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import utils
@@ -160,9 +159,12 @@ class Recorder:
         z = torch.randn(1, GRID_COLUMNS, config.z_dim, generator=rng)
         num_rows = len(slices.classes)  # the rows have the same latents and rising positions
         self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(device)
+        self.names, self.numbers = slices.classes, [str(i + 1) for i in range(GRID_COLUMNS)]
         labels = np.arange(num_rows).repeat(GRID_COLUMNS)
         rising = np.tile(np.linspace(0, 1, GRID_COLUMNS), num_rows)
         positions = None if slices.positions is None else rising
+        if positions is not None:
+            self.numbers = [f"position {x:.2f}" for x in rising[:GRID_COLUMNS]]
         self.c = utils.conditions(labels, positions, slices.c_dim).to(device)
         if utils.rank() == 0:
             self.lines, rows = logs.truncate_logs(self.run, cur_nimg)
@@ -247,7 +249,8 @@ class Recorder:
         pairs = zip(z_rows, c_rows, strict=True)
         fake = torch.cat([G_ema(z, c, noise_mode="const") for z, c in pairs])
         picture = utils.tile(utils.to_uint8(fake), GRID_COLUMNS)
-        utils.save_grey(picture, self.run / "grids" / f"epoch{epoch:04d}.png")
+        path = self.run / "grids" / f"epoch{epoch:04d}.png"
+        utils.save_grid(picture, self.names, self.numbers, f"epoch {epoch}", path)
         self.board.add_image("grid", picture, self.cur_nimg, dataformats="HW")
 
     def close(self) -> None:
@@ -260,9 +263,12 @@ class Recorder:
 
 
 def read_square(grid: Path) -> np.ndarray:
-    """The left part of a grid, at most twice as wide as high."""
-    picture = np.asarray(Image.open(grid))
-    return picture[:, : 2 * picture.shape[0]]
+    """The left part of a grid, twice as wide as high; a narrow one is filled up with white."""
+    picture = utils.read_picture(grid)
+    wide = np.full((len(picture), 2 * len(picture)), 255, np.uint8)
+    part = picture[:, : wide.shape[1]]
+    wide[:, : part.shape[1]] = part
+    return wide
 
 
 def plot_progress(run: Path, path: Path, num_columns: int = 6) -> None:
