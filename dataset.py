@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import utils
 from assets.demo_brains import write_demo
 from config import Config, UserError
-from participants.matching import EntryFinder
+from participants.matching import PARTICIPANTS, find_entries
 from participants.names import participants_of
-from participants.tables import MANIFEST, Entry, read_manifest
+from participants.tables import MANIFEST, Entry
 
 SPLITS = ("train", "test")
 MAX_CLASSES = 20  # more class folders than this are probably patients
@@ -45,7 +45,6 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_SIDE = 8192  # pixels, of a file's longer side
 TEST_SHARE = 0.2  # of the participants of each class, for a folder without train/ and test/
 LEFT_OUT = "left_out.csv"  # written by the import
-PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie beside the slices
 MAX_SEEN = 20_000  # files that are looked at where slices are missing
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar")
 # Names of folders, in any case, that stand for a split
@@ -107,30 +106,6 @@ def rows_by_scan(files: list[SliceFile]) -> list[list[int]]:
     for row, file in enumerate(files):
         rows_of[file.path.parent, file.scan].append(row)
     return list(rows_of.values())
-
-
-def find_entries(
-    scans: Collection[str], root: Path, table: Path | None, columns: Mapping[str, str]
-) -> dict[str, Entry]:
-    """What a table, or else ROOT/manifest.csv, or else ROOT/participants.tsv says of each scan.
-
-    Raises UserError if one of these files is damaged, or the given table names none of the scans.
-    """
-    entries = {k: entry for k, entry in read_manifest(root).items() if k in scans}
-    beside = next(filter(Path.exists, (root / name for name in PARTICIPANTS)), None)
-    if (source := table or beside) is None:
-        return entries
-    finder, found = EntryFinder(source, columns, scans), {}
-    for scan in scans:
-        with suppress(ValueError):  # it names several participants
-            if entry := finder.named_in(scan):
-                found[scan] = entry
-    utils.print_once(f"{source} names {len(found)} of {len(scans)} scans")
-    if hint := finder.hint(sorted(scans - found.keys())):
-        utils.print_once(f"note: {hint}")
-    if table and not found:
-        raise UserError(f"{table} names none of the scans: their participants are unknown")
-    return entries | found if table else found | entries
 
 
 def set_participants(splits: Iterable[list[SliceFile]], entries: Mapping[str, Entry]) -> None:
@@ -439,6 +414,24 @@ def data_identity(files: Iterable[SliceFile], root: Path) -> str:
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
+def check_result(files: Iterable[SliceFile], root: Path, cache: Path) -> Path:
+    """The file of what `prepare.py check` found in these slices, a line for each problem."""
+    files = sorted(files, key=lambda file: file.path)
+    return cache / f"check-{data_identity(files, root)[:16]}.txt"
+
+
+def print_last_check(path: Path) -> None:
+    """Print what `prepare.py check` last found in the same slices."""
+    try:
+        problems = path.read_text().splitlines()
+    except OSError:
+        utils.print_once("note: prepare.py check has not looked for leaks in these slices")
+        return
+    if problems:
+        text = f"prepare.py check found {len(problems)} problems in these slices, such as:"
+        utils.print_once(f"warning: {text} {problems[0]}")
+
+
 def allocate(path: Path) -> None:
     """Reserve a file's disk space: if the disk were full, writing to its map would end the process.
 
@@ -501,6 +494,8 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     any_classes = config.any_classes or not config.conditional
     classes, splits = find_slices(root, any_classes, config.table)
     describe(config.data_root, classes, splits)
+    if config.data_root:
+        print_last_check(check_result(splits["train"] + splits["test"], root, config.cache))
     if not config.conditional:
         classes, splits = ["all"], {k: [f._replace(label=0) for f in v] for k, v in splits.items()}
     files, first = splits["train"] + splits["test"], len(splits["train"])

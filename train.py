@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -613,9 +613,12 @@ def parse_settings(args: list[str] | None = None) -> Config:
     if given.init_from != "None":
         source = runs.read_run_config(Path(given.init_from))[0]
         default = replace(default, **{name: getattr(source, name) for name in runs.NETWORK})
-    return tyro.cli(
-        Config, default=default, args=args, description=__doc__, console_outputs=rank() == 0
-    )
+    how = {"description": __doc__, "console_outputs": rank() == 0}
+    config = tyro.cli(Config, default=default, args=args, **how)
+    usual = vars(Config(**named))
+    changed = "".join(f", {k}={v}" for k, v in vars(config).items() if v != usual[k])
+    print_once(f"settings: {'GPU' if cuda else 'CPU'} of config.py{changed}")
+    return config
 
 
 def print_diagnosis(run: Path) -> None:
@@ -638,7 +641,6 @@ def main() -> None:
     config = parse_settings()
     if config.data_root is None:
         print_once("no data_root: training on built-in demo brains (synthetic, from a template)")
-    print_once(" ".join(f"{name}={value}" for name, value in asdict(config).items()))
     train(config)
 
 

@@ -3,13 +3,16 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from config import UserError
 from participants.names import keys_in, simplified, spellings
-from participants.tables import Entry, read_table
+from participants.tables import Entry, read_manifest, read_table
+from utils import print_once
 
+PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie beside the slices
 MAX_LISTED = 5  # names in a hint
 VISIT = re.compile(r"(?:ses|session|visit|timepoint|tp|wave|mr)[-_ ]?(\d+)", re.IGNORECASE)
 DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
@@ -101,3 +104,27 @@ def rows_of_visit(rows: list[Entry], path: str) -> list[Entry]:
     return [r for r in rows if r.date and r.date in dates] or [
         r for r in rows if r.visit and simplified(r.visit) in visits
     ]
+
+
+def find_entries(
+    scans: Collection[str], root: Path, table: Path | None, columns: Mapping[str, str]
+) -> dict[str, Entry]:
+    """What a table, or else ROOT/manifest.csv, or else ROOT/participants.tsv says of each scan.
+
+    Raises UserError if one of these files is damaged, or the given table names none of the scans.
+    """
+    entries = {k: entry for k, entry in read_manifest(root).items() if k in scans}
+    beside = next(filter(Path.exists, (root / name for name in PARTICIPANTS)), None)
+    if (source := table or beside) is None:
+        return entries
+    finder, found = EntryFinder(source, columns, scans), {}
+    for scan in scans:
+        with suppress(ValueError):  # it names several participants
+            if entry := finder.named_in(scan):
+                found[scan] = entry
+    print_once(f"{source} names {len(found)} of {len(scans)} scans")
+    if hint := finder.hint(sorted(scans - found.keys())):
+        print_once(f"note: {hint}")
+    if table and not found:
+        raise UserError(f"{table} names none of the scans: their participants are unknown")
+    return entries | found if table else found | entries

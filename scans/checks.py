@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import dataset
 import utils
-from config import UserError
+from config import Config, UserError
 from participants.tables import RENAMED, Entry
 
 SIDE = 96  # pixels of the small pictures whose edges are compared
@@ -366,6 +366,7 @@ def check(
     table: Path | None = None,
     columns: dict[str, str] = {},  # noqa: B006
     out: Path = Path("check.png"),
+    cache: Path = Config.cache,
 ) -> None:
     """List the contents of a folder and look for leaks and bad files; exit code 2 if there are any.
 
@@ -374,6 +375,7 @@ def check(
         table: CSV or TSV with the participant of each scan, and age and sex.
         columns: other names of columns, such as: participant RID age AGE.
         out: PNG of the contact sheet.
+        cache: folder that keeps the result, which training then prints.
     """
     utils.ensure_writable(out.parent)
     folder = read_folder(root, table, columns)
@@ -382,6 +384,11 @@ def check(
         report_confounds(folder)
         draw_sheet(folder, out)
         utils.print_once(f"contact sheet: {out}")
+    files = [seen.file for seen in folder.slices]
+    result = "".join(f"{utils.printable(line)}\n" for line in folder.problems)
+    utils.write_atomically(
+        dataset.check_result(files, root, cache), lambda path: path.write_text(result)
+    )
     if folder.problems:
         lines = "\n  ".join(folder.problems)
         raise UserError(f"{root}: training would fail or its evaluation would mislead:\n  {lines}")

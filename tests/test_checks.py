@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from config import UserError
+from config import Config, UserError
+from dataset import load_slices
 from scans.checks import SAME_EDGES, best_correlation, check, most_telling_auc
 
 
@@ -46,7 +47,7 @@ def root(tmp_path: Path) -> Path:
 def run(root: Path, **options: object) -> str:
     """What is wrong, or an empty text."""
     try:
-        check(root, out=root.parent / "check.png", **options)
+        check(root, out=root.parent / "check.png", cache=root.parent / "cache", **options)
     except UserError as error:
         return str(error)
     return ""
@@ -154,6 +155,26 @@ def test_a_table_of_changing_classes_still_joins(root: Path):
     table = root.parent / "table.csv"
     table.write_text("subject,visit,class\n3,bl,NC\n3,m12,AD\n7,bl,NC\n")
     assert run(root, table=table) == ""
+
+
+def test_training_says_what_the_check_found_last(root: Path, capsys):
+    config = Config(data_root=root, cache=root.parent / "cache", img_resolution=16)
+    load_slices(config)
+    assert (
+        "note: prepare.py check has not looked for leaks in these slices" in capsys.readouterr().out
+    )
+    assert run(root) == ""
+    capsys.readouterr()
+    load_slices(config)
+    assert "prepare.py check" not in capsys.readouterr().out
+    load(root / "train" / "AD", "3_1.png").save(root / "test" / "AD" / "98_0.png")
+    assert "the same file in train and test" in run(root)
+    capsys.readouterr()
+    load_slices(config)
+    out = capsys.readouterr().out
+    assert (
+        "warning: prepare.py check found 1 problems in these slices, such as: the same file" in out
+    )
 
 
 def test_a_class_that_the_table_denies_is_found(root: Path):

@@ -330,7 +330,7 @@ def test_files_that_are_each_a_participant_of_their_own_are_pointed_out(
 ):
     root = write_folder(tmp_path / "flat", {"": 3}, slices=2)
     load_slices(replace(config, data_root=root))
-    assert "note" not in capsys.readouterr().out
+    assert "note: every" not in capsys.readouterr().out
     for path in list(root.rglob("*.png")):
         path.rename(path.with_name(path.name.replace("_", "-")))
     load_slices(replace(config, data_root=root))

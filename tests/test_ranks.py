@@ -112,8 +112,8 @@ def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, c
         process.join(100)
         assert process.exitcode == 0, printed(tmp_path)
     out, other = printed(tmp_path)
-    assert out.count("done: 16 images") == out.count("data_root=") == 1  # rank 0 alone speaks
-    assert "done: " not in other and "data_root=" not in other
+    assert out.count("done: 16 images") == out.count("settings: ") == 1  # rank 0 alone speaks
+    assert "done: " not in other and "settings: " not in other
     a, b = (torch.load(tmp_path / f"rank{i}.pt", "cpu", weights_only=True) for i in range(2))
     differing = same_tensors(a["state"], b["state"])
     assert differing == [".G_ema.mapping.w_avg"]  # estimated when saved, on rank 0

@@ -663,7 +663,7 @@ def test_a_gpu_that_this_torch_cannot_use_is_named_with_both_versions(monkeypatc
         process.resolve_device("cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
     training.parse_settings([])
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "settings: CPU of config.py\n"
     with pytest.raises(UserError, match="device = cuda: torch .* finds none on this machine"):
         process.resolve_device("cuda")
 

@@ -22,11 +22,12 @@ from dataset import Slices
 from evaluation import features, metrics
 from modules import Discriminator, Generator
 from training import logs
-from training.diagnosis import diagnose, plot_curves, plot_losses
+from training.diagnosis import PANELS, diagnose, plot_curves, plot_losses
 from training.process import most_of_ranks
 
 FLUSH_STEPS = 50  # steps between two writes of the losses, each of which waits for the device
 GRID_COLUMNS = 8
+GROUPS = {name: title for title, names, _, _ in PANELS for name in names}  # of TensorBoard
 MAIN_AXES = 10  # principal components of real slices along which the spread is measured
 MAX_DEVIATION = 1000  # at most so many slices of a class give the deviation of a pixel
 
@@ -233,7 +234,7 @@ class Recorder:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if value is not None:
-                self.board.add_scalar(name, value, self.cur_nimg)
+                self.board.add_scalar(f"{GROUPS.get(name, 'Run')}/{name}", value, self.cur_nimg)
         self.lines.append(line)
         history = logs.history_of(self.lines, np.array(self.epoch_rows))
         self.epoch_rows = []
