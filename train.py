@@ -42,9 +42,8 @@ from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader, normalize
 from evaluation.features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
-from training import card, logs, process, runs
+from training import logs, process, reports, runs
 from training.compiler import CompilerProcesses, most_processes
-from training.diagnosis import diagnose, out_of_range, plot_curves, verdict
 from training.recorder import FLUSH_STEPS, Measurements, Recorder
 from utils import first_line, num_ranks, print_once, rank, run_command, stream_seed, work_alone
 
@@ -546,6 +545,8 @@ def train_and_save(
     state = start_state(config, slices, device, saved)
     if not slices.c_dim:
         print_once(f"one class, {slices.classes[0]}: training without a condition")
+    if saved is None and device.type == "cpu" and config.data_root and not config.init_from:
+        print_once("hint: --init-from assets/demo_generator needs far fewer images without a GPU")
     total = total_images(config, slices)
     recorder = Recorder(config, slices, state.cur_nimg, device)
     missed = recorder.unlogged_epoch()
@@ -571,7 +572,7 @@ def train_and_save(
         raise process.Stopped
     print_once(f"done: {state.cur_nimg:,} images, {config.out}")
     if rank() == 0:
-        card.end_run(config, slices)
+        reports.end_run(config, slices)
 
 
 def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -> None:
@@ -621,22 +622,13 @@ def parse_settings(args: list[str] | None = None) -> Config:
     return config
 
 
-def print_diagnosis(run: Path) -> None:
-    """Print what looks wrong in a run, and draw its curves. Raises UserError if it is no run."""
-    config, _, _ = runs.read_run_config(run)
-    history = logs.read_history(run)
-    found = [*diagnose(history, config).values(), *out_of_range(history)]
-    print_once("\n".join([verdict(history), *(found or ["No rule finds a problem."])]))
-    plot_curves(run, run / "curves.png", config)
-
-
 def main() -> None:
     """Command line of this module."""
     if sys.argv[1:2] == ["--diagnose"]:
         if len(sys.argv) != 3:
             raise UserError("--diagnose takes one run folder and nothing else")
         work_alone()
-        return print_diagnosis(Path(sys.argv[2]))
+        return reports.print_diagnosis(Path(sys.argv[2]))
     process.check_ranks()
     config = parse_settings()
     if config.data_root is None:

@@ -1,12 +1,13 @@
-"""The model card of a run: a README.md that says what the shared files are."""
+"""What a run says of itself: its diagnosis, its end, and a model card for those who get it."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 from config import Config
 from dataset import Slices
-from training.diagnosis import verdict
+from training.diagnosis import diagnose, out_of_range, plot_curves, verdict
 from training.logs import read_history
-from training.runs import PATHS
+from training.runs import PATHS, read_run_config
 from utils import print_once, write_atomically
 
 OWN = "<!-- train.py replaces this file as long as this line is here -->"
@@ -87,3 +88,12 @@ def end_run(config: Config, slices: Slices) -> None:
     print_once(f"problems and curves: python train.py --diagnose {run}")
     print_once(f"figures: python predict.py --checkpoint {run}")
     print_once(f"report: python evaluate.py {run}")
+
+
+def print_diagnosis(run: Path) -> None:
+    """Print what looks wrong in a run, and draw its curves. Raises UserError if it is no run."""
+    config, _, _ = read_run_config(run)
+    history = read_history(run)
+    found = [*diagnose(history, config).values(), *out_of_range(history)]
+    print_once("\n".join([verdict(history), *(found or ["No rule finds a problem."])]))
+    plot_curves(run, run / "curves.png", config)
