@@ -44,6 +44,7 @@ from evaluation.features import INCEPTION, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
 from training import logs, process, reports, runs
 from training.compiler import CompilerProcesses, most_processes
+from training.memory import warn_of_too_little
 from training.recorder import FLUSH_STEPS, Measurements, Recorder
 from utils import first_line, num_ranks, print_once, rank, run_command, stream_seed, work_alone
 
@@ -547,6 +548,9 @@ def train_and_save(
         print_once(f"one class, {slices.classes[0]}: training without a condition")
     if saved is None and device.type == "cpu" and config.data_root and not config.init_from:
         print_once("hint: --init-from assets/demo_generator needs far fewer images without a GPU")
+    if device.type == "cuda":
+        free, dtype = torch.cuda.mem_get_info(device)[0], process.feature_dtype(config, device)
+        warn_of_too_little(g_main, config, slices.c_dim, dtype, free)
     total = total_images(config, slices)
     recorder = Recorder(config, slices, state.cur_nimg, device)
     missed = recorder.unlogged_epoch()

@@ -30,6 +30,7 @@ from train import PHASES, Phases, TrainingState, d_r1, g_main, g_path, train, tr
 from training import compiler
 from training.compiler import CompilerProcesses
 from training.logs import STATS, read_log
+from training.memory import MemoryCounter, bytes_of_step, warn_of_too_little
 from training.process import feature_dtype, tune
 from utils import run_command
 
@@ -226,6 +227,30 @@ def test_as_many_processes_compile_as_cores_and_memory_allow(monkeypatch):
         found.append(compiler.most_processes(torch.device("cuda")))
     assert found == [1, 1, 8, 2, 0]
     assert compiler.most_processes(torch.device("cpu")) == 8
+
+
+def test_memory_is_foreseen_and_a_batch_named_that_fits(capsys):
+    config, GiB = Config(**GPU), 2**30
+    fixed, per_image = bytes_of_step(g_main, config, 2, torch.bfloat16)
+    assert 1 < fixed / GiB < 4 and 6 < 32 * per_image / GiB < 9  # 7.6 of them counted by hand
+    halved = bytes_of_step(g_main, replace(config, batch_size=16), 2, torch.bfloat16)
+    assert halved[0] == fixed and halved[1] == pytest.approx(per_image, rel=0.1)
+    warn_of_too_little(g_main, config, 2, torch.bfloat16, 80 * GiB)
+    assert capsys.readouterr().out == ""
+    warn_of_too_little(g_main, config, 2, torch.bfloat16, fixed + 10 * per_image)
+    assert "free: batch_size = 10 would fit" in capsys.readouterr().out
+    warn_of_too_little(g_main, config, 2, torch.bfloat16, GiB)
+    assert "GiB, and this GPU has 1.0 GiB free: a smaller channel_base" in capsys.readouterr().out
+
+
+def test_counted_memory_is_what_a_cpu_allocates():
+    a = torch.zeros(1000)
+    with MemoryCounter() as counter:
+        b = a + 1
+        c = b.view(10, 100) * 2  # a view takes none
+        del b, c
+        _ = torch.ones(500)
+    assert counter.peak == 8000 and counter.now == 2000
 
 
 @pytest.mark.slow
