@@ -115,6 +115,11 @@ def set_participants(splits: Iterable[list[SliceFile]], entries: Mapping[str, En
     if shown and len(people := set(shown.values())) < len(shown):
         text = f"{len(shown)} scans are of {len(people)} participants by their names"
         utils.print_once(f"{text}, such as {min(shown)} of {shown[min(shown)]}")
+    if unknown := scans - entries.keys() - shown.keys():
+        text = (
+            f"{len(unknown)} scans count as a participant each, as neither their names nor a table"
+        )
+        utils.print_once(f"{text} show whose they are, such as {min(unknown)}")
     for files in splits:
         for row, file in enumerate(files):
             entry = entries.get(file.scan)

@@ -547,7 +547,8 @@ def train_and_save(
     if not slices.c_dim:
         print_once(f"one class, {slices.classes[0]}: training without a condition")
     if saved is None and device.type == "cpu" and config.data_root and not config.init_from:
-        print_once("hint: --init-from assets/demo_generator needs far fewer images without a GPU")
+        text = "needs far fewer images without a GPU (64 pixels; leave out other sizes)"
+        print_once(f"hint: --init-from assets/demo_generator {text}")
     if device.type == "cuda":
         free, dtype = torch.cuda.mem_get_info(device)[0], process.feature_dtype(config, device)
         warn_of_too_little(g_main, config, slices.c_dim, dtype, free)

@@ -88,7 +88,7 @@ class EntryFinder:
         if not chosen:
             return ""
         old, new = (", ".join(names) for names in zip(*chosen, strict=True))
-        return f"{self.path}: no row names {old}; did you mean {new}?"
+        return f"{self.path}: no row names {old}; did you mean {new}? Rename the rows or the files"
 
 
 def visit_order(row: Entry) -> tuple:

@@ -32,6 +32,7 @@ COLUMNS = {
 RATINGS = ("cdr", "cdglobal", "cdrtot")  # clinical dementia rating: 0 is NC, more is AD
 RENAMED = {"CN": "NC", "Control": "NC"}  # ADNI's slices are usually shared with the class name NC
 MISSING = ("", "n/a", "na", "nan", "none", "null", "-", ".", "?", "#n/a", "-4")  # -4: in ADNI
+SEXES = {"F": ("f", "female", "w", "woman", "weiblich"), "M": ("m", "male", "man", "männlich")}
 MAX_TABLE = 200_000_000  # bytes
 MAX_AGE = 130  # years
 
@@ -125,8 +126,7 @@ def sex_of(value: str, column: str) -> str:
     """F, M or "". ADNI's and AIBL's column PTGENDER has 1 for men and 2 for women."""
     if plain_column(column) == "ptgender":
         value = {"1": "M", "2": "F"}.get(value, value)
-    sex = value[:1].upper()
-    return sex if sex in ("F", "M") else ""
+    return next((sex for sex, words in SEXES.items() if value.lower() in words), "")
 
 
 def date_of(value: str) -> str:
@@ -247,8 +247,21 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
     print_once(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
     for what, count in count_known(entries).items():
         if what in column and (without := len(rows) - count):
-            print_once(f"note: {path}: {without} of {len(rows)} rows have no readable {what}")
+            unread = [v for v in unreadable(cells[column[what]], column[what], what) if v]
+            such = f", such as {unread[0][:20]!r}" if unread else ""
+            print_once(f"note: {path}: {without} of {len(rows)} rows have no readable {what}{such}")
+    for old, new in RENAMED.items():
+        if "class" in column and old in cells[column["class"]]:
+            print_once(f"{path}: class {old} is called {new}")
     return agree_on_sex(path, entries)
+
+
+def unreadable(values: Sequence[str], column: str, what: str) -> list[str]:
+    """The values of a column from which no class, age or sex can be read."""
+    if what == "age":
+        return [value for value in values if math.isnan(age_of(value))]
+    read = class_of if what == "class" else sex_of
+    return [value for value in values if not read(value, column)]
 
 
 def count_known(entries: list[Entry]) -> dict[str, int]:

@@ -114,6 +114,9 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
         else:
             own = name if stems[name] == 1 else str(inside.parent / name)
             found.append(Scan(path, id_of(entry.scan or own), entry))
+    if finder and not labels:
+        text = "no volume has a class; --columns class NAME names its column"
+        raise UserError(f"{options.table}: {text}{counts_of(problems)}")
     if missing := sorted(wanted - labels):
         raise UserError(f"classes: no {', '.join(missing)}; there are {', '.join(sorted(labels))}")
     if finder:
@@ -129,7 +132,9 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
 def print_matches(finder: EntryFinder, entries: list[Entry], problems: Reasons) -> None:
     """Print what the table says about the scans, and which names it may write in another way."""
     known = ", ".join(f"{what} of {count}" for what, count in count_known(entries).items())
-    utils.print_once(f"{len(entries)} scans have a row; the table gives the {known}")
+    unnamed = sum(why == UNNAMED for why in problems.values())
+    text = f"{unnamed} volumes have no row, {len(entries)} are of a wanted class"
+    utils.print_once(f"{text}; of these the table gives the {known}")
     if finder.picked and finder.pick != "none":
         text = (
             f"{finder.picked} scans show no visit: class of their participant's {finder.pick} row"
@@ -170,8 +175,9 @@ def split_participants(scans: list[Scan], share: float, seed: int, before: Split
     split |= before
     for label, _ in one_sided(scans, split):
         count = len({s.entry.participant for s in scans if s.entry.label == label})
-        text = f"too few participants to split them ({count}); --classes leaves a class out"
-        raise UserError(f"class {label}: {text}")
+        others = " ".join(sorted({s.entry.label for s in scans} - {label})) or "..."
+        text = f"too few participants to split them ({count}); --classes {others} leaves it out"
+        raise UserError(f"class {label}: {text}; without --table a class is the first folder")
     return split
 
 
@@ -194,7 +200,10 @@ def print_balance(scans: Iterable[Scan], split: Split) -> None:
             text = f"{side}/{label}: {len(own)} participants"
             if ages:
                 text += f", age {np.mean(ages):.1f} (deviation {np.std(ages):.1f})"
-            utils.print_once(text + (f", {np.mean(women):.0%} women" if women else ""))
+            if women:
+                known = f" of the {len(women)} of known sex" * (len(women) < len(own))
+                text += f", {np.mean(women):.0%} women{known}"
+            utils.print_once(text)
     counts = Counter(participant for participant, _ in people)
     if several := sorted(name for name, count in counts.items() if count > 1):
         first = ", ".join(several[:MAX_NAMES]) + ", ..." * (len(several) > MAX_NAMES)
@@ -372,6 +381,8 @@ def cut_all(
         try:
             volume = read_volume(scan.path, options.unoriented, options.contrast, said)
             made = cut(*volume, options)
+            if made.reaches_out:
+                said.append("the head reaches beyond the slice (--size)")
             row = row_of(scan, side, made, options)
         except Exception as error:  # nibabel raises many types of errors
             problems[inside] = utils.first_line(error)
@@ -392,7 +403,7 @@ def cut_all(
         utils.map_on_cores(work, todo, "scans", "scan")
     finally:
         write_manifest(rows, manifest)
-        print_reasons("warnings of the converter of DICOM:", warnings)
+        print_reasons("warnings:", warnings)
 
 
 def has_header(scan: Scan, problems: Reasons, options: ImportOptions) -> bool:
@@ -462,8 +473,8 @@ def print_report(
         raise UserError(f"{options.scans}: no volume could be used{counts_of(problems)}")
     print_reasons(f"{len(problems)} left out, see {options.out / LEFT_OUT}:", problems.items())
     for label, side in one_sided(scans, split):
-        text = f"all readable volumes of class {label} are in {side}/; remove the unreadable ones"
-        raise UserError(f"{text}, and use another --out")
+        text = f"all volumes of class {label} that could be used are in {side}/"
+        raise UserError(f"{text}; remove those left out from the scans, and use another --out")
     people = len({scan.entry.participant for scan in scans})
     utils.print_once(f"{len(scans)} scans of {people} participants in {options.out}")
     utils.print_once(f"check them with: python prepare.py check {options.out}")

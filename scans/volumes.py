@@ -374,6 +374,7 @@ class CutSlices(NamedTuple):
     positions: np.ndarray  # mm [slices]
     black: float
     white: float
+    reaches_out: bool  # the head is larger than the slice
 
 
 def cut(values: np.ndarray, affine: np.ndarray, options: ImportOptions) -> CutSlices:
@@ -400,4 +401,5 @@ def cut(values: np.ndarray, affine: np.ndarray, options: ImportOptions) -> CutSl
     black, white = options.window or (low, float(np.percentile(inside, 99.9)))
     if white <= black:
         raise ValueError(f"values from {black:g} to {white:g}: no contrast")
-    return CutSlices(images, positions, black, white)
+    extent = np.delete(head.high - head.low, axis)  # below its top a head counts to 110 mm
+    return CutSlices(images, positions, black, white, bool(extent.max() > options.size))

@@ -245,6 +245,11 @@ def test_the_verdict_is_the_distance_to_real_slices(tmp_path, fid, words):
     assert words in verdict(read_history(write_run(tmp_path, fid=fid)))
 
 
+def test_few_test_participants_give_no_verdict(tmp_path):
+    history = read_history(write_run(tmp_path, test_participants=4))
+    assert verdict(history) == "Fewer than 10 test participants cannot tell how good samples are."
+
+
 def test_what_lies_outside_of_its_green_range_is_named(tmp_path):
     assert out_of_range(read_history(write_run(tmp_path))) == []
     run = write_run(tmp_path, leak_border=[0, 0, 0, 6.0, 6.0, 7.5], vary_z=0.1, vary_noise=0.5)

@@ -248,7 +248,10 @@ def test_a_person_whose_class_changes_is_on_one_side_counted_and_named(tmp_path:
     options = ImportOptions(root, tmp_path / "out", root / "table.csv", slices=2, size=64)
     import_scans(options)
     out = capsys.readouterr().out
-    assert "18 scans have a row; the table gives the class of 18, age of 18, sex of 18" in out
+    assert (
+        "0 volumes have no row, 18 are of a wanted class; of these the table gives the class of 18"
+        in out
+    )
     assert "1 participants have scans of several classes: 007_S_1007" in out
     lines = [line for line in out.splitlines() if "/MCI: " in line]
     assert sum(int(re.search(r": (\d+) part", line)[1]) for line in lines) == 3
@@ -279,6 +282,25 @@ def test_a_table_of_visits_without_scans_gives_the_class_of_the_visit(tmp_path: 
     assert ("1 scans show no visit: class of their participant's last row" in out) == (
         pick == "last"
     )
+
+
+def test_what_lacks_is_named_with_the_option_that_helps(tmp_path: Path, capsys):
+    root = write_visits(tmp_path / "scans")
+    table, options = root / "table.csv", {"slices": 2, "size": 64}
+    text = table.read_text()
+    table.write_text(text.replace("Group", "Diagnose"))
+    with pytest.raises(UserError, match="table.csv: no volume has a class; --columns class NAME"):
+        import_scans(ImportOptions(root, tmp_path / "out", table, **options))
+    table.write_text(text)
+    with pytest.raises(
+        UserError, match=r"class MCI: too few .* \(1\); --classes AD NC leaves it out"
+    ):
+        import_scans(ImportOptions(root, tmp_path / "out", table, **options))
+    table.write_text(text.replace(",F,", ",x,").replace(",M,", ",m\xe4nnlich,"))
+    import_scans(ImportOptions(root, tmp_path / "out", table, classes=("AD", "NC"), **options))
+    out = capsys.readouterr().out
+    assert "class CN is called NC" in out and "no readable sex, such as 'x'" in out
+    assert "0% women" in out and "11 x the head reaches beyond the slice (--size): " in out
 
 
 def test_names_in_another_spelling_are_asked_about(options: ImportOptions, capsys):

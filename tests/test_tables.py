@@ -307,7 +307,7 @@ def test_numbers_of_rows_are_no_scans(tmp_path: Path, capsys):
 def test_nearly_the_same_names_are_shown(tmp_path: Path):
     finder = EntryFinder(write(tmp_path, "subject,dx\n7,AD\nPat_12,CN\n"), {}, ["007", "x"])
     assert finder.hint(["007", "pat-12/a", "x"]).endswith(
-        "no row names 007, pat-12; did you mean 7, Pat_12?"
+        "no row names 007, pat-12; did you mean 7, Pat_12? Rename the rows or the files"
     )
     assert finder.hint(["x", "70"]) == ""
     assert simplified("sub-0100") == "100" and simplified("002_S_0295") == "2s295"

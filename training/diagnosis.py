@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NO_RANGE = ("vary_noise", "vary_class")  # the range of their panel is that of z
+MIN_PARTICIPANTS = 10  # in the test set, for a verdict
 MAX_DRAWN = 5000  # about so many steps in a plot, at most twice as many
 
 
@@ -191,6 +192,8 @@ def diagnose(history: History, config: Config) -> dict[str, str]:
 
 def verdict(history: History) -> str:
     """How far samples are from real slices by their newest FID, in one sentence."""
+    if history.recent("test_participants") < MIN_PARTICIPANTS:
+        return f"Fewer than {MIN_PARTICIPANTS} test participants cannot tell how good samples are."
     fid, reference = history.recent("fid"), history.recent("fid_real")
     if not math.isfinite(fid + reference) or reference <= 0:
         return "The distance to real slices is not measured yet."

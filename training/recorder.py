@@ -122,6 +122,7 @@ class Measurements:
         found = {
             "fid": metrics.gaussian_distance(metrics.gaussian(values), self.gaussian),
             "fid_real": self.fid_real,
+            "test_participants": len(set(self.subsets["test"].participants)),
             "precision": near["precision"],
             "recall": near["recall"],
             "spread": float(np.median((values @ self.axes).std(0))),
