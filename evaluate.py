@@ -48,7 +48,7 @@ MAX_FRESH = 1000  # most fresh subjects, one slice each
 NUM_DEGRADED = 100  # slices that each degradation is applied to
 STEPS = 600  # training steps of each classifier
 NUM_SEEDS = 3  # seeds of each classifier
-OTHER_DATA = "not the slices of this run: the run cannot have memorised them"
+OTHER_DATA = "not the slices of this run, or another split: this tells nothing of memorisation"
 NUM_COPIES = 100  # planted copies of each kind, the controls of the memorisation audit
 
 

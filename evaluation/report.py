@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]  # a row of a table, by column
 Rows = list[Row]
+LOW_PRECISION = 0.05  # below it, what samples show of classes and people means little
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # axis of ratios
 
 
@@ -47,10 +48,16 @@ def as_table(rows: Rows) -> str:
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
     text = "# Evaluation\n"
+    whole = [row for row in report.get("distribution", ()) if row.get("set") == "all"]
+    precision = max((row.get("precision", 1.0) for row in whole), default=1.0)
     for title, rows in report.items():
         if title == "what":
             rows = [{"of": k, "value": v} for k, v in rows.items()]
-        text += f"\n## {title.capitalize().replace('_', ' ')}\n\n{as_table(rows)}"
+        text += f"\n## {title.capitalize().replace('_', ' ')}\n\n"
+        if precision < LOW_PRECISION and title in ("labels", "anatomy", "membership"):
+            text += f"**Precision is {precision:.2g}**: few samples look like real slices, "
+            text += "so this table says little.\n\n"
+        text += as_table(rows)
     return text + (
         "\n'Not measured': there are too few slices or participants, or all are alike. FD to "
         "unseen participants: samples that generalise have a lower FD than a perfect memory, which "

@@ -32,7 +32,7 @@ from evaluate import (
 from evaluation import metrics
 from evaluation.features import planted_copies
 from evaluation.metrics import copy_audit, pose
-from evaluation.report import as_table
+from evaluation.report import as_markdown, as_table
 from predict import predict
 from train import train
 from training.logs import read_log
@@ -417,3 +417,12 @@ def test_invalid_options_are_named():
         Options(num_fake=5)
     with pytest.raises(UserError, match="seed = -1: must be int, 0 to"):
         Options(seed=-1)
+
+
+def test_a_report_warns_where_few_samples_look_real():
+    rows = {"labels": [{"auc": 0.8}], "anatomy": [{"d": 0.5}], "diversity": [{"ms_ssim": 0.7}]}
+    for precision, warnings in ((0.01, 2), (0.4, 0)):
+        first = [{"set": "all", "precision": precision}, {"set": "AD", "precision": 0.0}]
+        text = as_markdown({"distribution": first} | rows)
+        assert text.count("**Precision is 0.01**") == warnings
+    assert "**" not in as_markdown({"distribution": [{"set": "all", "fid_test": 3.0}]} | rows)
