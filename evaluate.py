@@ -15,8 +15,11 @@ References:
     [1] Esteban et al. 2017, Real-valued Medical Time Series Generation, arXiv:1706.02633
 """
 
+import hashlib
 import json
 import math
+import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -389,11 +392,31 @@ MEASURES: dict[str, Callable[[Slices, References], Tables]] = {
 }
 
 
-def measure(fakes: Slices, references: References, groups: tuple[Group, ...]) -> Tables:
-    """The tables of the chosen groups for one set of images."""
+def measure(
+    fakes: Slices,
+    references: References,
+    groups: tuple[Group, ...],
+    parts: Path | None = None,
+    stamp: str = "",
+) -> Tables:
+    """The tables of the chosen groups for one set of images.
+
+    Each group is kept in the folder `parts` as soon as it is measured: after a stop, the same
+    command goes on there. `stamp` tells what was measured; parts of another stamp are not used.
+    """
     tables: Tables = {}
     for name in groups:
-        tables |= MEASURES[name](fakes, references)
+        path, started = parts and parts / f"{name}.json", time.perf_counter()
+        saved = json.loads(path.read_text()) if path and path.exists() else {}
+        if saved.get("stamp") == stamp:
+            found, how = saved["tables"], "measured before"
+        else:
+            found = MEASURES[name](fakes, references)
+            if path:
+                report.write_text(json.dumps({"stamp": stamp, "tables": found}), path)
+            how = f"{time.perf_counter() - started:.0f} s"
+        utils.print_once(f"{name}: {how}")
+        tables |= found
     return tables
 
 
@@ -478,10 +501,11 @@ def evaluate(options: Options) -> dict[str, Any]:
     G, references, what = prepare(options)
     fakes, origin = fakes_of(options, G, references)
     tables: dict[str, Any] = {"what": what | origin | counts({**references.splits, "fake": fakes})}
-    tables |= measure(fakes, references, options.metrics)
+    out = options.out or runs.output_folder(Path(what["weights"]), "evaluation")
+    stamp = hashlib.sha256(json.dumps(tables["what"]).encode()).hexdigest()
+    tables |= measure(fakes, references, options.metrics, out / "parts", stamp)
     if "diversity" in options.metrics and options.images is None:
         tables["grey_levels_moved_by"] = [features.conditional_variation(G, options.seed)]
-    out = options.out or runs.output_folder(Path(what["weights"]), "evaluation")
     text = report.as_markdown(tables)
     report.write_text(json.dumps(report.plain(tables), indent=2) + "\n", out / "evaluation.json")
     report.write_text(text, out / "evaluation.md")
@@ -489,6 +513,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     for row in tables.get("memorisation", ()):
         path = out / f"nearest_{row['space']}.png"
         report.draw_nearest(row, fakes, references.splits["train"], path)
+    shutil.rmtree(out / "parts")  # a later version of the package may measure otherwise
     utils.print_once(text)
     return tables
 

@@ -426,3 +426,36 @@ def test_a_report_warns_where_few_samples_look_real():
         text = as_markdown({"distribution": first} | rows)
         assert text.count("**Precision is 0.01**") == warnings
     assert "**" not in as_markdown({"distribution": [{"set": "all", "fid_test": 3.0}]} | rows)
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_report(
+    trained: Config, short_evaluation, monkeypatch, capsys
+):
+    options = Options((trained.out,), num_fake=100, extractors=("encoder",), device="cpu")
+    out = trained.out / "evaluation"
+    evaluate(options)
+    whole = (out / "evaluation.json").read_text(), (out / "evaluation.md").read_text()
+    assert not (out / "parts").exists()
+    measure_anatomy, calls = evaluation.MEASURES["anatomy"], []
+
+    def stop(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(evaluation.MEASURES, "anatomy", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(options)
+    assert {path.stem for path in (out / "parts").iterdir()} == {
+        "distribution",
+        "diversity",
+        "labels",
+    }
+    monkeypatch.setitem(evaluation.MEASURES, "anatomy", measure_anatomy)
+    for name in ("distribution", "labels"):
+        monkeypatch.setitem(evaluation.MEASURES, name, lambda *_: calls.append(1))
+    capsys.readouterr()
+    evaluate(options)
+    assert "labels: measured before" in capsys.readouterr().out and calls == []
+    assert ((out / "evaluation.json").read_text(), (out / "evaluation.md").read_text()) == whole
+    with pytest.raises(TypeError):  # another seed is another evaluation: nothing is reused
+        evaluate(replace(options, seed=1))
+    assert calls == [1]
