@@ -377,7 +377,7 @@ def test_noise_inputs_may_be_left_out_or_begin_in_a_run_that_starts_from_another
 
 def test_a_run_can_start_from_the_demo_generator():
     files = sum(path.stat().st_size for path in DEMO_GENERATOR.iterdir())
-    assert files < 4e6
+    assert files < 5e6
     config = training.parse_settings(["--device", "cpu", "--init-from", str(DEMO_GENERATOR)])
     state = TrainingState(config, 2, torch.device("cpu"))
     for name, weights in runs.source_of_weights(config, 2).items():
