@@ -208,6 +208,7 @@ class Phases:
             reason = f"{phase.__name__} cannot be compiled: {first_line(error)}"
             print_once(f"warning: training goes on uncompiled, because {reason}")
             self.compiled = {}
+            self.close()
             optimizer.zero_grad(set_to_none=True)
             stats = self.backward(phase, seed, *args)
         self.proven.add(phase)
