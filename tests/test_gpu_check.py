@@ -8,6 +8,7 @@ import gpu_check
 import pytest
 import torch
 import tyro
+from conftest import write_folder
 
 import modules
 import train as training
@@ -22,7 +23,9 @@ def test_every_stage_runs(tmp_path: Path, monkeypatch, capsys):
     for module in (modules, training):  # rows of the benchmark change the layout of features
         monkeypatch.setattr(module, "MEMORY_FORMAT", modules.MEMORY_FORMAT)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *TINY])
-    arguments = [*TINY, "--run", str(tmp_path / "run"), "--training", "20"]
+    arguments = [*TINY, "--run", str(tmp_path / "run"), "--training", "30"]
+    root = write_folder(tmp_path / "data", {"train": 4, "test": 2})
+    arguments += ["--data-root", str(root)]
     check = tyro.cli(gpu_check.Check, args=arguments)
     for name, stage in gpu_check.stages(check).items():
         print(name)
