@@ -66,6 +66,7 @@ def test_swapped_labels_reverse_the_auc(short_classifiers, tmp_path):
     assert low <= wrong["TSTR - TRTR participants"]["auc"] <= high < -0.9
 
 
+@pytest.mark.slow
 def test_synthetic_data_that_helps_is_seen_to_help(short_classifiers, tmp_path):
     """Real labels without meaning, synthetic ones with: the gain's interval excludes 0."""
     train = make_slices()
@@ -230,10 +231,8 @@ SMALL = {  # people and slices of each in train and test, grey level or None for
 @pytest.mark.drawn
 @pytest.mark.parametrize(
     "name",
-    ["a slice of each class",
-     *(pytest.param(name, marks=pytest.mark.slow)
-       for name in ("all black", "a test split of two", "a batch of four epochs"))],
-)  # fmt: skip
+    [pytest.param(name, marks=pytest.mark.slow) for name in SMALL],
+)
 def test_small_and_constant_sets_train_draw_and_are_evaluated(
     config: Config, tmp_path, short_evaluation, capsys, name
 ):

@@ -339,6 +339,7 @@ print(sum(__import__("os").times()[:2]))
 """
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_without_an_embedding(trained: Config):
     done = subprocess.run([sys.executable, "-c", LIGHT, str(trained.out)], cwd=ROOT, text=True,
                           capture_output=True, check=True)  # fmt: skip

@@ -148,6 +148,7 @@ def test_ranks_are_forgotten(monkeypatch):
     assert (rank(), num_ranks()) == (0, 1)
 
 
+@pytest.mark.slow
 def test_help_is_printed_in_any_encoding():
     done = subprocess.run(
         [sys.executable, "predict.py", "--help"], cwd=ROOT, capture_output=True,
