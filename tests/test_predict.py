@@ -49,6 +49,7 @@ def test_a_seed_is_the_same_image_alone_or_among_others(run: Path):
     assert not (many[0] == many[1]).all()
 
 
+@pytest.mark.slow
 def test_a_generator_of_positions_draws_any_of_them(config: Config, tmp_path):
     positions = replace(config, condition_position=True, epochs=1, fid_kimg=0.01, fid_images=100)
     train(positions)

@@ -63,6 +63,7 @@ def test_names_without_a_code_are_printed_as_backslash_codes(
     assert code == 2 and f"{Chinese} holds no image files" in text and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_figures_need_no_backend_of_a_notebook(tmp_path: Path):
     script = "import train, predict, evaluate, prepare, utils\n"
     script += "figure = utils.new_figure(figsize=(1, 1)); figure.subplots().plot([1, 2])\n"
