@@ -122,19 +122,30 @@ def write_run_config(run: Path, config: Config, classes: list[str], data: str) -
         utils.write_atomically(run / name, lambda path, text=text: path.write_text(text))
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises FileNotFoundError, or UserError if it is unreadable."""
+    try:
+        if (size := path.stat().st_size) > MAX_CONFIG:
+            raise ValueError(f"{size:,} bytes are too long for settings")
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {utils.first_line(error)}") from error
+
+
 def read_run_config(run: Path) -> tuple[Config, list[str], str]:
     """Settings, class names and data identity of a run. Raises UserError naming the file."""
-    path = run / "config.json"
+    path, local = run / "config.json", run / "paths.json"
     try:
-        if path.stat().st_size > MAX_CONFIG:
-            raise ValueError(f"{path.stat().st_size:,} bytes are too long for settings")
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{run} is no run: it has no config.json") from error
+    here = read_json(local) if local.exists() else {}
+    try:
         known = {field.name for field in fields(Config)}
         settings = {k: v for k, v in saved["settings"].items() if k in known}
-        if (local := run / "paths.json").exists():
-            path = local
-            settings |= {k: v for k, v in json.loads(local.read_text()).items() if k in PATHS}
-        path = run / "config.json"
+        settings |= {k: v for k, v in here.items() if k in PATHS}
         paths = {k: Path(settings[k]) for k in PATHS if settings.get(k)}
         classes, data = saved["classes"], saved["data"]
         if not classes or not all(isinstance(v, str) for v in [*classes, data]):
@@ -142,9 +153,7 @@ def read_run_config(run: Path) -> tuple[Config, list[str], str]:
         if not all(utils.is_file_name(name) for name in classes):  # classes become names of folders
             raise ValueError("a class is named like a path")
         return Config(**settings | paths), classes, data
-    except FileNotFoundError as error:
-        raise UserError(f"{run} is no run: it has no config.json") from error
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {utils.first_line(error)}") from error
 
 
