@@ -15,7 +15,6 @@ import shutil
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -140,17 +139,6 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its ending or, if it has none, by its first bytes."""
-    if path.suffix.lower() in (".dcm", ".ima"):
-        return True
-    if path.suffix and not path.suffix[1:].isdigit() or not path.is_file():
-        return False  # reading from a pipe could wait forever
-    with suppress(OSError), open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-    return False
-
-
 def what_to_do_with(path: Path) -> str:
     """What lies at a path that holds no slices where they should be, and what to do, or ""."""
     walk = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
@@ -158,7 +146,7 @@ def what_to_do_with(path: Path) -> str:
     files = [file for file in files if file.name[0] != "."]
     ends = {"NIfTI volume": (".nii", ".nii.gz"), "archive": ARCHIVES, "image": image_suffixes()}
     found = {k: [f for f in files if f.name.lower().endswith(tuple(e))] for k, e in ends.items()}
-    found["DICOM file"] = [file for file in files if is_dicom(file)]
+    found["DICOM file"] = [file for file in files if utils.is_dicom(file)]
     for kind in ("NIfTI volume", "DICOM file"):
         if found[kind]:
             command = f"python prepare.py import {path if path.is_dir() else path.parent}"
@@ -408,21 +396,25 @@ def resized_scan(paths: list[Path], resolution: int) -> tuple[Tensor | None, lis
 def file_stamp(path: Path) -> tuple[int, int]:
     """Size in bytes and modification time (ns) of a file; (-1, -1) if it cannot be reached."""
     try:
-        return path.stat().st_size, path.stat().st_mtime_ns
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
     except OSError:
         return -1, -1
 
 
-def data_identity(files: Iterable[SliceFile], root: Path) -> str:
-    """Hash of file names and sizes; it stays the same when the folder is copied or moved."""
-    lines = [f"{f.path.relative_to(root)} {file_stamp(f.path)[0]}" for f in files]
+def names_and_sizes(files: Iterable[SliceFile], root: Path) -> list[str]:
+    """Name within `root` and size of each file: the same when the folder is copied or moved."""
+    return [f"{f.path.relative_to(root)} {file_stamp(f.path)[0]}" for f in files]
+
+
+def data_identity(lines: Iterable[str]) -> str:
+    """Hash of the names and sizes of files."""
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
-def check_result(files: Iterable[SliceFile], root: Path, cache: Path) -> Path:
-    """The file of what `prepare.py check` found in these slices, a line for each problem."""
-    files = sorted(files, key=lambda file: file.path)
-    return cache / f"check-{data_identity(files, root)[:16]}.txt"
+def check_result(lines: Iterable[str], cache: Path) -> Path:
+    """The file of what `prepare.py check` found in slices of these names and sizes."""
+    return cache / f"check-{data_identity(sorted(lines))[:16]}.txt"
 
 
 def print_last_check(path: Path) -> None:
@@ -476,7 +468,8 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
 def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) -> np.ndarray:
     """All files as a memory-mapped uint8 [n, R, R]; they are decoded again only if they change."""
     times = [file_stamp(f.path)[1] for f in files]
-    stamp = repr((CACHE_VERSION, resolution, data_identity(files, root), times))
+    identity = data_identity(names_and_sizes(files, root))
+    stamp = repr((CACHE_VERSION, resolution, identity, times))
     path = cache / f"{hashlib.sha256(stamp.encode()).hexdigest()[:16]}-{resolution}.npy"
     return utils.make_array_once(path, lambda partial: decode_all(files, resolution, partial))
 
@@ -499,11 +492,12 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     any_classes = config.any_classes or not config.conditional
     classes, splits = find_slices(root, any_classes, config.table)
     describe(config.data_root, classes, splits)
-    if config.data_root:
-        print_last_check(check_result(splits["train"] + splits["test"], root, config.cache))
     if not config.conditional:
         classes, splits = ["all"], {k: [f._replace(label=0) for f in v] for k, v in splits.items()}
     files, first = splits["train"] + splits["test"], len(splits["train"])
+    lines = names_and_sizes(files, root)
+    if config.data_root:
+        print_last_check(check_result(lines, config.cache))
     images = decoded(files, root, config.img_resolution, config.cache)
     labels = np.array([f.label for f in files])
     participants = np.array([f.participant for f in files])
@@ -512,7 +506,7 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     names = np.array([str(f.path.relative_to(root)) for f in files])
     both = Slices(images, labels, participants, classes, positions, scans, names)
     splits = {"train": both.take(slice(first)), "test": both.take(slice(first, None))}
-    return splits, data_identity(files, root)
+    return splits, data_identity(lines)
 
 
 def folder_once(root: Path, write: Callable[[Path], None]) -> Path:

@@ -219,6 +219,29 @@ def is_file_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its ending, or else by its first bytes; a DICOMDIR is none."""
+    ending = path.suffix.lower()
+    if ending in (".dcm", ".ima"):
+        return True
+    if ending not in ("", ".dicom", ".dic", ".mr") and not ending[1:].isdigit():
+        return False
+    if not path.is_file():  # reading from a pipe could wait forever
+        return False
+    try:
+        with open(path, "rb") as file:
+            content = file.read(132)
+    except OSError:
+        return False
+    if path.name.upper() == "DICOMDIR" or len(content) < 132:
+        return False
+    # without a preamble a file starts with an element of group 2 or 8, of a known type or short
+    group, element = (int.from_bytes(content[i : i + 2], "little") for i in (0, 2))
+    length, kind = int.from_bytes(content[4:8], "little"), content[4:6]
+    bare = group in (2, 8) and element <= 0x80
+    return content[128:] == b"DICM" or bare and (kind.isalpha() and kind.isupper() or length <= 256)
+
+
 def size_of(path: Path) -> int:
     """Size in bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]

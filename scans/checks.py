@@ -386,9 +386,8 @@ def check(
         utils.print_once(f"contact sheet: {out}")
     files = [seen.file for seen in folder.slices]
     result = "".join(f"{utils.printable(line)}\n" for line in folder.problems)
-    utils.write_atomically(
-        dataset.check_result(files, root, cache), lambda path: path.write_text(result)
-    )
+    kept = dataset.check_result(dataset.names_and_sizes(files, root), cache)
+    utils.write_atomically(kept, lambda path: path.write_text(result))
     if folder.problems:
         lines = "\n  ".join(folder.problems)
         raise UserError(f"{root}: training would fail or its evaluation would mislead:\n  {lines}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from config import UserError
 from participants.names import stem
+from utils import is_dicom
 
 Reasons = dict[str, str]  # why something is left out, by its path inside SCANS
 
@@ -147,27 +148,6 @@ def volumes_of(files: list[Path]) -> list[Path]:
         if name.endswith(ENDINGS) and not images & names:
             found.append(path)
     return found
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its ending, or else by its first bytes; a DICOMDIR is none."""
-    ending = path.suffix.lower()
-    if ending in (".dcm", ".ima"):
-        return True
-    if ending not in ("", ".dicom", ".dic", ".mr") and not ending[1:].isdigit():
-        return False
-    try:
-        with open(path, "rb") as file:
-            content = file.read(132)
-    except OSError:
-        return False
-    if path.name.upper() == "DICOMDIR" or len(content) < 132:
-        return False
-    # without a preamble a file starts with an element of group 2 or 8, of a known type or short
-    group, element = (int.from_bytes(content[i : i + 2], "little") for i in (0, 2))
-    length, kind = int.from_bytes(content[4:8], "little"), content[4:6]
-    bare = group in (2, 8) and element <= 0x80
-    return content[128:] == b"DICM" or bare and (kind.isalpha() and kind.isupper() or length <= 256)
 
 
 def why_aside(folders: Collection[str]) -> str:

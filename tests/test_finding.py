@@ -16,9 +16,10 @@ from test_scans import VOXEL, head, left_out, manifest, needs_converter, write, 
 from config import UserError
 from dataset import find_slices
 from participants.names import stem
-from scans.finding import contrast_of, derived, find_volumes, is_dicom
+from scans.finding import contrast_of, derived, find_volumes
 from scans.slicing import by_reason, import_scans
 from scans.volumes import ImportOptions, choose_series, find_converter, open_volume, read_volume
+from utils import is_dicom
 
 
 def touch(root: Path, *names: str) -> Path:
