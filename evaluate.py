@@ -37,7 +37,7 @@ from tqdm import tqdm
 import utils
 from config import Range, Seed, UserError, check_fields
 from dataset import Slices, decoded, find_class_folders, load_slices
-from evaluation import features, metrics, report
+from evaluation import features, metrics, report, samples
 from evaluation.metrics import Features
 from evaluation.report import Row, Rows
 from modules import Generator
@@ -476,8 +476,8 @@ def fakes_of(options: Options, G: Generator, references: References) -> tuple[Sl
     """The images to evaluate, each a participant of its own, and their origin. Raises UserError."""
     train = references.splits["train"]
     if options.images is None:
-        labels = features.labels_in_proportion(train.labels, options.num_fake)
-        return features.sample_fakes(G, labels, train.classes, options.seed), {"psi": 1.0}
+        labels = samples.labels_in_proportion(train.labels, options.num_fake)
+        return samples.sample_fakes(G, labels, train.classes, options.seed), {"psi": 1.0}
     found, files = find_class_folders(options.images)
     if found != train.classes:
         raise UserError(f"images = {options.images}: has classes {found}, not {train.classes}")
@@ -505,7 +505,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     stamp = hashlib.sha256(json.dumps(tables["what"]).encode()).hexdigest()
     tables |= measure(fakes, references, options.metrics, out / "parts", stamp)
     if "diversity" in options.metrics and options.images is None:
-        tables["grey_levels_moved_by"] = [features.conditional_variation(G, options.seed)]
+        tables["grey_levels_moved_by"] = [samples.conditional_variation(G, options.seed)]
     text = report.as_markdown(tables)
     report.write_text(json.dumps(report.plain(tables), indent=2) + "\n", out / "evaluation.json")
     report.write_text(text, out / "evaluation.md")

@@ -30,14 +30,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
-from tqdm import tqdm
 
 import utils
 from config import Config, Range, Seed, Share, UserError, check_fields
 from dataset import Slices, load_slices
 from evaluation.features import averaged
 from evaluation.metrics import mean_by_participant
+from evaluation.samples import labels_of, latents, sample
 from modules import Generator
 from training import diagnosis, logs, process, recorder, runs
 
@@ -99,35 +98,6 @@ class Options:
     def paths(self, folder: Path, name: str) -> list[Path]:
         """The files of a figure: PNG, and PDF if that is asked for."""
         return [folder / f"{name}.{end}" for end in dict.fromkeys(("png", self.format))]
-
-
-def latents(seeds: list[int], z_dim: int) -> Tensor:
-    """The latent of each seed. -> [N, z_dim]."""
-    streams = (torch.Generator().manual_seed(seed) for seed in seeds)
-    return torch.cat([torch.randn(1, z_dim, generator=stream) for stream in streams])
-
-
-@torch.no_grad()
-def sample(
-    G: Generator, z: Tensor, c: Tensor, psi: float = 1, cutoff: int | None = None,
-    bar: str | None = None,
-) -> np.ndarray:  # fmt: skip
-    """Images of latents [N, z_dim] and labels [N, c_dim], under a progress bar. -> uint8 [N, H, W].
-
-    Batches of one image make every bit of an image independent of the other images.
-    """
-    device = next(G.parameters()).device
-    pairs = zip(z.to(device).split(1), c.to(device).split(1), strict=True)
-    pairs = tqdm(pairs, bar, len(z), leave=False, unit="image", disable=bar is None)
-    images = [utils.to_uint8(G(z, c, psi, cutoff, noise_mode="const")) for z, c in pairs]
-    return np.concatenate(images)
-
-
-def labels_of(G: Generator, labels: np.ndarray, seeds: list[int], position: float | None) -> Tensor:
-    """c of class indices [N]. A G with positions gets `position`, or a random one per seed."""
-    own = [np.random.default_rng(seed).random() for seed in seeds]
-    positions = np.array(own if position is None else [position] * len(seeds))
-    return utils.conditions(labels, positions if G.by_position else None, G.c_dim)
 
 
 def sample_class(

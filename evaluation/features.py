@@ -1,4 +1,4 @@
-"""Samples of a generator, features of images, and degradations that features must show.
+"""Features of images, and degradations that features must show.
 
 Features are [n, F], one row per slice. A network (an `Extractor`) computes them; measurements in
 features of different extractors cannot be compared.
@@ -24,14 +24,13 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import dataset
 import utils
 from assets.demo_brains import write_fresh
 from config import Config, UserError
 from evaluation import metrics
-from modules import MEMORY_FORMAT, Generator
+from modules import MEMORY_FORMAT
 
 BATCH = 50  # images through a network at a time
 DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # red, green and blue
@@ -40,58 +39,6 @@ COMPONENTS = 32  # principal components of a slice that the encoder learns to pr
 BANDS = 4  # bands of frequencies on each axis
 MAX_BANDS = 1000  # slices that the amplitudes of bands are measured on
 ENCODER_VERSION = 2  # part of the encoder's cache key: raise it when its training changes
-
-
-# Samples of a generator
-
-
-@torch.no_grad()
-def sample_fakes(
-    G: Generator, labels: np.ndarray, classes: list[str], seed: int, silent: bool = False
-) -> dataset.Slices:
-    """Untruncated samples with new noise, one for each label, each a participant of its own."""
-    device, images = next(G.parameters()).device, []
-    positions = np.random.default_rng(seed).random(len(labels)) if G.by_position else None
-    conditioned = utils.conditions(labels, positions, G.c_dim)
-    for start in tqdm(range(0, len(labels), BATCH), "sampling", unit="batch", disable=silent):
-        torch.manual_seed(utils.stream_seed("evaluate", seed, start))
-        c = conditioned[start : start + BATCH].to(device)
-        images.append(utils.to_uint8(G(torch.randn(len(c), G.z_dim, device=device), c)))
-    participants = np.arange(len(labels)).astype(str)
-    return dataset.Slices(np.concatenate(images), labels, participants, classes, positions)
-
-
-def labels_in_proportion(labels: np.ndarray, count: int) -> np.ndarray:
-    """`count` labels in the proportions of the given labels."""
-    return np.sort(labels)[np.linspace(0, len(labels) - 1, count).round().astype(int)]
-
-
-@torch.no_grad()
-def conditional_variation(G: Generator, seed: int, count: int = 64) -> dict[str, float]:
-    """Standard deviation of a pixel, in grey levels, if only z, only the noise or only c changes.
-
-    "z": in the class that z changes least. "noise": mean over the classes. "class": mean over 8
-    latents; missing if there is one class.
-    """
-    device = next(G.parameters()).device
-    num = G.c_dim // utils.NUM_POSITIONS if G.by_position else max(1, G.c_dim)
-    positions = np.full(num, 0.5) if G.by_position else None
-    torch.manual_seed(utils.stream_seed("variation", seed))
-    z = torch.randn(count, G.z_dim, device=device)
-    labels = utils.conditions(np.arange(num), positions, G.c_dim).to(device)
-
-    def deviation(z: Tensor, c: Tensor, noise_mode: str = "const") -> float:
-        """Over n images; z and c have n rows, or a single one for all images."""
-        n = max(len(z), len(c))
-        images = G(z.expand(n, -1), c.expand(n, -1), noise_mode=noise_mode)
-        return float(images.std(0).mean() * 127.5)
-
-    one = z[:1].expand(count, -1)
-    found = {"z": np.min([deviation(z, c) for c in labels.split(1)])}
-    found["noise"] = np.mean([deviation(one, c, "random") for c in labels.split(1)])
-    if num > 1:
-        found["class"] = np.mean([deviation(row, labels) for row in z[:8].split(1)])
-    return {name: float(value) for name, value in found.items()}
 
 
 # Features

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import UserError
 from dataset import Slices
 from evaluate import Options, References, counts, fakes_of, measure, prepare
-from evaluation import features
+from evaluation import features, samples
 from evaluation.metrics import halves_by_participant
 from evaluation.report import Rows, as_table, write_text
 from training.runs import run_folder
@@ -45,7 +45,7 @@ def largest_mix(labels: np.ndarray, available: list[np.ndarray], most: int) -> n
     """The most labels, in the proportions of the given labels, for which every set has slices."""
     top = np.min([np.bincount(a, minlength=labels.max() + 1) for a in available], 0)
     for n in range(most, 0, -1):
-        wanted = features.labels_in_proportion(labels, n)
+        wanted = samples.labels_in_proportion(labels, n)
         if (np.bincount(wanted, minlength=len(top)) <= top).all():
             return wanted
     raise UserError(

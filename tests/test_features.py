@@ -14,7 +14,7 @@ import dataset
 from assets.demo_brains import write_demo
 from config import CPU, Config, UserError
 from dataset import Slices, load_slices
-from evaluation import features
+from evaluation import features, samples
 from evaluation.features import (
     DEGRADATIONS,
     Encoder,
@@ -25,7 +25,6 @@ from evaluation.features import (
     encoder_extractor,
     features_of,
     fill_ventricles,
-    labels_in_proportion,
     lattice,
     load_dinov2,
     load_inception,
@@ -86,16 +85,16 @@ def test_averages_of_many_are_those_of_each():
 
 
 def test_labels_keep_their_proportions():
-    labels = labels_in_proportion(np.array([1] * 30 + [0] * 10), 100)
+    labels = samples.labels_in_proportion(np.array([1] * 30 + [0] * 10), 100)
     assert (labels == 0).sum() == pytest.approx(25, abs=1) and len(labels) == 100
 
 
 def test_what_moves_an_image_is_told_apart(config: Config):
-    whole = features.conditional_variation(fixed_generator(config, noise=0.1), 0)
+    whole = samples.conditional_variation(fixed_generator(config, noise=0.1), 0)
     assert min(whole.values()) > 0.5
-    assert features.conditional_variation(fixed_generator(config, no_z=True), 0)["z"] < 1e-3
-    assert features.conditional_variation(fixed_generator(config, no_class=True), 0)["class"] < 1e-3
-    assert features.conditional_variation(fixed_generator(config), 0)["noise"] < 1e-3
+    assert samples.conditional_variation(fixed_generator(config, no_z=True), 0)["z"] < 1e-3
+    assert samples.conditional_variation(fixed_generator(config, no_class=True), 0)["class"] < 1e-3
+    assert samples.conditional_variation(fixed_generator(config), 0)["noise"] < 1e-3
 
 
 @pytest.mark.skipif(

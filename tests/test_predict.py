@@ -12,14 +12,13 @@ from PIL import Image
 import predict as prediction
 from config import Config, UserError
 from dataset import Slices
+from evaluation.samples import latents, sample
 from predict import (
     Options,
-    latents,
     pixels,
     plot_comparison,
     predict,
     probe_by_participant,
-    sample,
     sample_class,
 )
 from train import train

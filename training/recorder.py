@@ -19,7 +19,7 @@ from torch import Tensor
 import utils
 from config import Config
 from dataset import Slices
-from evaluation import features, metrics
+from evaluation import features, metrics, samples
 from modules import Discriminator, Generator
 from training import logs
 from training.diagnosis import PANELS, diagnose, plot_curves, plot_losses
@@ -78,7 +78,7 @@ class Measurements:
         )
         _, deviations, axes = torch.linalg.svd(self.gaussian[1], full_matrices=False)
         self.axes = (axes / deviations.clamp(min=1e-6)[:, None])[:MAIN_AXES].T.numpy()
-        self.labels = features.labels_in_proportion(train.labels, config.fid_images)
+        self.labels = samples.labels_in_proportion(train.labels, config.fid_images)
         rng = np.random.default_rng(0)  # D gets slices in random order, as in training
         self.subsets = {
             name: part.take(rng.permutation(len(part.labels))[: config.fid_images])
@@ -110,7 +110,7 @@ class Measurements:
 
     def measure(self, G: Generator, D: Discriminator) -> dict[str, float | None]:
         """All measurements of the averaged generator and of the discriminator."""
-        fakes = features.sample_fakes(G, self.labels, self.classes, self.config.seed, silent=True)
+        fakes = samples.sample_fakes(G, self.labels, self.classes, self.config.seed, silent=True)
         values = features.compute_features(fakes.images, self.extractor, None)
         order = np.random.default_rng(0).permutation(len(fakes.labels))
         subsets = (self.subsets["train"], self.subsets["test"], fakes.take(order))
@@ -118,7 +118,7 @@ class Measurements:
         n = len(self.some_real.values)
         some = metrics.Features(values[order][:n], fakes.participants[:n], fakes.labels[order][:n])
         near = metrics.manifold_metrics(self.some_real, some)
-        moved = features.conditional_variation(G, self.config.seed)
+        moved = samples.conditional_variation(G, self.config.seed)
         found = {
             "fid": metrics.gaussian_distance(metrics.gaussian(values), self.gaussian),
             "fid_real": self.fid_real,
