@@ -33,7 +33,7 @@ import tyro
 
 import utils
 from config import Config, Range, Seed, Share, UserError, check_fields
-from dataset import Slices, load_slices
+from dataset import Slices
 from evaluation.features import averaged
 from evaluation.metrics import mean_by_participant
 from evaluation.samples import labels_of, latents, sample
@@ -341,19 +341,6 @@ def chosen_classes(wanted: tuple[str, ...] | None, known: list[str]) -> dict[int
     return {i: name for i, name in enumerate(known) if wanted is None or name in wanted}
 
 
-def real_slices(config: Config, options: Options, known: list[str]) -> dict[str, Slices] | None:
-    """Slices of --data-root or of the run's folder; None if that folder is not on this machine."""
-    root = options.data_root or config.data_root
-    if options.data_root is None and root is not None and not root.exists():
-        advice = "no embedding of real slices; --data-root sets another"
-        utils.print_once(f"{root} does not exist: {advice}")
-        return None
-    splits, _ = load_slices(replace(config, data_root=root, table=options.table or config.table))
-    if splits["train"].classes != known:
-        raise UserError(f"{root} has classes {splits['train'].classes}, the generator {known}")
-    return splits
-
-
 @contextmanager
 def timed(name: str) -> Iterator[None]:
     """Print the name of what was drawn, and the seconds that it took."""
@@ -379,7 +366,10 @@ def predict(options: Options) -> Path:
     utils.ensure_writable(out)
     config = replace(config, cache=options.cache or runs.cache_of(config))
     wanted = options.figures or get_args(Drawing)
-    splits = real_slices(config, options, known) if "embedding" in wanted else None
+    real = None
+    if "embedding" in wanted:
+        places = options.data_root, options.table
+        real = runs.real_slices(config, known, *places, "no embedding of real slices")
     seeds = list(options.seeds or range(options.count))
     samples = [name for name in ("images", "grid") if name in wanted]
     for label, name in classes.items() if samples else ():
@@ -403,9 +393,9 @@ def predict(options: Options) -> Path:
         os.environ.setdefault("NUMBA_CACHE_DIR", utils.compiled_folder(config.cache))  # for UMAP
         with timed("embedding_w"):
             draw_w_embedding(G, known, options.paths(out, "embedding_w"))
-    if splits is not None:
+    if real is not None:
         with timed("embedding_images"):
-            draw_image_embedding(G, splits, options.paths(out, "embedding_images"))
+            draw_image_embedding(G, real[0], options.paths(out, "embedding_images"))
     return out
 
 

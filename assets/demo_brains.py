@@ -173,11 +173,11 @@ def render(
 
 
 def write_subject(
-    root: Path, number: int, seed: int, split: str = "", one_level: bool = False
+    root: Path, number: int, seed: int, split: str = "", one_level: bool = False, label: str = ""
 ) -> dict[str, str | float]:
     """Write the slices of one subject, or a random one, and return its line of the manifest."""
     rng = subject_rng(seed, number)
-    label = ("NC", "AD")[number % 2]
+    label = label or ("NC", "AD")[number % 2]
     subject = draw_subject(label == "AD", rng)
     first = int(torch.randint(SLICES, (), generator=rng)) if one_level else 0
     levels = slice(first, first + 1 if one_level else SLICES)
@@ -198,6 +198,19 @@ def write_fresh(root: Path, count: int, seed: int = 0) -> None:
     map_on_cores(
         lambda n: write_subject(root, n, seed, one_level=True), numbers, "fresh brains", "subject"
     )
+
+
+def write_twins(root: Path, count: int, seed: int = 0) -> None:
+    """Write one slice each of `count` subjects that no demo set has, as AD and as NC.
+
+    Everything but the class is drawn alike: they are the true effect of the class.
+    """
+
+    def write(number: int) -> None:
+        for label in ("AD", "NC"):
+            write_subject(root, number, seed, one_level=True, label=label)
+
+    map_on_cores(write, range(FRESH, FRESH + count), "twins", "subject")
 
 
 def write_demo(root: Path, num_train: int = 160, num_test: int = 40, seed: int = 0) -> None:

@@ -23,6 +23,7 @@ from evaluation import report
 from predict import Options, draw_fid, names_of_rows, plot_comparison, predict
 from scans import checks
 from train import train
+from training import runs
 from training.runs import load_generator
 from utils import label, read_picture, save_grid
 
@@ -293,7 +294,7 @@ def test_odd_slices_of_a_contact_sheet_carry_their_files(figures, data_root, tmp
 
 
 def test_only_the_figures_that_are_asked_for_are_drawn(trained: Config, monkeypatch, capsys):
-    monkeypatch.setattr(prediction, "real_slices", pytest.fail)
+    monkeypatch.setattr(runs, "real_slices", pytest.fail)
     out = predict(Options(trained.out, count=2, figures=("truncation",)))
     assert [p.name for p in out.iterdir()] == ["truncation.png"]
     assert "truncation: 0." in capsys.readouterr().out

@@ -96,7 +96,7 @@ def test_every_figure_is_drawn_from_the_newest_run(run: Path, monkeypatch):
 
 
 def test_seeds_classes_checkpoint_and_folder_can_be_chosen(run: Path, tmp_path, monkeypatch):
-    monkeypatch.setattr(prediction, "real_slices", lambda *_: None)
+    monkeypatch.setattr(runs, "real_slices", lambda *_: None)
     checkpoint = next((run / "checkpoints").iterdir())
     assert run_folder(checkpoint) == run_folder(run / "generator.safetensors") == run
     options = Options(
@@ -124,7 +124,7 @@ def test_a_shared_generator_needs_its_config_only(run: Path, tmp_path, config: C
 
 def test_without_a_run_the_demo_generator_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(prediction, "real_slices", lambda *_: None)
+    monkeypatch.setattr(runs, "real_slices", lambda *_: None)
     before = sorted(runs.DEMO_GENERATOR.rglob("*"))
     out = predict(Options(count=8, device="cpu"))
     assert out == tmp_path / "runs" / "demo_generator" / "predict"

@@ -4,7 +4,7 @@ import errno
 import json
 import math
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import utils
 from config import Config, UserError
+from dataset import Slices, load_slices
 from modules import Generator
 
 RUNS = Path("runs")
@@ -255,6 +256,24 @@ def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
         size = f"img_resolution = {config.img_resolution}, channel_base = {config.channel_base}"
         raise UserError(f"{weights} does not fit {run}/config.json ({size})") from error
     return G.eval().requires_grad_(False), config, classes
+
+
+def real_slices(
+    config: Config, classes: list[str], data_root: Path | None, table: Path | None, without: str
+) -> tuple[dict[str, Slices], str] | None:
+    """Real slices and their identity, of `data_root` or else of the folder that a run trained on.
+
+    None if the run's folder is not on this machine; then `without` says what is left out. Raises
+    UserError if the folder has other classes than the generator.
+    """
+    root = data_root or config.data_root
+    if data_root is None and root is not None and not root.exists():
+        utils.print_once(f"{root} does not exist: {without}; --data-root sets another")
+        return None
+    splits, data = load_slices(replace(config, data_root=root, table=table or config.table))
+    if (found := splits["train"].classes) != classes:
+        raise UserError(f"{root} has classes {found}, the generator {classes}")
+    return splits, data
 
 
 def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]]:

@@ -1,0 +1,1 @@
+"""What a trained generator has learned: differences, directions, projections, movies, a page."""

@@ -1,0 +1,297 @@
+"""The same latents as each class: what the generator changes with the class, and what it keeps.
+
+A sound counterfactual is effective (the other class is seen), reversible (there and back changes
+nothing) and minimal (nothing else changes) ([1]); each is measured beside what real slices or a
+perfect case get. The difference is one of the model, never atrophy: no person was seen twice.
+
+References:
+    [1] Monteiro et al. 2023, Measuring axiomatic soundness of counterfactual image models,
+        arXiv:2303.01274
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import dataset
+import utils
+from assets.demo_brains import write_twins
+from config import Range
+from evaluation import features, metrics
+from evaluation.samples import images_of
+from exploration import model as models
+from exploration import projection
+from exploration.figures import draw_columns, draw_difference, scale_of, write_report
+from exploration.model import ATTRIBUTES, CHUNK, Classes, Model, Real, attributes
+
+STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from one label to the other
+NUM_TWINS = 200  # demo subjects that are drawn as both classes
+CLASSIFIER_STEPS = 600
+MODEL_ONLY = "difference of the model, no atrophy"
+
+
+@dataclass(frozen=True)
+class Options(models.Options):
+    """Options of `explore.py counterfactual`."""
+
+    classes: Classes = None
+    """Class to start from and class to change to; None: from the last to the first (NC to AD)."""
+    count: Annotated[int, Range(2)] = 500
+    """Number of latents that are averaged, 2 or more."""
+    reversals: Annotated[int, Range(0)] = 4
+    """Images that are changed, found again by projection and changed back; 0: none (faster)."""
+
+
+class Changes(NamedTuple):
+    """What happens to many latents on the way from one class to the other."""
+
+    attributes: np.ndarray  # [steps, n, A]
+    mean: np.ndarray  # [R, R] mean difference, grey levels
+    half_width: np.ndarray  # [R, R] of its 95 % interval over latents
+    moved: float  # mean absolute difference of a pixel, grey levels
+    moved_by_z: float  # the same between two latents of the first class
+    scores: np.ndarray  # [2, n] of the second class, at both ends; NaN without a classifier
+
+
+def measure_changes(
+    model: Model, first: int, second: int, count: int, classifier: features.Encoder | None
+) -> Changes:
+    """Changes of `count` seeds; memory for CHUNK images at a time."""
+    R = model.config.img_resolution
+    total, squares = np.zeros((R, R)), np.zeros((R, R))
+    parts, scores, moved, by_z = [], [], [], []
+    for start in tqdm(range(0, count, CHUNK), "latents", unit="batch", leave=False):
+        seeds = list(range(start, min(start + CHUNK, count)))
+        a, b, z = model.c(first, seeds), model.c(second, seeds), model.z(seeds)
+        steps = [images_of(model.G, model.change(z, a, a.lerp(b, t))) for t in STEPS]
+        difference = steps[-1].astype(float) - steps[0]
+        total, squares = total + difference.sum(0), squares + np.square(difference).sum(0)
+        moved.append(np.abs(difference).mean((1, 2)))
+        if len(seeds) > 1:
+            by_z.append(np.abs(np.diff(steps[0].astype(float), axis=0)).mean((1, 2)))
+        parts.append(np.stack([attributes(images) for images in steps]))
+        scores.append([class_score(classifier, steps[i], second) for i in (0, -1)])
+    variance = (squares - total**2 / count) / max(1, count - 1)
+    return Changes(
+        np.concatenate(parts, 1), total / count, 1.96 * np.sqrt(variance.clip(0) / count),
+        float(np.concatenate(moved).mean()), float(np.concatenate(by_z).mean()),
+        np.concatenate(scores, 1),
+    )  # fmt: skip
+
+
+def class_score(classifier: features.Encoder | None, images: np.ndarray, label: int) -> np.ndarray:
+    """Probability of a class for images [n, R, R]; NaN without a classifier. -> [n]."""
+    if classifier is None:
+        return np.full(len(images), np.nan)
+    return features.class_scores(classifier, features.averaged(images))[:, label]
+
+
+def classifier_of(real: Real) -> features.Encoder:
+    """A classifier of the real training slices, which knows nothing of the generator."""
+    targets = utils.one_hot(real.train.labels, len(real.train.classes))
+    x = features.averaged(real.train.images)
+    return features.fit_encoder(x, targets, F.cross_entropy, 0, CLASSIFIER_STEPS)
+
+
+def auc_of(scores: np.ndarray) -> float:
+    """AUC of scores [2, n]: of images of the first class against those of the second."""
+    labels = np.repeat([0, 1], scores.shape[1])
+    return metrics.auc(labels, np.stack([-scores.ravel(), scores.ravel()], 1))
+
+
+def twins(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """The same demo subjects as NC and as AD. -> uint8 [n, R, R] each."""
+    cache, R = model.config.cache, model.config.img_resolution
+    name = f"twins-{dataset.CACHE_VERSION}-{NUM_TWINS}"
+    root = dataset.folder_once(cache / name, lambda folder: write_twins(folder, NUM_TWINS))
+    _, files = dataset.find_class_folders(root)
+    images, labels = dataset.decoded(files, root, R, cache), np.array([f.label for f in files])
+    return np.array(images[labels == 1]), np.array(images[labels == 0])
+
+
+class Reference(NamedTuple):
+    """What the change of class is in real slices, or in demo subjects drawn as both classes."""
+
+    name: str
+    mean: np.ndarray  # [R, R] mean difference, grey levels
+    attributes: np.ndarray  # [2, A] means of both classes
+    change: np.ndarray  # [A] the second minus the first
+    low: np.ndarray  # [A] limits of its 95 % interval
+    high: np.ndarray
+    scores: np.ndarray  # [2, n] of a classifier
+
+
+def true_change(model: Model, first: int, classifier: features.Encoder) -> Reference:
+    """The drawn effect of the class on demo subjects."""
+    pair = twins(model)[:: 1 if model.classes[first] == "NC" else -1]
+    values = np.stack([attributes(images) for images in pair])
+    change, half = models.mean_and_interval(values[1] - values[0])
+    mean = pair[1].astype(float).mean(0) - pair[0].astype(float).mean(0)
+    scores = np.stack([class_score(classifier, x, 1 - first) for x in pair])
+    name = f"the same {len(pair[0])} demo subjects drawn as both classes"
+    return Reference(name, mean, values.mean(1), change, change - half, change + half, scores)
+
+
+def real_change(
+    real: Real, first: int, second: int, classifier: features.Encoder, seed: int = 0
+) -> Reference:
+    """The difference of other people of each class; test slices alone for the classifier."""
+    groups, means = [], []
+    for label in (first, second):
+        rows = [np.flatnonzero(s.labels == label) for s in (real.train, real.test)]
+        images = np.concatenate([real.train.images[rows[0]], real.test.images[rows[1]]])
+        people = np.concatenate([real.train.participants[rows[0]], real.test.participants[rows[1]]])
+        means.append(images.mean(0))
+        values, none = attributes(images), np.zeros(len(people), int)
+        groups.append(metrics.mean_by_participant(values, people, none)[0])
+    rng, draws = np.random.default_rng(seed), []
+    for _ in range(metrics.NUM_DRAWS):
+        a, b = (g[rng.integers(0, len(g), len(g))].mean(0) for g in groups)
+        draws.append(b - a)
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    ends = np.stack([g.mean(0) for g in groups])
+    test = [real.test.images[real.test.labels == label] for label in (first, second)]
+    n = min(map(len, test))
+    scores = np.stack([class_score(classifier, np.array(x[:n]), second) for x in test])
+    name = f"{len(groups[0])} and {len(groups[1])} real people of each class"
+    return Reference(name, means[1] - means[0], ends, ends[1] - ends[0], low, high, scores)
+
+
+def reversals(
+    model: Model, first: int, second: int, count: int, real: Real | None
+) -> list[dict[str, Any]]:
+    """Change images, find the changed ones by projection, change them back. -> a table."""
+    seeds = list(range(count))
+    a, b, z = model.c(first, seeds), model.c(second, seeds), model.z(seeds)
+    image, changed = (images_of(model.G, model.change(z, a, c)) for c in (a, b))
+    again = images_of(model.G, model.change(z, a, a))
+    options, extractor = projection.Options(), real.extractor if real else None
+    found = projection.project(model, image, a, options, extractor)
+    back = projection.project(model, changed, b, options, extractor)
+    errors = {
+        "the same class asked for again": projection.error(again, image),
+        "found by projection": projection.error(projection.pictures(model, found, a), image),
+        "changed, found, changed back": projection.error(
+            projection.pictures(model, back, b, a), image
+        ),
+        "changed (for comparison)": projection.error(changed, image),
+    }
+    return [
+        {"error of": name, "grey levels": float(np.mean(e)), "perfect": "-" if "(" in name else 0.0}
+        for name, e in errors.items()
+    ]
+
+
+def table_of(changes: Changes, reference: Reference | None) -> list[dict[str, Any]]:
+    """The change of each attribute, also in deviations over latents, and the reference's."""
+    values, rows = changes.attributes, []
+    change, half = models.mean_and_interval(values[-1] - values[0])
+    for i, (name, unit) in enumerate(ATTRIBUTES.items()):
+        row: dict[str, Any] = {"what": f"{name}, {unit}", "from": float(values[0, :, i].mean())}
+        row |= {
+            "change": float(change[i]),
+            "interval": [float(change[i] + s * half[i]) for s in (-1, 1)],
+        }
+        row["in deviations"] = float(change[i] / (values[0, :, i].std() or np.nan))
+        if reference is not None:
+            row["reference"] = float(reference.change[i])
+            row["its interval"] = [float(reference.low[i]), float(reference.high[i])]
+        rows.append(row)
+    return rows
+
+
+def sentences(
+    model: Model, names: tuple[str, str], changes: Changes, reference: Reference | None
+) -> str:
+    """What changed, in words."""
+    change, half = models.mean_and_interval(changes.attributes[-1] - changes.attributes[0])
+    share = 100 * change[0] / max(changes.attributes[0, :, 0].mean(), 1e-9)
+    sure = "" if abs(change[0]) > half[0] else " (not distinguishable from 0)"
+    text = f"As {names[1]} the ventricles of the same latents are {abs(share):.0f} % "
+    text += f"{'larger' if share > 0 else 'smaller'} than as {names[0]}{sure}"
+    if reference is not None:
+        real = 100 * reference.change[0] / max(reference.attributes[0, 0], 1e-9)
+        text += f"; in the reference ({reference.name}) {abs(real):.0f} % "
+        text += "larger" if real > 0 else "smaller"
+    text += f". The class moves a pixel by {changes.moved:.1f} grey levels in the mean, another "
+    text += f"latent by {changes.moved_by_z:.1f}: the nearer the former to the latter, the less of "
+    text += "the person is kept. "
+    others = (changes.attributes[-1] - changes.attributes[0])[:, 1:].mean(0)
+    deviations = np.abs(others) / np.maximum(changes.attributes[0].std(0)[1:], 1e-9)
+    most = list(ATTRIBUTES)[1 + int(deviations.argmax())]
+    text += f"Of the rest, {most} changes most, by {deviations.max():.2f} deviations. "
+    return text + f"It is a {MODEL_ONLY}."
+
+
+def draw_summary(
+    model: Model, names: tuple[str, str], changes: Changes, reference: Reference | None, path: Path
+) -> None:
+    """Mean differences of the model and of the reference; areas on the way between the classes."""
+    maps = {f"model: mean of {changes.attributes.shape[1]} latents": changes.mean}
+    certain = np.abs(changes.mean) > changes.half_width
+    maps["model: where the interval excludes 0"] = np.where(certain, changes.mean, 0)
+    if reference is not None:
+        maps[f"reference: {reference.name}"] = reference.mean
+    limit = scale_of(*maps.values())
+    figure = utils.new_figure(figsize=(3.3 * len(maps) + 1, 6.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    axes = top.subplots(1, len(maps), squeeze=False)[0]
+    for ax, (name, values) in zip(axes, maps.items(), strict=True):
+        colours = draw_difference(ax, values, limit)
+        ax.set_title(utils.label(name, 34), fontsize=9)
+    top.colorbar(colours, ax=axes, label=f"{names[1]} - {names[0]}, grey levels")
+    for column, ax in enumerate(bottom.subplots(1, 2)):
+        mean, half = models.mean_and_interval(changes.attributes[:, :, column].T)
+        ax.plot(STEPS, mean, "o-", color="C0", label="model")
+        ax.fill_between(STEPS, mean - half, mean + half, alpha=0.25, color="C0", lw=0)
+        if reference is not None:
+            ends = reference.attributes[:, column]
+            ax.plot((0, 1), ends, "s", color="C3", label="reference, means of both classes")
+        name, unit = list(ATTRIBUTES.items())[column]
+        labels = [utils.label(name, 14) for name in names]
+        ax.set_xticks((0, 0.5, 1), [labels[0], "half way", labels[1]])
+        ax.set(ylabel=f"{name}, {unit}", xlabel="label")
+        ax.legend(fontsize=8)
+    utils.save_figure(figure, path)
+
+
+def counterfactual(options: Options) -> Path:
+    """Write the figures and the report. -> their folder. Raises UserError for bad input."""
+    model = models.open_model(options)
+    first, second = model.pair(options.classes)
+    names = (model.classes[first], model.classes[second])
+    real = models.open_real(model, options, "no comparison with real slices")
+    seeds = list(options.seeds)
+    z, a, b = model.z(seeds), model.c(first, seeds), model.c(second, seeds)
+    drawn = [images_of(model.G, model.change(z, a, c)) for c in (a, a.lerp(b, 0.5), b)]
+    columns = dict(zip((names[0], "half way", names[1]), drawn, strict=True))
+    columns[f"{names[1]} - {names[0]}"] = drawn[-1].astype(float) - drawn[0]
+    rows = [f"seed {seed}" for seed in seeds]
+    draw_columns(columns, rows, MODEL_ONLY, model.out / "counterfactual.png")
+
+    classifier = classifier_of(real) if real else None
+    changes = measure_changes(model, first, second, options.count, classifier)
+    reference = None
+    if real is not None:
+        both = real.is_demo and set(names) == {"AD", "NC"}
+        reference = true_change(model, first, classifier) if both else None
+        reference = reference or real_change(real, first, second, classifier)
+    draw_summary(model, names, changes, reference, model.out / "counterfactual_mean.png")
+    tables: dict[str, Any] = {"summary": sentences(model, names, changes, reference)}
+    tables["minimality: what changes"] = table_of(changes, reference)
+    if reference is not None:
+        rose = float((changes.scores[1] > changes.scores[0]).mean())
+        auc = {"latents as both classes": changes.scores, reference.name: reference.scores}
+        tables["effectiveness: does a classifier of real slices see the class?"] = [
+            {"of": name, "auc": auc_of(scores), "score rose": rose if i == 0 else "-"}
+            for i, (name, scores) in enumerate(auc.items())
+        ]
+    if options.reversals:
+        name = "composition and reversibility: there and back"
+        tables[name] = reversals(model, first, second, options.reversals, real)
+    write_report(f"From {names[0]} to {names[1]}", tables, model.out, "counterfactual")
+    return model.out

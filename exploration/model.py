@@ -1,0 +1,184 @@
+"""The generator that is explored, the real slices it was trained on, and what images measure."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+import utils
+from config import Config, Seed, Share, UserError, check_fields
+from dataset import Slices
+from evaluation import features, metrics
+from evaluation.samples import labels_of, latents
+from modules import Generator
+from training import process, runs
+
+CHUNK = 50  # images that are held in memory at a time
+ATTRIBUTES = {  # what is measured in an image, and its unit
+    "ventricles": "% of the image",
+    "brain": "% of the image",
+    "brightness": "grey levels of the brain",
+    "tilt": "degrees",
+    "to the right": "% of the side",
+    "down": "% of the side",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of all commands. Raises UserError naming the option, its value and what fits."""
+
+    checkpoint: Path | None = None
+    """Run folder, generator.safetensors or checkpoints/*.pt; None: the newest run, or the demo."""
+    out: Path | None = None
+    """Folder for what is written; None: RUN/explore."""
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3)
+    """Seeds of the images that are drawn, each 0 or more."""
+    position: Share | None = None
+    """Position in the scan, 0 lowest to 1, if the run has condition_position; None: by seed."""
+    by: Literal["label", "w"] = "label"
+    """How a class is changed. label: another label into the mapping network; w: all w move by the
+    difference of the classes' mean w."""
+    data_root: Path | None = None
+    """Folder of real slices to compare with; None: the folder that the run was trained on."""
+    table: Path | None = None
+    """CSV or TSV that names the participant of each real scan; None: the one of the run."""
+    cache: Path | None = None
+    """Folder of decoded images; None: the cache of the run."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to compute."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.seeds:
+            raise UserError("seeds = (): at least one is needed")
+
+
+Classes = Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="FROM TO")]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A generator, its settings and class names, and the folder for what is written about it."""
+
+    G: Generator
+    config: Config
+    classes: list[str]
+    source: Path
+    out: Path
+    position: float | None = None
+    by: Literal["label", "w"] = "label"
+
+    def change(self, z: Tensor, c: Tensor, to: Tensor) -> Tensor:
+        """ws of latents z [N, z_dim], changed from conditions c to others [N, c_dim].
+
+        By "label", z is mapped with the other condition. By "w", all w move by the difference of
+        the mean w of both conditions. -> [N, num_ws, w_dim].
+        """
+        mapping = self.G.mapping
+        rows = zip(z.split(1), (to if self.by == "label" else c).split(1), strict=True)
+        with torch.no_grad():  # each row alone: the same bits in any company
+            ws = torch.cat([mapping(*row) for row in rows])
+            return ws if self.by == "label" else ws + ((to - c) @ mapping.w_avg)[:, None]
+
+    def c(self, label: int, seeds: list[int]) -> Tensor:
+        """The condition of some seeds in a class. -> [N, c_dim], on the generator's device."""
+        c = labels_of(self.G, np.full(len(seeds), label), seeds, self.position)
+        return c.to(next(self.G.parameters()).device)
+
+    def position_of(self, seed: int) -> float:
+        """Position in the scan of a seed's image, if the generator has positions."""
+        own = np.random.default_rng(seed).random() if self.position is None else self.position
+        return float(own)
+
+    def z(self, seeds: list[int]) -> Tensor:
+        """The latents of some seeds. -> [N, z_dim], on the generator's device."""
+        return latents(seeds, self.G.z_dim).to(next(self.G.parameters()).device)
+
+    def ws(self, seeds: list[int], c: Tensor) -> Tensor:
+        """ws of some seeds and conditions [N, c_dim]. -> [N, num_ws, w_dim]."""
+        return self.change(self.z(seeds), c, c)
+
+    def pair(self, names: tuple[str, str] | None) -> tuple[int, int]:
+        """Two classes, by default from the last to the first (NC to AD). Raises UserError."""
+        if len(self.classes) < 2:
+            raise UserError(f"{self.source} has one class, {self.classes[0]}: nothing to compare")
+        names = names or (self.classes[-1], self.classes[0])
+        if names[0] == names[1]:
+            raise UserError(f"classes = {names}: two different ones are needed")
+        first, second = (self.index(name) for name in names)
+        return first, second
+
+    def index(self, name: str) -> int:
+        """The number of a class. Raises UserError that lists the known names."""
+        if name not in self.classes:
+            known = ", ".join(self.classes)
+            raise UserError(f"classes: no class {name!r}; this generator knows {known}")
+        return self.classes.index(name)
+
+
+class Real(NamedTuple):
+    """The real slices of a run, and an encoder trained on the training slices."""
+
+    train: Slices
+    test: Slices
+    encoder: features.Encoder
+    extractor: features.Extractor
+    is_demo: bool
+
+
+def open_model(options: Options) -> Model:
+    """Load the generator. Raises UserError before anything is written."""
+    source = options.checkpoint or runs.newest_run()
+    G, config, classes = runs.load_generator(source)
+    if options.position is not None and not G.by_position:
+        text = f"position = {options.position}"
+        raise UserError(f"{text}: a generator without condition_position has none")
+    G.to(process.resolve_device(options.device))
+    out = options.out or runs.output_folder(source, "explore")
+    utils.ensure_writable(out)
+    config = replace(config, cache=options.cache or runs.cache_of(config))
+    return Model(G, config, classes, source, out, options.position, options.by)
+
+
+def open_real(model: Model, options: Options, without: str) -> Real | None:
+    """The real slices of the run, or None, which is said with the words of `without`."""
+    places = options.data_root, options.table
+    found = runs.real_slices(model.config, model.classes, *places, without)
+    if found is None:
+        return None
+    splits, data = found
+    run = runs.run_folder(model.source)
+    own = run / "encoder.safetensors"
+    own = own if data == runs.read_run_config(run)[2] and own.exists() else None
+    encoder, digest = features.trained_encoder(splits["train"], data, model.config.cache, own)
+    is_demo = (options.data_root or model.config.data_root) is None
+    extractor = features.encoder_extractor(encoder, digest, data)
+    return Real(splits["train"], splits["test"], encoder, extractor, is_demo)
+
+
+def attributes(images: np.ndarray) -> np.ndarray:
+    """The ATTRIBUTES of images uint8 [n, R, R]. -> [n, 6].
+
+    Ventricles and brain by `metrics.segment`; tilt and place of the head by `moments`.
+    """
+
+    def areas(image: np.ndarray) -> tuple[float, float, float]:
+        brain, ventricles = metrics.segment(image)
+        grey = float(np.median(image[brain])) if brain.any() else 0.0
+        return 100 * float(ventricles.mean()), 100 * float(brain.mean()), grey
+
+    x, y, tilt, _ = utils.moments(images)
+    found = np.array(utils.map_on_cores(areas, images, None, "image")).reshape(-1, 3)
+    share = 100 / images.shape[-1]
+    return np.column_stack([found, tilt, x * share, y * share])
+
+
+def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over rows [n, ...] and half the width of its 95 % interval, for independent rows."""
+    error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan * values[0]
+    return values.mean(0), 1.96 * error
