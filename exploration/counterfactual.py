@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import dataset
@@ -30,7 +29,6 @@ from exploration.model import ATTRIBUTES, CHUNK, Classes, Model, Real, attribute
 
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from one label to the other
 NUM_TWINS = 200  # demo subjects that are drawn as both classes
-CLASSIFIER_STEPS = 600
 MODEL_ONLY = "difference of the model, no atrophy"
 
 
@@ -74,27 +72,13 @@ def measure_changes(
         if len(seeds) > 1:
             by_z.append(np.abs(np.diff(steps[0].astype(float), axis=0)).mean((1, 2)))
         parts.append(np.stack([attributes(images) for images in steps]))
-        scores.append([class_score(classifier, steps[i], second) for i in (0, -1)])
+        scores.append([models.class_score(classifier, steps[i], second) for i in (0, -1)])
     variance = (squares - total**2 / count) / max(1, count - 1)
     return Changes(
         np.concatenate(parts, 1), total / count, 1.96 * np.sqrt(variance.clip(0) / count),
         float(np.concatenate(moved).mean()), float(np.concatenate(by_z).mean()),
         np.concatenate(scores, 1),
     )  # fmt: skip
-
-
-def class_score(classifier: features.Encoder | None, images: np.ndarray, label: int) -> np.ndarray:
-    """Probability of a class for images [n, R, R]; NaN without a classifier. -> [n]."""
-    if classifier is None:
-        return np.full(len(images), np.nan)
-    return features.class_scores(classifier, features.averaged(images))[:, label]
-
-
-def classifier_of(real: Real) -> features.Encoder:
-    """A classifier of the real training slices, which knows nothing of the generator."""
-    targets = utils.one_hot(real.train.labels, len(real.train.classes))
-    x = features.averaged(real.train.images)
-    return features.fit_encoder(x, targets, F.cross_entropy, 0, CLASSIFIER_STEPS)
 
 
 def auc_of(scores: np.ndarray) -> float:
@@ -131,7 +115,7 @@ def true_change(model: Model, first: int, classifier: features.Encoder) -> Refer
     values = np.stack([attributes(images) for images in pair])
     change, half = models.mean_and_interval(values[1] - values[0])
     mean = pair[1].astype(float).mean(0) - pair[0].astype(float).mean(0)
-    scores = np.stack([class_score(classifier, x, 1 - first) for x in pair])
+    scores = np.stack([models.class_score(classifier, x, 1 - first) for x in pair])
     name = f"the same {len(pair[0])} demo subjects drawn as both classes"
     return Reference(name, mean, values.mean(1), change, change - half, change + half, scores)
 
@@ -156,7 +140,7 @@ def real_change(
     ends = np.stack([g.mean(0) for g in groups])
     test = [real.test.images[real.test.labels == label] for label in (first, second)]
     n = min(map(len, test))
-    scores = np.stack([class_score(classifier, np.array(x[:n]), second) for x in test])
+    scores = np.stack([models.class_score(classifier, np.array(x[:n]), second) for x in test])
     name = f"{len(groups[0])} and {len(groups[1])} real people of each class"
     return Reference(name, means[1] - means[0], ends, ends[1] - ends[0], low, high, scores)
 
@@ -242,7 +226,7 @@ def draw_summary(
     axes = top.subplots(1, len(maps), squeeze=False)[0]
     for ax, (name, values) in zip(axes, maps.items(), strict=True):
         colours = draw_difference(ax, values, limit)
-        ax.set_title(utils.label(name, 34), fontsize=9)
+        ax.set_title(utils.label(name, 40), fontsize=9)
     top.colorbar(colours, ax=axes, label=f"{names[1]} - {names[0]}, grey levels")
     for column, ax in enumerate(bottom.subplots(1, 2)):
         mean, half = models.mean_and_interval(changes.attributes[:, :, column].T)
@@ -273,7 +257,7 @@ def counterfactual(options: Options) -> Path:
     rows = [f"seed {seed}" for seed in seeds]
     draw_columns(columns, rows, MODEL_ONLY, model.out / "counterfactual.png")
 
-    classifier = classifier_of(real) if real else None
+    classifier = models.classifier_of(real) if real else None
     changes = measure_changes(model, first, second, options.count, classifier)
     reference = None
     if real is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from torch.nn import functional as F
 
 import utils
 from config import Config, Seed, Share, UserError, check_fields
@@ -17,6 +18,7 @@ from evaluation.samples import labels_of, latents
 from modules import Generator
 from training import process, runs
 
+CLASSIFIER_STEPS = 600
 CHUNK = 50  # images that are held in memory at a time
 ATTRIBUTES = {  # what is measured in an image, and its unit
     "ventricles": "% of the image",
@@ -58,6 +60,7 @@ class Options:
             raise UserError("seeds = (): at least one is needed")
 
 
+CLASS = tyro.conf.arg(name="class")
 Classes = Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="FROM TO")]
 
 
@@ -159,6 +162,20 @@ def open_real(model: Model, options: Options, without: str) -> Real | None:
     is_demo = (options.data_root or model.config.data_root) is None
     extractor = features.encoder_extractor(encoder, digest, data)
     return Real(splits["train"], splits["test"], encoder, extractor, is_demo)
+
+
+def class_score(classifier: features.Encoder | None, images: np.ndarray, label: int) -> np.ndarray:
+    """Probability of a class for images [n, R, R]; NaN without a classifier. -> [n]."""
+    if classifier is None:
+        return np.full(len(images), np.nan)
+    return features.class_scores(classifier, features.averaged(images))[:, label]
+
+
+def classifier_of(real: Real) -> features.Encoder:
+    """A classifier of the real training slices, which knows nothing of the generator."""
+    targets = utils.one_hot(real.train.labels, len(real.train.classes))
+    x = features.averaged(real.train.images)
+    return features.fit_encoder(x, targets, F.cross_entropy, 0, CLASSIFIER_STEPS)
 
 
 def attributes(images: np.ndarray) -> np.ndarray:

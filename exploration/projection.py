@@ -54,7 +54,7 @@ class Options(models.Options):
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Slices to project; none: slices of training and test people of the run's data."""
-    label: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    label: Annotated[str | None, models.CLASS] = None
     """Class of the images; None: the name of the folder that each lies in."""
     target: Annotated[str | None, tyro.conf.arg(name="to")] = None
     """Class that the projected slices are changed to; None: the next of the classes."""
@@ -150,16 +150,21 @@ def project(
 ) -> Projected:
     """Search the places of images uint8 [N, R, R] with conditions c [N, c_dim], GROUP at a time."""
     parts = []
-    with tqdm(total=len(images), desc="projecting", unit="image", leave=False) as bar:
+    steps = len(images) * (options.steps + (options.starts - 1) * early_steps(options))
+    with tqdm(total=steps, desc="projecting", unit="step", leave=False) as bar:
         for start in range(0, len(images), GROUP):
             rows = slice(start, start + GROUP)
             parts.append(project_group(model.G, images[rows], c[rows], options, extractor, bar))
-            bar.update(len(images[rows]))
     names = parts[0].noise
     noise = {name: torch.cat([part.noise[name] for part in parts]) for name in names}
     return Projected(
         torch.cat([part.z for part in parts]), torch.cat([part.offset for part in parts]), noise
     )
+
+
+def early_steps(options: Options) -> int:
+    """Steps after which the best start is chosen."""
+    return options.steps // 5 if options.starts > 1 else 0
 
 
 def project_group(
@@ -180,8 +185,7 @@ def project_group(
         if name.endswith("noise_const")
     }
     at = Projected(z, z.new_zeros(N * starts, G.mapping.num_ws, len(spread)), noise)
-    early = options.steps // 5 if starts > 1 else 0
-    if early:
+    if early := early_steps(options):
         repeat = torch.arange(N, device=c.device).repeat_interleave(starts)
         search = Search(G, wanted[repeat], c[repeat], spread, options.offset_weight, extractor)
         at, losses = search.run(at, early, bar)
@@ -232,7 +236,8 @@ class Search:
                 for v in noise.values():  # of mean 0 and variance 1, as the noise of training
                     v.sub_(v.mean((2, 3), keepdim=True))
                     v.div_(v.square().mean((2, 3), keepdim=True).sqrt() + 1e-8)
-            bar.set_postfix(loss=f"{float(losses.mean()):.4f}", step=f"{step + 1}/{steps}")
+            bar.set_postfix(loss=f"{losses.detach().mean().item():.4f}", refresh=False)
+            bar.update(len(losses))
         z, offset = (x.detach() for x in leaves)
         kept = {k: v.detach() for k, v in noise.items()}
         return Projected(z, offset * self.spread, kept), losses.detach()

@@ -1,0 +1,124 @@
+"""Movies between seeds, classes or positions, that end where they begin."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import utils
+from config import Range, UserError
+from evaluation import features
+from evaluation.samples import images_of
+from exploration import model as models
+from exploration.model import Model
+
+MAX_STRIP = 12  # frames in the strip
+
+
+@dataclass(frozen=True)
+class Options(models.Options):
+    """Options of `explore.py interpolate`."""
+
+    between: Literal["seeds", "classes", "positions"] = "seeds"
+    """What changes: the seed, or for the first seed the class or the position in the scan."""
+    label: Annotated[str | None, models.CLASS] = None
+    """Class of the images; None: the first."""
+    space: Literal["z", "w"] = "z"
+    """z: on the sphere of latents; w: along straight lines in w."""
+    frames: Annotated[int, Range(2)] = 24
+    """Frames from one stop to the next, 2 or more."""
+    seconds: Annotated[float, Range(0, above=True)] = 1.5
+    """Seconds from one stop to the next, above 0."""
+    format: Literal["gif", "webp"] = "gif"
+    """Format of the movie; WebP is smaller and keeps all grey levels."""
+    size: Annotated[int, Range(16, 2048)] = 256
+    """Side of a frame in pixels, 16 to 2048."""
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """A point on the great circle between the directions of a and b [1, z_dim], at a share t.
+
+    Its length lies between theirs: what lies between two normal vectors is as long as they are.
+    """
+    x, y = a / a.norm(), b / b.norm()
+    angle = (x * y).sum().clamp(-1, 1).acos()
+    if angle < 1e-4:
+        return a.lerp(b, t)
+    point = (((1 - t) * angle).sin() * x + (t * angle).sin() * y) / angle.sin()
+    return point * a.norm().lerp(b.norm(), torch.tensor(t).to(a))
+
+
+def stops(model: Model, options: Options) -> list[tuple[Tensor, Tensor]]:
+    """z and c of the images that the movie passes through. Raises UserError."""
+    label = model.index(options.label) if options.label else 0
+    seeds, first = list(options.seeds), list(options.seeds[:1])
+    if options.between == "classes":
+        if len(model.classes) < 2:
+            raise UserError("between = classes: this generator has one class")
+        return [(model.z(first), model.c(i, first)) for i in range(len(model.classes))]
+    if options.between == "positions":
+        if not model.G.by_position:
+            raise UserError("between = positions: a generator without condition_position has none")
+        places = np.linspace(0, 1, utils.NUM_POSITIONS)  # c is linear between them
+        labels = np.full(len(places), label)
+        cs = utils.conditions(labels, places, model.G.c_dim).to(model.z(first).device).split(1)
+        return [(model.z(first), c) for c in (*cs, *cs[-2:0:-1])]  # up, and down again
+    if len(seeds) < 2:
+        raise UserError(f"seeds = {options.seeds}: a movie between seeds needs two or more")
+    return [(model.z([seed]), model.c(label, [seed])) for seed in seeds]
+
+
+@torch.no_grad()
+def path_of(model: Model, options: Options) -> Tensor:
+    """ws of all frames, from stop to stop and back to the first. -> [frames, num_ws, w_dim]."""
+    points, found = stops(model, options), []
+    shares = [i / options.frames for i in range(options.frames)]
+    for (z0, c0), (z1, c1) in zip(points, points[1:] + points[:1], strict=True):
+        w0, w1 = model.G.mapping(z0, c0), model.G.mapping(z1, c1)
+        for t in shares:
+            on_sphere = options.space == "z"
+            found.append(
+                model.G.mapping(slerp(z0, z1, t), c0.lerp(c1, t)) if on_sphere else w0.lerp(w1, t)
+            )
+    return torch.cat(found)
+
+
+def smoothness(images: np.ndarray, extractor: features.Extractor) -> tuple[float, float]:
+    """Mean and largest distance of successive frames [n, R, R] in features, around the loop."""
+    values = features.compute_features(images, extractor, None)
+    steps = np.linalg.norm(np.roll(values, -1, 0) - values, axis=1)
+    return float(steps.mean()), float(steps.max())
+
+
+def write_movie(images: np.ndarray, options: Options, path: Path) -> None:
+    """Write frames uint8 [n, R, R] as an animation that repeats for ever."""
+    size = (options.size, options.size)
+    frames = [Image.fromarray(i).resize(size, Image.Resampling.LANCZOS) for i in images]
+    duration = max(20, round(1000 * options.seconds / options.frames))
+    how = {"save_all": True, "append_images": frames[1:], "duration": duration, "loop": 0}
+    kind = {"format": "webp", "quality": 85} if options.format == "webp" else {"format": "gif"}
+    utils.write_atomically(path, lambda target: frames[0].save(target, **kind, **how))
+
+
+def interpolate(options: Options) -> Path:
+    """Write a movie and a strip, print how smooth it is. -> the folder. Raises UserError."""
+    model = models.open_model(options)
+    ws = path_of(model, options)
+    images = images_of(model.G, ws, "frames")
+    name = f"interpolate_{options.between}"
+    write_movie(images, options, model.out / f"{name}.{options.format}")
+    rows = utils.evenly_spaced(len(images) + 1, min(MAX_STRIP, len(images)))
+    shown = images[rows % len(images)]
+    columns = [f"{row / options.frames:.2g}" for row in rows]
+    title = f"{options.between}: stops passed; the last frame is the first"
+    utils.save_grid(utils.tile(shown, len(rows)), [""], columns, title, model.out / f"{name}.png")
+    mean, largest = smoothness(images, features.PIXELS)
+    seconds = options.seconds * len(images) / options.frames
+    text = f"{len(images)} frames, {seconds:.1f} s. Distance of successive frames, pixels averaged "
+    text += f"to 32 x 32, grey levels: mean {mean / 32:.2f}, largest {largest / 32:.2f} "
+    utils.print_once(text + f"({largest / max(mean, 1e-9):.1f} times the mean)")
+    return model.out
