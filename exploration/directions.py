@@ -29,7 +29,11 @@ from modules import Generator
 NUM_SAMPLES = 1000  # samples that supervised directions are fitted to
 NUM_LATENTS = 4096  # latents whose w give axes and deviations
 NUM_STYLES = 4  # first layers whose style weights are factorised
-SUPERVISED = {"ventricles": 0, "brain": 1, "tilt": 3}  # columns of ATTRIBUTES
+SUPERVISED = {
+    "larger ventricles": 0,
+    "larger brain": 1,
+    "tilt to the right": 3,
+}  # columns of ATTRIBUTES
 NUM_EFFECTS = 64  # latents whose images show the effects of a direction
 EFFECTS = {name: i for i, name in enumerate(ATTRIBUTES) if name != "to the right"}
 SWEEP = (-3, -2, -1, 0, 1, 2, 3)  # deviations

@@ -12,7 +12,7 @@ References:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,9 @@ SENTENCE = (
 class Options(models.Options):
     """Options of `explore.py project`."""
 
+    by: Literal["label", "w"] = "w"
+    """How a class is changed. w: all w move by the difference of the classes' mean w; label:
+    another label into the mapping network."""
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Slices to project; none: slices of training and test people of the run's data."""
     label: Annotated[str | None, models.CLASS] = None

@@ -7,8 +7,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train", "predict", "evaluate", "prepare"}
-FOLDERS = ("training", "evaluation", "scans", "participants")
+COMMANDS = {"train", "predict", "evaluate", "prepare", "explore"}
+FOLDERS = ("training", "evaluation", "exploration", "scans", "participants")
 MAX_LINES = 650
 
 
@@ -63,7 +63,7 @@ HEAVY = ("torchvision", "sklearn", "umap", "tensorboard", "scipy.signal", "scipy
 HEAVY += ("matplotlib", "torch._dynamo", "torch.utils.tensorboard", "torchmetrics", "timm")
 LISTED = """
 import sys
-import train, predict, evaluate
+import train, predict, evaluate, explore
 print([name for name in {heavy} if name in sys.modules])
 import prepare
 print([name for name in {heavy} if name in sys.modules])
@@ -71,7 +71,7 @@ print([name for name in {heavy} if name in sys.modules])
 
 
 def test_no_command_imports_what_is_slow_to_import_before_it_needs_it():
-    """One process looks at the first three commands, then at prepare, which may have nibabel."""
+    """One process looks at the first four commands, then at prepare, which may have nibabel."""
     script = LISTED.format(heavy=(*HEAVY, "nibabel"))
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
