@@ -5,8 +5,8 @@
     python predict.py --figures grid truncation               # some figures only
     python predict.py --compare runs/a runs/b runs/c          # grids, losses and FID of runs
 
-Writes grid_CLASS.png, images/CLASS/seed0000.png, truncation.png, embedding_images.png and
-embedding_w.png into RUN/predict or --out; positions.png too if the run has condition_position. With
+Writes grid_CLASS.png, images/CLASS/seed0000.png, truncation.png, mixing.png, embedding_images.png
+and embedding_w.png into RUN/predict or --out; positions.png too with condition_position. With
 --format pdf the figures, but not the single images, are also written as PDF with vector letters. On
 one machine the same seed always gives the same image: a seed has one z for all classes, noise is
 constant, and images are computed one by one.
@@ -30,23 +30,25 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
 import utils
 from config import Config, Range, Seed, Share, UserError, check_fields
 from dataset import Slices
 from evaluation.features import averaged
 from evaluation.metrics import mean_by_participant
-from evaluation.samples import labels_of, latents, sample
+from evaluation.samples import images_of, labels_of, latents, sample
 from modules import Generator
 from training import diagnosis, logs, process, recorder, runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Drawing = Literal["grid", "images", "truncation", "positions", "embedding"]
+Drawing = Literal["grid", "images", "truncation", "mixing", "positions", "embedding"]
 PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)
 POSITION_SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SWEEP_SEEDS = 4
+STYLES = ("coarse", "middle", "fine")  # thirds of the layers
 NUM_COMPONENTS = 50  # principal components of a slice in the embedding of images
 MAX_FITTED = 4000  # slices that the components are fitted to
 MIN_POINTS = 4  # points in an embedding
@@ -155,6 +157,47 @@ def draw_sweep(
         picture = utils.tile(np.stack(columns, 1).reshape(-1, *columns[0].shape[1:]), len(sweep))
         utils.show_tiles(ax, picture, list(map(str, seeds)), list(sweep))
         ax.set(xlabel=axis, ylabel="seed", title=utils.label(name, 12 * len(sweep)))
+    utils.save_figure(figure, *paths)
+
+
+def mixed(G: Generator, ws: Tensor, layers: slice) -> np.ndarray:
+    """Images of ws [n, num_ws, w_dim]; i, j has ws[i], in some layers ws[j]. -> [n, n, H, W]."""
+    n = len(ws)
+    both = ws.repeat_interleave(n, 0)
+    both[:, layers] = ws.repeat(n, 1, 1)[:, layers]
+    images = images_of(G, both)
+    return images.reshape(n, n, *images.shape[1:])
+
+
+def draw_mixing(
+    G: Generator, classes: dict[int, str], seeds: list[int], options: Options, paths: list[Path]
+) -> None:
+    """Style mixing ([1], section 3.1), of the first class: a block for each third of the layers.
+
+    In a block the images have w of the seed at the left, but w of the seed above in that third.
+    """
+    label, name = next(iter(classes.items()))
+    seeds, num_ws = seeds[:SWEEP_SEEDS], G.mapping.num_ws
+    z, c = (
+        latents(seeds, G.z_dim),
+        labels_of(G, np.full(len(seeds), label), seeds, options.position),
+    )
+    how = options.truncation_psi, options.truncation_cutoff
+    with torch.no_grad():
+        ws = G.mapping(*(x.to(next(G.parameters()).device) for x in (z, c)), *how)
+    own, n = images_of(G, ws), len(seeds)
+    figure = utils.new_figure(figsize=(4.6 * len(STYLES), 5.2), layout="constrained")
+    for i, (ax, style) in enumerate(zip(figure.subplots(1, len(STYLES)), STYLES, strict=True)):
+        layers = slice(num_ws * i // len(STYLES), num_ws * (i + 1) // len(STYLES))
+        rows = np.concatenate([own[:, None], mixed(G, ws, layers)], 1)  # [n, 1 + n, H, W]
+        top = np.concatenate([np.full_like(own[:1], 255), own])[None]
+        picture = utils.tile(np.concatenate([top, rows]).reshape(-1, *own.shape[1:]), n + 1)
+        numbers = ["", *map(str, seeds)]
+        utils.show_tiles(ax, picture, numbers, numbers)
+        ax.xaxis.tick_top()
+        title = f"{style}: layers {layers.start + 1} to {layers.stop} of the seed above"
+        ax.set(title=title, ylabel="seed of the other layers")
+    figure.suptitle(utils.label(name, 60), fontsize=10)
     utils.save_figure(figure, *paths)
 
 
@@ -388,6 +431,9 @@ def predict(options: Options) -> Path:
             with timed(figure):
                 paths = options.paths(out, figure)
                 draw_sweep(G, classes, seeds[:SWEEP_SEEDS], sweep, axis, paths)
+    if "mixing" in wanted:
+        with timed("mixing"):
+            draw_mixing(G, classes, seeds, options, options.paths(out, "mixing"))
     if "embedding" in wanted:
         utils.print_once("embeddings take a while: UMAP is compiled first")
         os.environ.setdefault("NUMBA_CACHE_DIR", utils.compiled_folder(config.cache))  # for UMAP

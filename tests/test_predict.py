@@ -12,9 +12,10 @@ from PIL import Image
 import predict as prediction
 from config import Config, UserError
 from dataset import Slices
-from evaluation.samples import latents, sample
+from evaluation.samples import images_of, latents, sample
 from predict import (
     Options,
+    mixed,
     pixels,
     plot_comparison,
     predict,
@@ -84,7 +85,8 @@ def test_every_figure_is_drawn_from_the_newest_run(run: Path, monkeypatch):
     names = {str(p.relative_to(out)) for p in out.rglob("*.png")}
     images = {f"images/{c}/seed{i:04d}.png" for c in ("AD", "NC") for i in range(3)}
     assert names == images | {
-        "grid_AD.png", "grid_NC.png", "truncation.png", "embedding_images.png", "embedding_w.png",
+        "grid_AD.png", "grid_NC.png", "truncation.png", "mixing.png",
+        "embedding_images.png", "embedding_w.png",
     }  # fmt: skip
     for name in images:
         image = Image.open(out / name)
@@ -107,6 +109,17 @@ def test_seeds_classes_checkpoint_and_folder_can_be_chosen(run: Path, tmp_path, 
     images = sorted(p.name for p in (tmp_path / "out" / "images").rglob("*.png"))
     assert images == ["seed0004.png", "seed0009.png"]
     assert not (tmp_path / "out" / "grid_AD.png").exists()
+
+
+def test_mixing_takes_some_layers_from_the_other_seed(run: Path):
+    G, _, _ = load_generator(run)
+    ws = G.mapping(latents([0, 1, 2], G.z_dim), one_hot(np.array([0, 0, 0]), 2)).clone()
+    own = images_of(G, ws)
+    assert (mixed(G, ws, slice(0, 0)) == own[:, None]).all()
+    assert (mixed(G, ws, slice(None)) == own[None]).all()
+    other = ws[1:2].clone()
+    other[:, 2:4] = ws[2, 2:4]
+    assert (mixed(G, ws, slice(2, 4))[1, 2] == images_of(G, other)[0]).all()
 
 
 def test_a_shared_generator_needs_its_config_only(run: Path, tmp_path, config: Config):
