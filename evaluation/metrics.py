@@ -100,6 +100,17 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values) / math.sqrt(subsets))
 
 
+def main_axes(reference: Gaussian, count: int) -> np.ndarray:
+    """The first principal axes of a Gaussian, scaled so that it has deviation 1 along each.
+
+    -> float64 [F, count], fewer columns if it fills fewer directions. The deviations of other
+    features @ axes are a profile: 1 everywhere if they vary as the reference does.
+    """
+    _, deviations, axes = torch.linalg.svd(reference[1], full_matrices=False)
+    filled = deviations > 1e-6 * deviations[0].clamp(min=1e-6)
+    return (axes[filled] / deviations[filled, None])[:count].T.numpy()
+
+
 # Neighbours
 
 

@@ -369,3 +369,20 @@ def test_the_grain_of_a_lattice_is_high_and_that_of_a_blur_is_low():
     blurred = ndimage.gaussian_filter(noise, (0, 1, 1))
     assert metrics.grain(lattice) > 5 * metrics.grain(noise) > 20 * metrics.grain(blurred)
     assert metrics.grain(np.full([2, 32, 32], 7, np.uint8)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_profile_is_one_for_the_real_and_the_share_for_what_varies_less():
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(30, 30)))[0]
+    deviations = np.geomspace(1000, 0.1, 30)  # far enough apart for the axes to be found
+    real, other = (rng.normal(size=(4000, 30)) * deviations @ turn for _ in range(2))
+    axes = metrics.main_axes(gaussian(real), 20)
+    assert np.allclose((real @ axes).std(0), 1, atol=1e-3)
+    assert np.allclose((other @ axes).std(0), 1, atol=0.05)
+    less = other @ turn.T
+    less[:, 1:6] *= 0.1  # components 2 to 6
+    profile = (less @ turn @ axes).std(0)
+    assert profile[1:6].max() < 0.3 and profile[8:].min() > 0.9
+    flat = real @ turn.T
+    flat[:, 3:] = 0  # three directions are filled
+    assert metrics.main_axes(gaussian(flat), 20).shape == (30, 3)

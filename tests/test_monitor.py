@@ -41,6 +41,7 @@ HEALTHY = {
     "overfitting": 0.1, "vary_z": 0.9, "vary_noise": 0.1, "vary_class": 0.3, "agreement": 0.7,
     "agreement_real": 0.7, "agreement_chance": 0.5, "leak_rotation": 1.1, "leak_flip": 0.1,
     "leak_border": 0.2, "spectrum": 0.8, "precision": 0.6, "recall": 0.2, "spread": 0.9,
+    "shapes_1_1": 0.9, "shapes_2_6": 0.9, "shapes_7_20": 0.3,
     "data_wait": 0.01, "img_per_s": 100.0,
 }  # fmt: skip
 
@@ -73,6 +74,7 @@ ILL = {
     "odd spectrum": {"spectrum": 11.0},
     "few samples look real": {"precision": 0.05},
     "too little variety": {"spread": 0.3},
+    "few shapes": {"shapes_2_6": 0.2},
     "labels without signal": {"agreement": 0.52, "agreement_real": 0.52},
     "class ignored": {"agreement": 0.51},
     "caricature": {"agreement": 0.99, "agreement_real": 0.65},

@@ -158,6 +158,11 @@ RULES = {
         "samples vary less than half as much as real slices, in the ways in which those vary most",
         ("train longer, with a lower learning_rate at the end", "raise r1_gamma"),
     ),
+    "few shapes": Rule(
+        lambda h: any(h.recent(f"shapes_{r}", MIN_MEASUREMENTS) < 0.4 for r in ("1_1", "2_6")),
+        "along the main components of real pixels, samples have less than 0.4 of the real spread",
+        ("train longer", "start from weights that have learned many heads (init_from)"),
+    ),
     "labels without signal": Rule(
         lambda h: h.recent("agreement_real") - h.recent("agreement_chance") < LEAST_SIGNAL,
         "a classifier trained on the training slices cannot tell the classes of test slices",
@@ -275,6 +280,9 @@ PANELS = (
      "samples among real slices; real slices among samples"),
     ("Variety", {"spread": "spread of samples, ratio"}, (0.6, 1.4),
      "1: as far apart as real slices"),
+    ("Variety of pixels", {"shapes_1_1": "component 1", "shapes_2_6": "2 to 6, median",
+                           "shapes_7_20": "7 to 20, median"}, (0.6, 1.4),
+     "deviation over that of real slices; below: few shapes"),
     ("Overfitting of D", {"overfitting": "(train - test) / (train - generated)"}, (-0.1, 0.5),
      "1: D takes all test slices for generated ones"),
     ("What moves a pixel", {"vary_z": "z", "vary_noise": "noise", "vary_class": "class"},

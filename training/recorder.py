@@ -28,6 +28,7 @@ from training.process import most_of_ranks
 FLUSH_STEPS = 50  # steps between two writes of the losses, each of which waits for the device
 GRID_COLUMNS = 8
 GROUPS = {name: title for title, names, _, _ in PANELS for name in names}  # of TensorBoard
+SHAPES = ((1, 1), (2, 6), (7, 20))  # principal components of real pixels, by rank
 MAIN_AXES = 10  # principal components of real slices along which the spread is measured
 MAX_DEVIATION = 1000  # at most so many slices of a class give the deviation of a pixel
 
@@ -41,6 +42,8 @@ class Measurements:
     - `precision`, `recall`: shares of samples among real slices, and of real slices among samples.
     - `spread`: deviation of samples along the ten main axes of the real slices' features, divided
       by that of the real slices; the median of the axes.
+    - `shapes_1_1`, `shapes_2_6`, `shapes_7_20`: deviation of samples along the principal components
+      of the real pixels, divided by that of the real slices; the median of some components.
     - `spectrum`: power of samples at the highest frequencies, divided by that of real slices.
     - `vary_z`, `vary_noise`, `vary_class`: how far a pixel moves if only z, only the noise or only
       the class changes, as a share of the deviation among real slices; z counts in the class that
@@ -76,8 +79,9 @@ class Measurements:
         self.some_real = metrics.Features(
             self.real[rows], train.participants[rows], train.labels[rows]
         )
-        _, deviations, axes = torch.linalg.svd(self.gaussian[1], full_matrices=False)
-        self.axes = (axes / deviations.clamp(min=1e-6)[:, None])[:MAIN_AXES].T.numpy()
+        self.axes = metrics.main_axes(self.gaussian, MAIN_AXES)
+        pixels = features.compute_features(train.images[rows], features.PIXELS, None)
+        self.shapes = metrics.main_axes(metrics.gaussian(pixels), SHAPES[-1][1])
         self.labels = samples.labels_in_proportion(train.labels, config.fid_images)
         rng = np.random.default_rng(0)  # D gets slices in random order, as in training
         self.subsets = {
@@ -118,6 +122,8 @@ class Measurements:
         n = len(self.some_real.values)
         some = metrics.Features(values[order][:n], fakes.participants[:n], fakes.labels[order][:n])
         near = metrics.manifold_metrics(self.some_real, some)
+        pixels = features.compute_features(fakes.images, features.PIXELS, None)
+        along = pixels @ self.shapes  # of deviation 1 along each axis, if as varied as real slices
         moved = samples.conditional_variation(G, self.config.seed)
         found = {
             "fid": metrics.gaussian_distance(metrics.gaussian(values), self.gaussian),
@@ -125,7 +131,8 @@ class Measurements:
             "test_participants": len(set(self.subsets["test"].participants)),
             "precision": near["precision"],
             "recall": near["recall"],
-            "spread": float(np.median((values @ self.axes).std(0))),
+            "spread": median_deviation(values @ self.axes),
+            **{f"shapes_{a}_{b}": median_deviation(along[:, a - 1 : b]) for a, b in SHAPES},
             "kid": metrics.kernel_distance(values, self.real, subsets=10)[0],
             **metrics.leaks(self.pose, metrics.pose(fakes.images)),
             "spectrum": metrics.grain(fakes.images) / self.grain,
@@ -140,6 +147,11 @@ class Measurements:
             utils.print_once(f"note: too few slices, or too similar ones, to measure {new}")
         self.unmeasured |= missing
         return found | dict.fromkeys(missing)
+
+
+def median_deviation(values: np.ndarray) -> float:
+    """Median over columns of their standard deviation; NaN without columns. [n, k] -> number."""
+    return float(np.median(values.std(0))) if values.size else math.nan
 
 
 def grid_interval(config: Config, epoch: int) -> int:
