@@ -41,7 +41,7 @@ HEALTHY = {
     "overfitting": 0.1, "vary_z": 0.9, "vary_noise": 0.1, "vary_class": 0.3, "agreement": 0.7,
     "agreement_real": 0.7, "agreement_chance": 0.5, "leak_rotation": 1.1, "leak_flip": 0.1,
     "leak_border": 0.2, "spectrum": 0.8, "precision": 0.6, "recall": 0.2, "spread": 0.9,
-    "shapes_1_1": 0.9, "shapes_2_6": 0.9, "shapes_7_20": 0.3,
+    "shapes_1_1": 0.9, "shapes_2_6": 0.9, "shapes_7_20": 0.8,
     "data_wait": 0.01, "img_per_s": 100.0,
 }  # fmt: skip
 
