@@ -21,7 +21,7 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -40,6 +40,7 @@ from dataset import Slices, decoded, find_class_folders, load_slices
 from evaluation import features, metrics, report, samples
 from evaluation.metrics import Features
 from evaluation.report import Row, Rows
+from evaluation.verdict import verdict
 from modules import Generator
 from training import process, runs
 
@@ -49,7 +50,8 @@ Group = Literal["distribution", "diversity", "labels", "anatomy", "memorisation"
 MIN_SLICES = 10  # a class with fewer samples is not compared
 MAX_FRESH = 1000  # most fresh subjects, one slice each
 NUM_DEGRADED = 100  # slices that each degradation is applied to
-STEPS = 600  # training steps of each classifier
+STEPS = 320  # training steps of each classifier
+CLASSIFIER_BATCH = 32  # slices in a step: 600 steps of 64 are no better, and take three times
 NUM_SEEDS = 3  # seeds of each classifier
 OTHER_DATA = "not the slices of this run, or another split: this tells nothing of memorisation"
 NUM_COPIES = 100  # planted copies of each kind, the controls of the memorisation audit
@@ -212,7 +214,7 @@ def measure_labels(fakes: Slices, references: References) -> Tables:
             targets = utils.one_hot(labels, len(train.classes))
             seed = utils.stream_seed(name, references.seed, number)
             steps = round(STEPS * (len(x) / len(real) if name == "TR+S" else 1))
-            encoder = features.fit_encoder(x, targets, F.cross_entropy, seed, steps=steps)
+            encoder = fit_classifier(x, targets, seed, steps)
             scores = features.class_scores(encoder, unseen)
             means, truth = metrics.mean_by_participant(scores, test.participants, test.labels)
             by_seed[name].append(means)
@@ -233,6 +235,12 @@ def measure_labels(fakes: Slices, references: References) -> Tables:
         rows += [row | {"unit": unit, "auc": metrics.auc(*pair)} for unit, pair in units.items()]
     gains = [gain_row(name, by_seed, truth, references.seed) for name in ("TS", "TR+S")]
     return {"labels": rows + gains}
+
+
+def fit_classifier(x: Tensor, targets: Tensor, seed: int, steps: int) -> features.Encoder:
+    """A classifier of grey levels [n, 1, R, R], trained on one-hot targets [n, C]."""
+    size = CLASSIFIER_BATCH
+    return features.fit_encoder(x, targets, F.cross_entropy, seed, steps=steps, batch_size=size)
 
 
 def gain_row(name: str, scores: dict[str, list[np.ndarray]], labels: np.ndarray, seed: int) -> Row:
@@ -341,7 +349,12 @@ def measure_memorisation(fakes: Slices, references: References) -> Tables:
 def measure_calibration(_: Slices, references: References) -> Tables:
     """What pixels and each extractor see of known degradations, see `calibrate`."""
     extractors = (features.PIXELS, *references.extractors)
-    return {"calibration": [row for e in extractors for row in calibrate(e, references)]}
+    rows = [row for e in extractors for row in calibrate(e, references)]
+    train = {"train": references.splits["train"]}
+    values = {e.name: references.extract(train, e)["train"].values for e in extractors}
+    found = {name: metrics.participation_ratio(x) for name, x in values.items()}
+    filled = [{"extractor": name, "participation_ratio": ratio} for name, ratio in found.items()]
+    return {"calibration": rows, "directions_that_features_fill": filled}
 
 
 def calibrate(extractor: features.Extractor, references: References) -> Rows:
@@ -352,7 +365,7 @@ def calibrate(extractor: features.Extractor, references: References) -> Rows:
     """
     points = references.extract(references.splits, extractor)
     real, test = points["train"].values, points["test"]
-    target, ratio = metrics.gaussian(real), metrics.participation_ratio(real)
+    target = metrics.gaussian(real)
 
     def distance(images: np.ndarray) -> float:
         values = features.features_of(images, extractor, references.cache, "degraded test slices")
@@ -371,12 +384,80 @@ def calibrate(extractor: features.Extractor, references: References) -> Rows:
     rows = []
     for name, steps in ladder.items():
         values = list(steps.values())
-        row = {"extractor": extractor.name, "participation_ratio": ratio, "degradation": name}
+        row = {"extractor": extractor.name, "degradation": name}
         row["strengths"] = ", ".join(map(str, steps))
         row |= dict(zip(("weak", "middle", "strong"), values, strict=True))
         rising = 1 < values[1] and values == sorted(values)
         rows.append(row | {"monotone": "yes" if rising else "no"})
     return rows
+
+
+# Time
+
+
+def seconds_of(work: Callable, *args: Any) -> float:
+    """How long a second call takes; the first one warms up."""
+    for _ in range(2):
+        started = time.perf_counter()
+        work(*args)
+    return time.perf_counter() - started
+
+
+def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> dict[str, float]:
+    """Seconds that each group will take: how often it does what takes long, times a measured time.
+
+    One image of each extractor, Fréchet distance, step of a classifier and so on is timed here. The
+    features of images in the cache take none.
+    """
+    splits, cache = references.splits, references.cache
+    train, test = splits["train"], splits["test"]
+    fresh = {} if references.fresh is None else {"fresh": references.fresh}
+    sets = {"samples": fakes, **splits, **fresh}
+    total, few = sum(len(s.images) for s in splits.values()) + len(fakes.images), test.images[:20]
+    found, count = dict.fromkeys(groups, 0.0), 4 * utils.num_cores()
+    batches = np.resize(few, (count, *few.shape[1:]))
+    degraded = test.images[utils.evenly_spaced(len(test.images), NUM_DEGRADED)]
+    others = [len(s.images) for s in sets.values() if s is not test]
+    n, m = (max(2, k // 2) for k in (min(others), len(test.images)))  # slices of halves
+    num_degraded = len(degraded) * (1 + sum(len(s) for _, s in features.DEGRADATIONS.values()))
+
+    def is_missing(images: np.ndarray, extractor: features.Extractor) -> bool:
+        return not utils.has_checksum(features.cached_path(images, extractor, cache))
+
+    for e in (features.PIXELS, *references.extractors):
+        image = seconds_of(features.compute_features, batches, e, None, 4) / count
+        width = features.compute_features(few[:1], e, None).shape[1]
+        x = np.random.default_rng(0).normal(size=(max(500, n, m), width)).astype(np.float32)
+        distance = seconds_of(metrics.frechet_distance, x[:n], x[:m])
+        new = sum(len(s.images) for s in sets.values() if is_missing(s.images, e))
+        if "distribution" in groups and e is not features.PIXELS:
+            kernel = seconds_of(metrics.kernel_distance, x[:500], x[-500:], 0, 2) * 25
+            rows = 2 * (len(train.classes) + 2)
+            found["distribution"] += image * new + distance * metrics.NUM_HALVES * (len(sets) - 1)
+            found["distribution"] += rows * (kernel + 4 * distance)
+        if "calibration" in groups:
+            new = num_degraded * is_missing(degraded, e) + new * ("distribution" not in groups)
+            found["calibration"] += image * new + 60 * distance
+        if "memorisation" in groups and e.name in ("pixels", "encoder"):
+            pair = seconds_of(metrics.nearest_neighbour, x[:500], x[:500]) / 500**2
+            pairs = 2 * len(train.images) * (2 * len(fakes.images) + len(train.images))
+            found["memorisation"] += image * 2 * total + pair * 2 * (pairs + total**2)
+    if "memorisation" in groups:
+        found["memorisation"] += seconds_of(metrics.normalise_pose, few) / len(few) * total
+    if "anatomy" in groups:
+        found["anatomy"] = seconds_of(lambda: list(map(metrics.segment, few))) / len(few) * total
+    if "diversity" in groups:
+        pairs = np.zeros((25, 2), int)
+        found["diversity"] = seconds_of(metrics.similarity, few, pairs) / 25 * 2 * metrics.NUM_PAIRS
+    if "labels" in groups and len(train.classes) > 1:
+        y = utils.one_hot(test.labels[: len(few)], len(train.classes))
+        step = seconds_of(fit_classifier, features.averaged(few), y, 0, 5) / 5
+        found["labels"] = step * NUM_SEEDS * STEPS * (3 + len(fakes.images) / len(train.images))
+    return found
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 # Report
@@ -405,15 +486,20 @@ def measure(
     command goes on there. `stamp` tells what was measured; parts of another stamp are not used.
     """
     tables: Tables = {}
+    paths = {name: parts / f"{name}.json" for name in groups} if parts else {}
+    saved = {k: json.loads(path.read_text()) for k, path in paths.items() if path.exists()}
+    saved = {k: kept["tables"] for k, kept in saved.items() if kept.get("stamp") == stamp}
+    if left := [name for name in groups if name not in saved]:
+        times = forecast(fakes, references, left)
+        text = ", ".join(f"{name} {in_words(s)}" for name, s in times.items())
+        total, cores = in_words(sum(times.values())), utils.num_cores()
+        utils.print_once(f"about {total} on {cores} cores as busy as now: {text}")
     for name in groups:
-        path, started = parts and parts / f"{name}.json", time.perf_counter()
-        saved = json.loads(path.read_text()) if path and path.exists() else {}
-        if saved.get("stamp") == stamp:
-            found, how = saved["tables"], "measured before"
-        else:
+        started, how = time.perf_counter(), "measured before"
+        if (found := saved.get(name)) is None:
             found = MEASURES[name](fakes, references)
-            if path:
-                report.write_text(json.dumps({"stamp": stamp, "tables": found}), path)
+            if parts:
+                report.write_text(json.dumps({"stamp": stamp, "tables": found}), paths[name])
             how = f"{time.perf_counter() - started:.0f} s"
         utils.print_once(f"{name}: {how}")
         tables |= found
@@ -514,7 +600,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         path = out / f"nearest_{row['space']}.png"
         report.draw_nearest(row, fakes, references.splits["train"], path)
     shutil.rmtree(out / "parts")  # a later version of the package may measure otherwise
-    utils.print_once(text)
+    utils.print_once(f"{text}\n{verdict(tables)}\nreport: {out / 'evaluation.md'}")
     return tables
 
 
@@ -541,7 +627,7 @@ def main() -> None:
     sources = options.runs or (runs.newest_run(),)
     reports = [evaluate(replace(options, runs=(run,))) for run in sources]
     if len(reports) > 1 and "distribution" in options.metrics:
-        text = report.as_table(over_runs(reports))
+        text = report.as_narrow_tables(over_runs(reports))
         utils.print_once(f"## Over {len(reports)} runs\n\n{text}")
 
 

@@ -38,6 +38,7 @@ from dataset import Slices
 from evaluation.features import averaged
 from evaluation.metrics import mean_by_participant
 from evaluation.samples import images_of, labels_of, latents, sample
+from evaluation.verdict import MIN_PARTICIPANTS
 from modules import Generator
 from training import diagnosis, logs, process, recorder, runs
 
@@ -210,6 +211,7 @@ def probe_by_participant(train: tuple[np.ndarray, Slices], test: tuple[np.ndarra
     """How well a linear classifier separates the classes of unseen participants, in words.
 
     It is fitted to the training slices; the score of a participant is the mean over the slices.
+    Of fewer than ten test participants nothing is said.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -219,6 +221,9 @@ def probe_by_participant(train: tuple[np.ndarray, Slices], test: tuple[np.ndarra
     (x, known), (y, unseen) = train, test
     if len(known.classes) < 2:
         return "one class, no probe"
+    people = len(set(unseen.participants))
+    if people < MIN_PARTICIPANTS:
+        return f"no probe: {people} test participants are too few"
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
     scores = probe.fit(x, known.labels).predict_proba(y)
     means, truth = mean_by_participant(scores, unseen.participants, unseen.labels)
@@ -313,7 +318,8 @@ def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
 
 def plot_comparison(folders: Sequence[Path], paths: list[Path]) -> None:
     """A column for each run with its last grid and its losses; below, FIDs and other settings."""
-    differing = differences([runs.read_run_config(run)[0] for run in folders])
+    settings = [runs.read_run_config(run)[:2] for run in folders]  # and the names of the classes
+    differing = differences([config for config, _ in settings])
     names = [run.name for run in folders]
     if len(set(names)) < len(names):
         names = list(map(str, folders))
@@ -324,10 +330,12 @@ def plot_comparison(folders: Sequence[Path], paths: list[Path]) -> None:
     )
     ratios = (1.8, 2.8, 4.4, height)
     axes = figure.subplots(4, len(folders), squeeze=False, height_ratios=ratios)
-    for (top, middle, *_), run, title in zip(axes.T, folders, titles, strict=True):
-        for grid in sorted((run / "grids").glob("epoch*.png"))[-1:]:
-            top.imshow(recorder.read_square(grid), cmap="gray", vmin=0, vmax=255)
-        top.axis("off")
+    columns = zip(axes.T, folders, titles, settings, strict=True)
+    for (top, middle, *_), run, title, (config, classes) in columns:
+        if grids := sorted((run / "grids").glob("epoch*.png")):
+            recorder.show_grid(top, grids[-1], classes, config.condition_position)
+        else:
+            top.axis("off")
         top.set_title(title, fontsize=10)
         middle.sharey(axes[1, 0])
         diagnosis.draw_loss(middle, run, "d_loss", "C0")

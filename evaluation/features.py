@@ -169,7 +169,7 @@ class Encoder(nn.Module):
 
     def embedding(self, x: Tensor) -> Tensor:
         """[N, 1, R, R] -> [N, 64]."""
-        x = F.adaptive_avg_pool2d(x, min(64, x.shape[-1]))
+        x = F.adaptive_avg_pool2d(x, 64) if x.shape[-1] > 64 else x
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x)))
         return self.embed(x.flatten(1))
@@ -198,8 +198,9 @@ def band_amplitudes(x: Tensor) -> Tensor:
 
 
 def fit_encoder(
-    x: Tensor, targets: Tensor, loss: Callable, seed: int, steps: int = 600, apart: float = 0
-) -> Encoder:
+    x: Tensor, targets: Tensor, loss: Callable, seed: int, steps: int = 600, apart: float = 0,
+    batch_size: int = 64,
+) -> Encoder:  # fmt: skip
     """Train an Encoder with flips and small shifts, on the CPU; the seed determines the result.
 
     x: slices in grey levels [n, 1, R, R]; targets: [n, T]; loss: (outputs [N, T], targets [N, T])
@@ -210,9 +211,9 @@ def fit_encoder(
     optimizer = torch.optim.AdamW(encoder.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for _ in range(steps):
-        chosen = torch.randint(len(x), [64])
+        chosen = torch.randint(len(x), [batch_size])
         batch = x[chosen] / 127.5 - 1
-        batch = torch.where(torch.rand(64, 1, 1, 1) < 0.5, batch.flip(3), batch)
+        batch = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, batch.flip(3), batch)
         top, left = torch.randint(-2, 3, [2]).tolist()
         z = encoder.embedding(batch.roll((top, left), (2, 3)))
         penalty = apart * redundancy(z) if apart else 0
@@ -293,21 +294,28 @@ PIXELS = Extractor(
 )
 
 
-def compute_features(images: np.ndarray, extractor: Extractor, bar: str | None) -> np.ndarray:
+def compute_features(
+    images: np.ndarray, extractor: Extractor, bar: str | None, batch: int = BATCH
+) -> np.ndarray:
     """Features float32 [n, F] of uint8 images [n, R, R]; `bar` names a progress bar."""
 
     @torch.no_grad()
     def work(start: int) -> Tensor:
-        return extractor.network(to_tensor(images[start : start + BATCH])).cpu().flatten(1).float()
+        return extractor.network(to_tensor(images[start : start + batch])).cpu().flatten(1).float()
 
-    return torch.cat(utils.map_on_cores(work, range(0, len(images), BATCH), bar, "batch")).numpy()
+    return torch.cat(utils.map_on_cores(work, range(0, len(images), batch), bar, "batch")).numpy()
+
+
+def cached_path(images: np.ndarray, extractor: Extractor, cache: Path) -> Path:
+    """The file that keeps the features of uint8 images [n, R, R], named by their content."""
+    key = hashlib.sha256(extractor.identity.encode())
+    key.update(np.ascontiguousarray(images).data)
+    return cache / f"features-{extractor.name}-{key.hexdigest()[:16]}.npy"
 
 
 def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str) -> np.ndarray:
     """Features float32 [n, F] of uint8 images [n, R, R], cached by content; `name` is for a bar."""
-    key = hashlib.sha256(extractor.identity.encode())
-    key.update(np.ascontiguousarray(images).data)
-    path = cache / f"features-{extractor.name}-{key.hexdigest()[:16]}.npy"
+    path = cached_path(images, extractor, cache)
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:  # np.save would add a suffix to a file name

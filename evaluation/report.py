@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataset import Slices
+from evaluation.verdict import LOW_PRECISION, precision_of, verdict
 from utils import label, new_figure, printable, save_figure, show_tiles, tile, write_atomically
 
 if TYPE_CHECKING:
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]  # a row of a table, by column
 Rows = list[Row]
-LOW_PRECISION = 0.05  # below it, what samples show of classes and people means little
+MAX_COLUMNS = 7  # of a table in Markdown
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # axis of ratios
 
 
 def cell(value: Any) -> str:
     """A value of a table as text; a list is an interval."""
+    if value == "fake":  # in JSON; figures and tables say "generated"
+        return "generated"
     if isinstance(value, list):
         return " to ".join(dict.fromkeys(map(cell, value)))
     if isinstance(value, float):
@@ -37,27 +40,43 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def heading(column: str) -> str:
+    return column.replace("_", " ").replace("fake", "generated")
+
+
 def as_table(rows: Rows) -> str:
     """Rows as a Markdown table, without dictionaries (histograms and pairs are only drawn)."""
     columns = dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict))
-    lines = [[c.replace("_", " ") for c in columns], ["---"] * len(columns)]
+    lines = [[heading(c) for c in columns], ["---"] * len(columns)]
     lines += [[cell(row.get(c, "")) for c in columns] for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def as_narrow_tables(rows: Rows) -> str:
+    """Rows as Markdown tables of at most seven columns: a wider one has a column for each row."""
+    columns = list(dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict)))
+    if len(columns) <= MAX_COLUMNS:
+        return as_table(rows)
+    texts = []
+    for block in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / (MAX_COLUMNS - 1))):
+        lines = [[heading(c), *(cell(rows[i].get(c, "")) for i in block)] for c in columns]
+        lines.insert(1, ["---"] * (len(block) + 1))
+        texts.append("".join("| " + " | ".join(line) + " |\n" for line in lines))
+    return "\n".join(texts)
+
+
 def as_markdown(report: dict[str, Any]) -> str:
-    """The report as tables."""
-    text = "# Evaluation\n"
-    whole = [row for row in report.get("distribution", ()) if row.get("set") == "all"]
-    precision = max((row.get("precision", 1.0) for row in whole), default=1.0)
+    """The report: its verdict, then tables."""
+    text = f"# Evaluation\n\n{verdict(report)}"
+    precision = precision_of(report)
     for title, rows in report.items():
         if title == "what":
-            rows = [{"of": k, "value": v} for k, v in rows.items()]
+            rows = [{"of": k.replace("fake", "generated"), "value": v} for k, v in rows.items()]
         text += f"\n## {title.capitalize().replace('_', ' ')}\n\n"
         if precision < LOW_PRECISION and title in ("labels", "anatomy", "membership"):
             text += f"**Precision is {precision:.2g}**: few samples look like real slices, "
             text += "so this table says little.\n\n"
-        text += as_table(rows)
+        text += as_narrow_tables(rows)
     return text + (
         "\n'Not measured': there are too few slices or participants, or all are alike. FD to "
         "unseen participants: samples that generalise have a lower FD than a perfect memory, which "

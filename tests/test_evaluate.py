@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from scipy import ndimage
 
 import evaluate as evaluation
 import predict as prediction
+import utils
 from assets.demo_brains import write_demo
 from config import Config, UserError
 from dataset import Slices, load_slices
@@ -29,10 +31,11 @@ from evaluate import (
     measure_labels,
     measure_memorisation,
 )
-from evaluation import metrics
+from evaluation import features, metrics
 from evaluation.features import planted_copies
 from evaluation.metrics import copy_audit, pose
-from evaluation.report import as_markdown, as_table
+from evaluation.report import as_markdown, as_narrow_tables, as_table
+from evaluation.verdict import verdict
 from predict import predict
 from train import train
 from training.logs import read_log
@@ -302,11 +305,14 @@ def short_evaluation(short_encoder, monkeypatch) -> None:
 
 
 @pytest.mark.drawn
-def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, short_evaluation):
+def test_a_report_holds_every_group_and_says_what_it_is_of(
+    trained: Config, short_evaluation, capsys
+):
     evaluate(Options((trained.out,), num_fake=100, extractors=("encoder",), device="cpu"))
     out = trained.out / "evaluation"
     report = json.loads((out / "evaluation.json").read_text())
     extra = {"what", "headline", "membership", "grey_levels_moved_by"}
+    extra |= {"directions_that_features_fill"}
     assert set(report) == extra | set(evaluation.MEASURES)
     what = report["what"]
     assert what["kimg"] == 0.016 and what["n_fake_AD"] == 50 and what["n_train"] == 16
@@ -321,6 +327,12 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(trained: Config, shor
     text = (out / "evaluation.md").read_text()
     assert "no guarantee of privacy" in text and "| over memory |" in text
     assert "edges" not in text
+    assert max(line.count("|") for line in text.splitlines() if line.startswith("|")) <= 8
+    assert text.startswith("# Evaluation\n\n- It cannot be said how close")  # 4 test participants
+    shown = capsys.readouterr().out
+    assert re.search(r"about \d+ s on \d+ cores as busy as now: distribution \d+ s, div", shown)
+    assert all(re.search(rf"^{name}: \d+ s$", shown, re.M) for name in evaluation.MEASURES)
+    assert shown.rstrip().endswith(f"report: {out / 'evaluation.md'}")
 
 
 def test_several_runs_have_an_interval_of_all_their_draws(
@@ -419,7 +431,8 @@ def test_invalid_options_are_named():
 
 
 def test_a_report_warns_where_few_samples_look_real():
-    rows = {"labels": [{"auc": 0.8}], "anatomy": [{"d": 0.5}], "diversity": [{"ms_ssim": 0.7}]}
+    rows = {"labels": [{"measurement": "TRTR", "unit": "slices"}], "anatomy": [{"area": "brain"}]}
+    rows |= {"diversity": [{"pairs": "real", "ms_ssim": 0.7}]}
     for precision, warnings in ((0.01, 2), (0.4, 0)):
         first = [{"set": "all", "precision": precision}, {"set": "AD", "precision": 0.0}]
         text = as_markdown({"distribution": first} | rows)
@@ -458,3 +471,148 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_report(
     with pytest.raises(TypeError):  # another seed is another evaluation: nothing is reused
         evaluate(replace(options, seed=1))
     assert calls == [1]
+
+
+# The verdict, the forecast and narrow tables
+
+GOOD = {
+    "what": {"participants_test": 40, "data": "abc"},
+    "headline": [
+        {"set": "samples", "over_memory": 1.1, "over_memory_interval": [0.9, 1.3]},
+        {"set": "training slices", "over_memory": math.nan},
+    ],
+    "distribution": [
+        {"set": "all", "precision": 0.7, "recall": 0.72},
+        {"set": "real: test against train", "precision": 0.8, "recall": 0.8},
+    ],
+    "labels": [
+        {"measurement": "TSTR", "unit": "participants", "auc": 0.81},
+        {"measurement": "TRTR", "unit": "participants", "auc": 0.83},
+        {"measurement": "TSTR, intensity alone", "unit": "participants", "auc": 0.6},
+        {"measurement": "TSTR - TRTR", "unit": "participants", "auc": -0.02,
+         "interval_over_participants": [-0.1, 0.04]},
+    ],
+    "memorisation": [
+        {"space": "pixels", "share_too_near": 0.012, "found_exact": 1.0, "found_noisy": 0.97,
+         "interval_over_participants": [0.005, 0.02]},
+        {"space": "encoder", "share_too_near": 0.008, "interval_over_participants": [0.0, 0.02]},
+    ],
+}  # fmt: skip
+
+
+def sentences(**changes: object) -> list[str]:
+    lines = verdict(GOOD | changes).splitlines()
+    assert len(lines) == 5 and all(re.fullmatch(r"- [A-Z].*\.", line) for line in lines)
+    assert not re.search(r"FID|FD|recall|precision|AUC|SSIM", "".join(lines))
+    assert "diagnosis" in lines[4]
+    return lines
+
+
+def test_the_verdict_of_a_good_generator():
+    close, varied, copies, classes, _ = sentences()
+    assert "very close to real slices" in close and "1.1 times" in close and "0.9 to 1.3" in close
+    assert "about that of real slices: 72%" in varied and "80%" in varied
+    assert copies.startswith("- No copies") and "1.2%" in copies and "97% or more" in copies
+    assert "about as well as" in classes and "0.81 against 0.83" in classes
+    assert "brightness" not in classes
+
+
+def test_the_verdict_of_a_bad_generator():
+    far = {"set": "samples", "over_memory": 9.0, "over_memory_interval": [7.0, 11.0]}
+    real = GOOD["distribution"][1]
+    close, varied, *_ = sentences(
+        headline=[far], distribution=[{"set": "all", "precision": 0.3, "recall": 0.01}, real]
+    )
+    assert "far from real slices" in close and "far smaller than" in varied
+    _, varied, *_ = sentences(distribution=[{"set": "all", "precision": 0.01, "recall": 0.9}, real])
+    assert "cannot be judged" in varied and "1% of them" in varied
+    labels = [dict(row) for row in GOOD["labels"]]
+    labels[0]["auc"], labels[3]["interval_over_participants"] = 0.55, [-0.4, -0.1]
+    assert "worse than" in sentences(labels=labels)[3]
+    assert "brightness and sharpness alone" in sentences(labels=labels)[3]
+    labels[1]["auc"] = 0.52
+    assert "even real slices hardly show" in sentences(labels=labels)[3]
+
+
+@pytest.mark.parametrize(
+    "share, limits, words",
+    [
+        (0.4, [0.35, 0.45], "Copies of training slices were found"),
+        (0.06, [0.03, 0.09], "Look for copies among the nearest pairs"),
+        (0.06, [0.005, 0.2], "No copies of training slices were found"),
+    ],
+)
+def test_the_verdict_of_a_memory(share, limits, words):
+    row = {"space": "encoder", "share_too_near": share, "interval_over_participants": limits}
+    assert words in sentences(memorisation=[GOOD["memorisation"][0], row])[2]
+    for limits, said in ([0.6, 0.8], "Copies of"), ([0.4, 0.7], "no nearer to them than other"):
+        near = {"space": "encoder", "near": "samples", "auc_calibrated": 0.6}
+        near["auc_calibrated_interval"] = limits
+        found = sentences(memorisation=[row], membership=[near])[2]
+        assert said in found or "No copies" in words and words in found
+    other = sentences(memorisation=[row], what={"data": "abc: not the slices of this run"})[2]
+    assert "not the slices that the generator was trained on" in other
+
+
+@pytest.mark.parametrize("people", [4, 9, 10])
+def test_the_verdict_of_few_people(people):
+    lines = sentences(what={"participants_test": people})
+    assert [f"{people} people" in line for line in lines] == [people < 10] * 4 + [False]
+    row = {"space": "pixels", "share_too_near": 0.9, "interval_over_participants": [0.8, 1.0]}
+    lines = sentences(what={"participants_test": people}, memorisation=[row])
+    assert "Copies of training slices were found" in lines[2]
+
+
+def test_the_verdict_says_what_was_not_measured():
+    names = ("headline", "distribution", "memorisation", "labels")
+    for place, name in enumerate(names):
+        lines = sentences(**{name: []})
+        assert ["was not measured" in line for line in lines].index(True) == place
+    nothing = sentences(**dict.fromkeys(names, []), what={"participants_test": 3})
+    assert [line.endswith("was not measured.") for line in nothing] == [True] * 4 + [False]
+    pairs = [{"pairs": k, "ms_ssim": v, "error": 0.001} for k, v in (("fake", 0.8), ("real", 0.7))]
+    assert "more alike than two real slices" in sentences(distribution=[], diversity=pairs)[1]
+    area = {"area": "ventricles", "real_effect": 0.7, "fake_effect": 0.1}
+    area["real_effect_interval"] = [0.5, 0.9]
+    assert "unlike in real slices" in sentences(labels=[], anatomy=[area])[3]
+    missing = [GOOD["headline"][0] | {"over_memory": math.nan}]
+    assert "was not measured" in sentences(headline=missing)[0]
+
+
+def test_a_wide_table_gets_a_column_for_each_row():
+    rows = [{"set": f"s{i}"} | {f"m_{k}": float(k) for k in range(9)} for i in range(8)]
+    text = as_narrow_tables(rows)
+    tables = text.split("\n\n")
+    assert [t.splitlines()[0] for t in tables] == [
+        "| set | s0 | s1 | s2 | s3 |",
+        "| set | s4 | s5 | s6 | s7 |",
+    ]
+    assert all("| m 8 | 8 | 8 | 8 | 8 |" in table for table in tables)
+    assert as_narrow_tables(rows[:1]).count("\n") == 11  # nine measures, set, line
+    narrow = [{"a": 1.0, "b": 2.0}] * 9
+    assert as_narrow_tables(narrow) == as_table(narrow)
+
+
+def test_the_forecast_counts_what_takes_long_and_what_is_in_the_cache(
+    short_classifiers, tmp_path, monkeypatch
+):
+    timed = []
+    monkeypatch.setattr(evaluation, "seconds_of", lambda work, *_: timed.append(work) or 1.0)
+    splits = {"train": make_slices(), "test": make_slices(n=40, seed=1)}
+    bright = features.Extractor("encoder", "mean", lambda x: x.float().mean((2, 3)))
+    references = References(splits, [bright], tmp_path, 0)
+
+    def times(fakes: Slices) -> dict[str, float]:
+        return evaluation.forecast(fakes, references, ("distribution", "labels", "anatomy"))
+
+    few, many = times(make_slices(seed=2)), times(make_slices(n=160, seed=3))
+    assert few["labels"] == pytest.approx(60 / 5 * 4) and many["labels"] == pytest.approx(60)
+    assert many["anatomy"] - few["anatomy"] == pytest.approx(80 / 20)
+    assert many["distribution"] > few["distribution"]
+    for name, part in splits.items():
+        features.features_of(part.images, bright, tmp_path, name)
+    saved = few["distribution"] - times(make_slices(seed=2))["distribution"]
+    assert saved == pytest.approx((80 + 40) / (4 * utils.num_cores()))
+    assert (
+        metrics.segment not in timed and metrics.similarity not in timed
+    )  # diversity is not asked

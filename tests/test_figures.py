@@ -23,7 +23,7 @@ from evaluation import report
 from predict import Options, draw_fid, names_of_rows, plot_comparison, predict
 from scans import checks
 from train import train
-from training import runs
+from training import recorder, runs
 from training.runs import load_generator
 from utils import label, read_picture, save_grid
 
@@ -147,6 +147,28 @@ def test_the_grid_of_a_run_names_its_rows_and_columns(config: Config, monkeypatc
     [(rows, columns, title, path)] = asked
     assert (rows, title) == (["AD", "NC"], "epoch 1") and path.name == "epoch0001.png"
     assert columns[-1] == ("position 1.00" if by_position else "8") and len(columns) == 8
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("names", [["AD", "NC"], [LONG, "NC", "健康な対照群"], ["a"]])
+def test_the_progress_of_a_run_names_classes_and_columns(figures, tmp_path, names, by_position):
+    for epoch in (1, 2, 30):
+        path = tmp_path / "grids" / f"epoch{epoch:04}.png"
+        picture = np.full((96 * len(names), 8 * 96), 40, np.uint8)
+        utils.save_grid(picture, names, [str(i) for i in range(8)], "", path)
+    recorder.plot_progress(tmp_path, tmp_path / "p.png", names, by_position)
+    figure = figures["p.png"]
+    assert_apart(figure)
+    first, *others = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["epoch 1", "epoch 2", "epoch 30"]
+    assert [t.get_text() for t in first.get_yticklabels()] == [label(n, 12, 2) for n in names]
+    shown = ["0.00", "0.14"] if by_position else ["1", "2"]
+    for ax in figure.axes:
+        assert [t.get_text() for t in ax.get_xticklabels()][:2] == shown
+        assert ax.get_xlabel().startswith("position" if by_position else "number of the latent")
+        assert len(ax.get_xticks()) == 2 * len(names)
+    assert not any(t.get_text() for ax in others for t in ax.get_yticklabels())
 
 
 # Figures of predict.py

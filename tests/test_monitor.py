@@ -236,7 +236,7 @@ def test_a_run_without_measurements_is_judged_by_its_losses_alone(tmp_path):
 @pytest.mark.parametrize(
     ("fid", "words"),
     [
-        (0.11, "as near as real slices: their FID is 1.1 times that of unseen slices: look for"),
+        (0.11, "very close to real slices: their FID is 1.1 times that of unseen slices: look for"),
         (0.25, "close to real slices: their FID is 2.5 times that of unseen slices."),
         (0.4, "some way from"), (1.5, "far from real slices: their FID is 15.0 times"),
         (2.6, "very far from real slices: their FID is 26.0 times"),

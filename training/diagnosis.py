@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from config import Config
+from evaluation.verdict import MIN_PARTICIPANTS, nearness
 from modules import AdaptiveAugment
 from training.logs import History, read_history
 from utils import new_figure, save_figure
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NO_RANGE = ("vary_noise", "vary_class")  # the range of their panel is that of z
-MIN_PARTICIPANTS = 10  # in the test set, for a verdict
 MAX_DRAWN = 5000  # about so many steps in a plot, at most twice as many
 
 
@@ -203,11 +203,9 @@ def verdict(history: History) -> str:
     if not math.isfinite(fid + reference) or reference <= 0:
         return "The distance to real slices is not measured yet."
     ratio = fid / reference
-    grades = {1.2: "as near as", 3: "close to", 8: "some way from", 20: "far from"}
-    grade = next((words for limit, words in grades.items() if ratio < limit), "very far from")
     more = ": look for copies of training slices with evaluate.py" if ratio < 1.2 else ""
-    text = f"Samples are {grade} real slices: their FID is {ratio:.1f} times that of unseen slices"
-    return text + more + "."
+    text = f"their FID is {ratio:.1f} times that of unseen slices"
+    return f"Samples are {nearness(ratio)} real slices: {text}{more}."
 
 
 def out_of_range(history: History) -> list[str]:

@@ -10,7 +10,9 @@ References:
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +26,9 @@ from modules import Discriminator, Generator
 from training import logs
 from training.diagnosis import PANELS, diagnose, plot_curves, plot_losses
 from training.process import most_of_ranks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FLUSH_STEPS = 50  # steps between two writes of the losses, each of which waits for the device
 GRID_COLUMNS = 8
@@ -173,12 +178,10 @@ class Recorder:
         z = torch.randn(1, GRID_COLUMNS, config.z_dim, generator=rng)
         num_rows = len(slices.classes)  # the rows have the same latents and rising positions
         self.z = z.expand(num_rows, -1, -1).flatten(0, 1).to(device)
-        self.names, self.numbers = slices.classes, [str(i + 1) for i in range(GRID_COLUMNS)]
+        self.names, self.numbers = slices.classes, column_names(slices.positions is not None)
         labels = np.arange(num_rows).repeat(GRID_COLUMNS)
         rising = np.tile(np.linspace(0, 1, GRID_COLUMNS), num_rows)
         positions = None if slices.positions is None else rising
-        if positions is not None:
-            self.numbers = [f"position {x:.2f}" for x in rising[:GRID_COLUMNS]]
         self.c = utils.conditions(labels, positions, slices.c_dim).to(device)
         if utils.rank() == 0:
             self.lines, rows = logs.truncate_logs(self.run, cur_nimg)
@@ -273,7 +276,15 @@ class Recorder:
             self.board.close()
             plot_losses(self.run, self.run / "losses.png")
             plot_curves(self.run, self.run / "curves.png", self.config)
-            plot_progress(self.run, self.run / "progress.png")
+            by_position = self.config.condition_position
+            plot_progress(self.run, self.run / "progress.png", self.names, by_position)
+
+
+def column_names(by_position: bool) -> list[str]:
+    """The names of a grid's columns: the number of the latent, or the position in the head."""
+    if by_position:
+        return [f"position {x:.2f}" for x in np.linspace(0, 1, GRID_COLUMNS)]
+    return [str(i + 1) for i in range(GRID_COLUMNS)]
 
 
 def read_square(grid: Path) -> np.ndarray:
@@ -285,15 +296,29 @@ def read_square(grid: Path) -> np.ndarray:
     return wide
 
 
-def plot_progress(run: Path, path: Path, num_columns: int = 6) -> None:
+def show_grid(ax: "Axes", grid: Path, names: Sequence[str], by_position: bool) -> None:
+    """Show the left part of a grid, with its classes, and its latents or positions, at the edge."""
+    columns = [name.removeprefix("position ") for name in column_names(by_position)]
+    columns += [""] * (2 * len(names) - len(columns))
+    rows = [utils.label(name, 12, 2) for name in names]
+    utils.show_tiles(ax, read_square(grid), rows, columns[: 2 * len(names)])
+    ax.tick_params(labelsize=6)
+    ax.set_xlabel("position, 0 lowest" if by_position else "number of the latent", fontsize=7)
+    ax.set_ylabel("class", fontsize=7)
+
+
+def plot_progress(
+    run: Path, path: Path, names: Sequence[str], by_position: bool, num_columns: int = 6
+) -> None:
     """Draw the left parts of a few image grids, evenly spaced over the epochs, side by side."""
     grids = sorted((run / "grids").glob("epoch*.png"))
     if not grids:
         return
     chosen = [grids[i] for i in utils.evenly_spaced(len(grids), num_columns)]
-    figure = utils.new_figure(figsize=(3.2 * len(chosen), 2))
+    figure = utils.new_figure(figsize=(3.2 * len(chosen), 2.2), layout="constrained")
     for ax, grid in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
-        ax.imshow(read_square(grid), cmap="gray", vmin=0, vmax=255)
+        show_grid(ax, grid, names, by_position)
         ax.set_title(f"epoch {int(grid.stem[5:])}", fontsize=9)
-        ax.axis("off")
+    for ax in figure.axes[1:]:
+        ax.set(yticklabels=[], ylabel="")  # the classes stand beside the first grid
     utils.save_figure(figure, path)

@@ -1,0 +1,161 @@
+"""What an evaluation means, in five sentences for readers who know none of its measures."""
+
+import math
+from typing import Any
+
+Row = dict[str, Any]
+MIN_PARTICIPANTS = 10  # in the test set, for a verdict
+LOW_PRECISION = 0.05  # below it, what samples show of classes, people and variety means little
+CHANCE = 0.01  # share of test slices, and of honest samples, below the audit's threshold
+REAL = "real: test against train"  # a row of the distribution
+MANY_COPIES = 0.1  # a share that no honest generator had
+LIMITS = (
+    "Do not use generated slices for diagnosis, as evidence about any person or disease, or as "
+    "proof that data are anonymous."
+)
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """Closeness, variety, copies, classes and limits, one sentence each, as a Markdown list."""
+    people, found = report.get("what", {}).get("participants_test", math.inf), []
+    few = f"the test set has {people} people, and at least {MIN_PARTICIPANTS} are needed"
+    questions = {
+        "how close the generated slices are to real ones": closeness,
+        "whether they vary as real slices do": variety,
+        "whether they copy training slices": copies,
+        "whether their classes look as in real slices": classes,
+    }
+    for question, answer in questions.items():
+        text = answer(report)
+        if not text:
+            text = f"{question[0].upper()}{question[1:]} was not measured."
+        elif people < MIN_PARTICIPANTS and not text.startswith("Copies"):
+            text = f"It cannot be said {question}: {few}."
+        found.append(text)
+    return "".join(f"- {sentence}\n" for sentence in (*found, LIMITS))
+
+
+def nearness(ratio: float) -> str:
+    """A distance to real slices, divided by one between real slices, in words."""
+    grades = {1.2: "very close to", 3: "close to", 8: "some way from", 20: "far from"}
+    return next((words for limit, words in grades.items() if ratio < limit), "very far from")
+
+
+def finite(row: Row, name: str) -> bool:
+    return math.isfinite(row.get(name, math.nan))
+
+
+def precision_of(report: dict[str, Any]) -> float:
+    """The share of samples that look like real slices, in the kindest extractor; 1 if unknown."""
+    whole = [row for row in report.get("distribution", ()) if row.get("set") == "all"]
+    return max((row.get("precision", 1.0) for row in whole), default=1.0)
+
+
+def closeness(report: dict[str, Any]) -> str:
+    """By the first extractor's Fréchet distance over that of the training slices; "" if unknown."""
+    for row in report.get("headline", ()):
+        if row["set"] == "samples" and finite(row, "over_memory"):
+            ratio, (low, high) = row["over_memory"], row["over_memory_interval"]
+            return (
+                f"The generated slices are {nearness(ratio)} real slices of people whom the "
+                f"generator never saw: their distance is {ratio:.2g} times that of real training "
+                f"slices ({low:.2g} to {high:.2g} between random halves of the people; 1 is as "
+                "close as real slices are)."
+            )
+    return ""
+
+
+def variety(report: dict[str, Any]) -> str:
+    """By recall over that of the test slices, else by how alike two slices are; "" if unknown."""
+    rows = {row["set"]: row for row in reversed(report.get("distribution", ()))}  # first extractor
+    fake, real = (rows.get(k, {}).get("recall", math.nan) for k in ("all", REAL))
+    if math.isfinite(fake) and real > 0:
+        if precision_of(report) < LOW_PRECISION:
+            share = f"only {precision_of(report):.0%} of them look like real slices at all"
+            return f"Their variety cannot be judged, as {share}."
+        grades = {0.4: "far smaller than that of", 0.8: "smaller than that of"}
+        how = next(
+            (words for limit, words in grades.items() if fake / real < limit), "about that of"
+        )
+        return (
+            f"Their variety is {how} real slices: {fake:.0%} of the real training slices have a "
+            f"like among them, and {real:.0%} have one among slices of unseen people."
+        )
+    rows = {r["pairs"]: r for r in report.get("diversity", ()) if finite(r, "ms_ssim")}
+    if len(rows) < 2:
+        return ""
+    (a, error), (b, other) = ((rows[k]["ms_ssim"], rows[k]["error"]) for k in ("fake", "real"))
+    how = "more" if a - b > 2 * math.hypot(error, other) else "no more"
+    return f"Two of them are {how} alike than two real slices: {a:.2f} against {b:.2f} (1: equal)."
+
+
+def copies(report: dict[str, Any]) -> str:
+    """By the space with most samples too near to training slices; "" if unknown."""
+    rows = [row for row in report.get("memorisation", ()) if finite(row, "share_too_near")]
+    if not rows:
+        return ""
+    if "not the slices of this run" in report.get("what", {}).get("data", ""):
+        return (
+            "Whether they copy training slices cannot be said: these are not the slices that the "
+            "generator was trained on."
+        )
+    limits = {
+        r["space"]: r["auc_calibrated_interval"][0]
+        for r in report.get("membership", ())
+        if r["near"] == "samples" and finite(r, "auc_calibrated")
+    }
+
+    def suspicion(row: Row) -> tuple[bool, bool, float]:
+        """Whether too many samples are too near; whether training people are nearer; the share.
+
+        Average heads are near to many slices, but no nearer to those of training participants.
+        """
+        share, (low, _) = row["share_too_near"], row["interval_over_participants"]
+        near = limits[row["space"]] > 0.5 if row["space"] in limits else share >= MANY_COPIES
+        return low > CHANCE, low > CHANCE and near, share
+
+    row = max(rows, key=lambda row: suspicion(row)[1:])
+    some, many, share = suspicion(row)
+    planted = [value for name, value in row.items() if name.startswith("found_")]
+    detail = (
+        f"{share:.1%} of them are nearer to a training slice than 99 % of unseen real slices are "
+        f"({CHANCE:.0%} by chance"
+    )
+    if planted:
+        detail += f"; of copies hidden as a test, {min(planted):.0%} or more are found"
+    if many:
+        return f"Copies of training slices were found: {detail}), so do not share these samples."
+    if not some:
+        return f"No copies of training slices were found: {detail})."
+    why = ", but those whose slices trained it are no nearer to them than other people"
+    return f"Look for copies among the nearest pairs: {detail}){why * (row['space'] in limits)}."
+
+
+def classes(report: dict[str, Any]) -> str:
+    """By classifiers trained on samples and on real slices, else by ventricles; "" if unknown."""
+    rows = {r["measurement"]: r for r in report.get("labels", ()) if r["unit"] == "participants"}
+    fake, real, grey = (
+        rows.get(k, {}).get("auc", math.nan) for k in ("TSTR", "TRTR", "TSTR, intensity alone")
+    )
+    if math.isfinite(fake + real):
+        low, high = rows["TSTR - TRTR"]["interval_over_participants"]
+        how = "worse than" if high < 0 else "better than" if low > 0 else "about as well as"
+        more = (
+            ", but brightness and sharpness alone tell them as well" if grey > fake - 0.02 else ""
+        )
+        if real < 0.6:
+            more = ", but even real slices hardly show the classes"
+        return (
+            "A computer that learned the classes from generated slices tells them in unseen people "
+            f"{how} one that learned from real slices ({fake:.2f} against {real:.2f}, where 0.5 "
+            f"is guessing and 1 is always right){more}."
+        )
+    for row in report.get("anatomy", ()):
+        if row["area"] == "ventricles" and finite(row, "fake_effect"):
+            low, high = row["real_effect_interval"]
+            how = "as" if low <= row["fake_effect"] <= high else "unlike"
+            return (
+                f"The size of the ventricles differs between their classes {how} in real slices: "
+                f"by {row['fake_effect']:.2g} standard deviations, against {low:.2g} to {high:.2g}."
+            )
+    return ""
