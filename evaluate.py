@@ -37,7 +37,7 @@ from tqdm import tqdm
 import utils
 from config import Range, Seed, UserError, check_fields
 from dataset import Slices, decoded, find_class_folders, load_slices
-from evaluation import features, metrics, report, samples
+from evaluation import features, metrics, report, samples, variety
 from evaluation.metrics import Features
 from evaluation.report import Row, Rows
 from evaluation.verdict import verdict
@@ -103,6 +103,11 @@ class References(NamedTuple):
     seed: int
     fresh: Slices | None = None  # fresh subjects, if the data are the demo brains
 
+    def with_unseen(self, fakes: Slices) -> dict[str, Slices]:
+        """The samples, and what else the generator has not seen: test slices, fresh subjects."""
+        sets = {"samples": fakes, "test slices": self.splits["test"]}
+        return sets if self.fresh is None else sets | {"fresh subjects": self.fresh}
+
     def extract(self, sets: dict[str, Slices], extractor: features.Extractor) -> FeatureSets:
         """The features of each set of slices."""
         found = {}
@@ -159,6 +164,7 @@ def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
 def measure_distribution(fakes: Slices, references: References) -> Tables:
     """The headline of `compare_to_unseen`; then all samples, each class, and test against train."""
     tables, seed = {"headline": [], "distribution": []}, references.seed
+    tables["recall_without_detail"], others = [], references.with_unseen(fakes)
     for extractor in references.extractors:
         which = {"extractor": extractor.name}
         reals = references.extract(references.splits, extractor)
@@ -175,11 +181,14 @@ def measure_distribution(fakes: Slices, references: References) -> Tables:
                 rows[name] = compare_sets(chosen, parts, seed)
         rows["real: test against train"] = compare_sets(reals.pop("test"), reals, seed)
         tables["distribution"] += [which | {"set": name} | row for name, row in rows.items()]
+        train, cache = references.splits["train"], references.cache
+        recalls = variety.recall_without_detail(train, others, extractor, cache)
+        tables["recall_without_detail"] += [which | row for row in recalls]
     return tables
 
 
 def measure_diversity(fakes: Slices, references: References) -> Tables:
-    """MS-SSIM of pairs of one class and two participants, within the box around real heads."""
+    """MS-SSIM of pairs of one class and two participants, in the box around real heads; shapes."""
     rows, box = [], metrics.head_box(references.splits["train"].images)
     for name, slices in {"fake": fakes, "real": references.splits["train"]}.items():
         pairs = metrics.random_pairs(slices.participants, slices.labels, references.seed)
@@ -187,7 +196,8 @@ def measure_diversity(fakes: Slices, references: References) -> Tables:
         values = metrics.similarity(images, pairs) if len(pairs) else np.array([math.nan])
         error = values.std() / math.sqrt(len(values))
         rows.append({"pairs": name, "ms_ssim": float(values.mean()), "error": float(error)})
-    return {"diversity": rows}
+    others, train = references.with_unseen(fakes), references.splits["train"]
+    return {"diversity": rows, "variety": variety.shape_profile(train, others, references.cache)}
 
 
 def measure_labels(fakes: Slices, references: References) -> Tables:
@@ -433,7 +443,9 @@ def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> 
         if "distribution" in groups and e is not features.PIXELS:
             kernel = seconds_of(metrics.kernel_distance, x[:500], x[-500:], 0, 2) * 25
             rows = 2 * (len(train.classes) + 2)
-            found["distribution"] += image * new + distance * metrics.NUM_HALVES * (len(sets) - 1)
+            found["distribution"] += image * (
+                new + 2 * variety.MAX_BLURRED * len(sets)
+            ) + distance * metrics.NUM_HALVES * (len(sets) - 1)
             found["distribution"] += rows * (kernel + 4 * distance)
         if "calibration" in groups:
             new = num_degraded * is_missing(degraded, e) + new * ("distribution" not in groups)

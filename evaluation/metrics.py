@@ -31,6 +31,8 @@ from utils import evenly_spaced, map_in_chunks, moments, otsu_threshold, rotate_
 ROWS = 500  # rows of a distance matrix that are computed at a time
 NUM_DRAWS = 200  # draws of a bootstrap
 NUM_HALVES = 200  # random halves of the participants
+NUM_SHAPES = 20  # principal components along which samples are compared, in three groups
+SHAPES = {"shapes_1_1": slice(1), "shapes_2_6": slice(1, 6), "shapes_7_20": slice(6, NUM_SHAPES)}
 NUM_PAIRS = 500  # pairs of slices whose similarity is measured
 Measure = Callable[[np.ndarray, np.ndarray], float]  # of values and labels of slices
 Gaussian = tuple[Tensor, Tensor]  # mean and factor of the covariance, see `gaussian`
@@ -109,6 +111,19 @@ def main_axes(reference: Gaussian, count: int) -> np.ndarray:
     _, deviations, axes = torch.linalg.svd(reference[1], full_matrices=False)
     filled = deviations > 1e-6 * deviations[0].clamp(min=1e-6)
     return (axes[filled] / deviations[filled, None])[:count].T.numpy()
+
+
+def median_deviation(values: np.ndarray) -> float:
+    """Median over columns of their standard deviation; NaN without columns. [n, k] -> number."""
+    return float(np.median(values.std(0))) if values.size else math.nan
+
+
+def shape_spread(along: np.ndarray) -> dict[str, float]:
+    """Median deviation of the first, of the next five and of further components. [n, k] -> SHAPES.
+
+    `along` holds features along `main_axes`: 1 for samples that vary as the reference does.
+    """
+    return {name: median_deviation(along[:, part]) for name, part in SHAPES.items()}
 
 
 # Neighbours

@@ -162,6 +162,8 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
         title = f"Memorisation, {row['space']}: {row['share_too_near']:.1%} too near"
         args = row["gaps"], title, "distance to the nearest training slice", row["threshold"]
         panels.append(lambda ax, args=args: draw_histograms(ax, *args))
+    if profiles := report.get("variety"):
+        panels.append(lambda ax: draw_profiles(ax, profiles))
     if bars := report.get("labels"):
         panels.append(lambda ax: draw_labels(ax, bars))
     for row in report.get("anatomy", ()):
@@ -174,6 +176,19 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
     for number, draw in enumerate(panels, 1):
         draw(figure.add_subplot(lines, columns, number))
     save_figure(figure, path)
+
+
+def draw_profiles(ax: "Axes", rows: Rows) -> None:
+    """The deviation of each set along each principal component, over that of training slices."""
+    for row in rows:
+        values = row["deviations"]["values"]
+        name = row["set"].replace("samples", "generated")
+        ax.plot(range(1, len(values) + 1), values, ".-", ms=4, label=name)
+    ax.axhline(1, color="grey", lw=0.8)
+    ax.set(xlabel="principal component of real pixels", ylabel="deviation over the real one")
+    ax.set_ylim(bottom=0)
+    ax.set_title("Variety of shapes (1: as training slices)", fontsize=9)
+    ax.legend(fontsize=7, frameon=False)
 
 
 def name_of(slices: Slices, row: int) -> str:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 FLUSH_STEPS = 50  # steps between two writes of the losses, each of which waits for the device
 GRID_COLUMNS = 8
 GROUPS = {name: title for title, names, _, _ in PANELS for name in names}  # of TensorBoard
-SHAPES = ((1, 1), (2, 6), (7, 20))  # principal components of real pixels, by rank
 MAIN_AXES = 10  # principal components of real slices along which the spread is measured
 MAX_DEVIATION = 1000  # at most so many slices of a class give the deviation of a pixel
 
@@ -86,7 +85,7 @@ class Measurements:
         )
         self.axes = metrics.main_axes(self.gaussian, MAIN_AXES)
         pixels = features.compute_features(train.images[rows], features.PIXELS, None)
-        self.shapes = metrics.main_axes(metrics.gaussian(pixels), SHAPES[-1][1])
+        self.shapes = metrics.main_axes(metrics.gaussian(pixels), metrics.NUM_SHAPES)
         self.labels = samples.labels_in_proportion(train.labels, config.fid_images)
         rng = np.random.default_rng(0)  # D gets slices in random order, as in training
         self.subsets = {
@@ -128,7 +127,6 @@ class Measurements:
         some = metrics.Features(values[order][:n], fakes.participants[:n], fakes.labels[order][:n])
         near = metrics.manifold_metrics(self.some_real, some)
         pixels = features.compute_features(fakes.images, features.PIXELS, None)
-        along = pixels @ self.shapes  # of deviation 1 along each axis, if as varied as real slices
         moved = samples.conditional_variation(G, self.config.seed)
         found = {
             "fid": metrics.gaussian_distance(metrics.gaussian(values), self.gaussian),
@@ -136,8 +134,8 @@ class Measurements:
             "test_participants": len(set(self.subsets["test"].participants)),
             "precision": near["precision"],
             "recall": near["recall"],
-            "spread": median_deviation(values @ self.axes),
-            **{f"shapes_{a}_{b}": median_deviation(along[:, a - 1 : b]) for a, b in SHAPES},
+            "spread": metrics.median_deviation(values @ self.axes),
+            **metrics.shape_spread(pixels @ self.shapes),
             "kid": metrics.kernel_distance(values, self.real, subsets=10)[0],
             **metrics.leaks(self.pose, metrics.pose(fakes.images)),
             "spectrum": metrics.grain(fakes.images) / self.grain,
@@ -152,11 +150,6 @@ class Measurements:
             utils.print_once(f"note: too few slices, or too similar ones, to measure {new}")
         self.unmeasured |= missing
         return found | dict.fromkeys(missing)
-
-
-def median_deviation(values: np.ndarray) -> float:
-    """Median over columns of their standard deviation; NaN without columns. [n, k] -> number."""
-    return float(np.median(values.std(0))) if values.size else math.nan
 
 
 def grid_interval(config: Config, epoch: int) -> int:

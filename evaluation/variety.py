@@ -1,0 +1,62 @@
+"""Whether samples vary as real slices do: a profile of their shapes, and recall without detail.
+
+Recall is low for samples that are blurred as well as for samples that are alike. Two measures tell
+these apart: deviations along the main components of real pixels, which a blur hardly changes, and
+recall after all images have been blurred alike.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset import Slices
+from evaluation import features, metrics
+from evaluation.metrics import Features
+from utils import evenly_spaced
+
+Rows = list[dict[str, Any]]
+MAX_BLURRED = 500  # slices of each set whose recall is measured with and without blur
+BLUR = 1.0  # pixels
+
+
+def shape_profile(train: Slices, sets: dict[str, Slices], cache: Path) -> Rows:
+    """Deviations along the principal components of the training slices' pixels, over theirs.
+
+    A row for each set: 1 for a perfect generator, below 1 where shapes are missing. "deviations"
+    has one value for each of the first 20 components.
+    """
+
+    def points(name: str, slices: Slices) -> np.ndarray:
+        return features.features_of(slices.images, features.PIXELS, cache, name)
+
+    axes = metrics.main_axes(metrics.gaussian(points("train", train)), metrics.NUM_SHAPES)
+    rows = []
+    for name, slices in sets.items():
+        along = points(name, slices) @ axes
+        row = {"set": name} | metrics.shape_spread(along)
+        rows.append(row | {"deviations": {"values": along.std(0).tolist()}})
+    return rows
+
+
+def recall_without_detail(
+    train: Slices, sets: dict[str, Slices], extractor: features.Extractor, cache: Path
+) -> Rows:
+    """Recall of training slices by each set, plain and with all images blurred by a pixel.
+
+    All sets have equally many slices, as recall rises with their number.
+    """
+    n = min(MAX_BLURRED, *(len(s.labels) for s in (train, *sets.values())))
+    rows: Rows = [{"set": name, "slices": n} for name in sets]
+    for column, blur in (("recall", 0.0), ("recall_blurred", BLUR)):
+        found = []
+        for name, slices in {"train": train, **sets}.items():
+            some = slices.take(evenly_spaced(len(slices.labels), n))
+            if blur:
+                some = replace(some, images=features.blurred(some.images, blur))
+            values = features.features_of(some.images, extractor, cache, f"{name}, some")
+            found.append(Features(values, some.participants, some.labels))
+        for row, part in zip(rows, found[1:], strict=True):
+            row[column] = metrics.manifold_metrics(found[0], part)["recall"]
+    return rows
