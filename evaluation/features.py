@@ -191,7 +191,8 @@ class Encoder(nn.Module):
 
 def band_amplitudes(x: Tensor) -> Tensor:
     """Root of the mean power in each band of the two axes' frequencies. [N, 1, R, R] -> [N, 16]."""
-    band = (torch.fft.fftfreq(x.shape[-1]).abs() * 2 * BANDS).long().clamp(max=BANDS - 1)
+    frequencies = torch.fft.fftfreq(x.shape[-1], device=x.device).abs()
+    band = (frequencies * 2 * BANDS).long().clamp(max=BANDS - 1)
     share = F.one_hot(band, BANDS) / torch.bincount(band, minlength=BANDS)
     power = torch.fft.fft2(x[:, 0], norm="ortho").abs().square()
     return torch.einsum("nyx,yi,xj->nij", power, share, share).flatten(1).sqrt()

@@ -174,13 +174,14 @@ def table_of(changes: Changes, reference: Reference | None) -> list[dict[str, An
     """The change of each attribute, also in deviations over latents, and the reference's."""
     values, rows = changes.attributes, []
     change, half = models.mean_and_interval(values[-1] - values[0])
+    deviations = in_deviations(change, values[0])
     for i, (name, unit) in enumerate(ATTRIBUTES.items()):
         row: dict[str, Any] = {"what": f"{name}, {unit}", "from": float(values[0, :, i].mean())}
         row |= {
             "change": float(change[i]),
             "interval": [float(change[i] + s * half[i]) for s in (-1, 1)],
         }
-        row["in deviations"] = float(change[i] / (values[0, :, i].std() or np.nan))
+        row["in deviations"] = float(deviations[i])
         if reference is not None:
             row["reference"] = float(reference.change[i])
             row["its interval"] = [float(reference.low[i]), float(reference.high[i])]
@@ -188,31 +189,46 @@ def table_of(changes: Changes, reference: Reference | None) -> list[dict[str, An
     return rows
 
 
-def sentences(
-    model: Model, names: tuple[str, str], changes: Changes, reference: Reference | None
-) -> str:
+def in_deviations(change: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Changes [A] in deviations of values [n, A] over latents; NaN where these do not vary."""
+    deviation = values.std(0)
+    return change / np.where(deviation > 1e-6, deviation, np.nan)
+
+
+def in_percent(change: float, start: float) -> str:
+    """How much larger or smaller ventricles [% of the image] are than they were, in words."""
+    words = "larger" if change > 0 else "smaller"
+    if start > 0:
+        return f"{abs(100 * change / start):.0f} % {words}"
+    return f"{words} by {abs(change):.2g} % of the image"
+
+
+def sentences(names: tuple[str, str], changes: Changes, reference: Reference | None) -> str:
     """What changed, in words."""
     change, half = models.mean_and_interval(changes.attributes[-1] - changes.attributes[0])
-    share = 100 * change[0] / max(changes.attributes[0, :, 0].mean(), 1e-9)
+    found = in_percent(change[0], changes.attributes[0, :, 0].mean())
     sure = "" if abs(change[0]) > half[0] else " (not distinguishable from 0)"
-    text = f"As {names[1]} the ventricles of the same latents are {abs(share):.0f} % "
-    text += f"{'larger' if share > 0 else 'smaller'} than as {names[0]}{sure}"
+    text = f"As {names[1]} the ventricles of the same latents are {found} than as {names[0]}{sure}"
     if reference is not None:
-        real = 100 * reference.change[0] / max(reference.attributes[0, 0], 1e-9)
-        text += f"; in the reference ({reference.name}) {abs(real):.0f} % "
-        text += "larger" if real > 0 else "smaller"
+        real = in_percent(reference.change[0], reference.attributes[0, 0])
+        text += f"; in the reference ({reference.name}) {real}"
     text += f". The class moves a pixel by {changes.moved:.1f} grey levels in the mean, another "
     text += f"latent by {changes.moved_by_z:.1f}: the nearer the former to the latter, the less of "
     text += "the person is kept. "
-    others = (changes.attributes[-1] - changes.attributes[0])[:, 1:].mean(0)
-    deviations = np.abs(others) / np.maximum(changes.attributes[0].std(0)[1:], 1e-9)
-    most = list(ATTRIBUTES)[1 + int(deviations.argmax())]
-    text += f"Of the rest, {most} changes most, by {deviations.max():.2f} deviations. "
+    rest = np.nan_to_num(np.abs(in_deviations(change, changes.attributes[0])))[1:]
+    most = list(ATTRIBUTES)[1 + int(rest.argmax())]
+    text += f"Of the rest, {most} changes most, by {rest.max():.2f} deviations. "
     return text + f"It is a {MODEL_ONLY}."
 
 
+def minus(names: tuple[str, str]) -> str:
+    """What is subtracted from what; long names would be cut where it matters."""
+    text = f"{names[1]} - {names[0]}"
+    return text if len(text) <= 30 else "second - first class"
+
+
 def draw_summary(
-    model: Model, names: tuple[str, str], changes: Changes, reference: Reference | None, path: Path
+    names: tuple[str, str], changes: Changes, reference: Reference | None, path: Path
 ) -> None:
     """Mean differences of the model and of the reference; areas on the way between the classes."""
     maps = {f"model: mean of {changes.attributes.shape[1]} latents": changes.mean}
@@ -227,7 +243,8 @@ def draw_summary(
     for ax, (name, values) in zip(axes, maps.items(), strict=True):
         colours = draw_difference(ax, values, limit)
         ax.set_title(utils.label(name, 40), fontsize=9)
-    top.colorbar(colours, ax=axes, label=f"{names[1]} - {names[0]}, grey levels")
+    top.colorbar(colours, ax=axes, label=f"{utils.label(minus(names), 40)}, grey levels")
+    top.suptitle(MODEL_ONLY, fontsize=9)
     for column, ax in enumerate(bottom.subplots(1, 2)):
         mean, half = models.mean_and_interval(changes.attributes[:, :, column].T)
         ax.plot(STEPS, mean, "o-", color="C0", label="model")
@@ -253,7 +270,7 @@ def counterfactual(options: Options) -> Path:
     z, a, b = model.z(seeds), model.c(first, seeds), model.c(second, seeds)
     drawn = [images_of(model.G, model.change(z, a, c)) for c in (a, a.lerp(b, 0.5), b)]
     columns = dict(zip((names[0], "half way", names[1]), drawn, strict=True))
-    columns[f"{names[1]} - {names[0]}"] = drawn[-1].astype(float) - drawn[0]
+    columns[minus(names)] = drawn[-1].astype(float) - drawn[0]
     rows = [f"seed {seed}" for seed in seeds]
     draw_columns(columns, rows, MODEL_ONLY, model.out / "counterfactual.png")
 
@@ -264,8 +281,8 @@ def counterfactual(options: Options) -> Path:
         both = real.is_demo and set(names) == {"AD", "NC"}
         reference = true_change(model, first, classifier) if both else None
         reference = reference or real_change(real, first, second, classifier)
-    draw_summary(model, names, changes, reference, model.out / "counterfactual_mean.png")
-    tables: dict[str, Any] = {"summary": sentences(model, names, changes, reference)}
+    draw_summary(names, changes, reference, model.out / "counterfactual_mean.png")
+    tables: dict[str, Any] = {"summary": sentences(names, changes, reference)}
     tables["minimality: what changes"] = table_of(changes, reference)
     if reference is not None:
         rose = float((changes.scores[1] > changes.scores[0]).mean())

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import utils
@@ -71,8 +72,7 @@ class Latents(NamedTuple):
 def random_latents(model: Model, count: int) -> Latents:
     """w of seeds 0 to count - 1; the classes take turns."""
     labels, seeds = np.arange(count) % len(model.classes), list(range(count))
-    c = torch.cat([model.c(int(label), [seed]) for label, seed in zip(labels, seeds, strict=True)])
-    w = model.G.mapping.map(model.z(seeds), c)
+    w = model.G.mapping.map(model.z(seeds), model.c(labels, seeds))
     inner = w.clone()
     for label in range(len(model.classes)):
         inner[labels == label] -= w[labels == label].mean(0)
@@ -130,18 +130,14 @@ def find_directions(
     """Supervised directions, principal axes and style factors, each of one deviation."""
     found = random_latents(model, max(NUM_LATENTS, samples))
     values = measured(model, found, samples)
-    directions = []
-    for name, column in SUPERVISED.items():
-        if values[:, column].std() > 1e-6:
-            x = values[:, column]
-            directions.append(along(name, found.inner[:samples], x, found.inner))
-    if model.G.by_position:
-        own = np.array([model.position_of(seed) for seed in found.seeds[:samples]])
-        directions.append(along("position", found.w[:samples], own, found.inner))
-    if len(model.classes) > 1:
-        is_first = (found.labels[:samples] == 0).astype(float)
-        name = f"class {model.classes[0]}"
-        directions.append(along(name, found.w[:samples], is_first, found.inner))
+    wanted = [(name, found.inner, values[:, column]) for name, column in SUPERVISED.items()]
+    own = [model.position_of(seed) if model.G.by_position else 0.0 for seed in found.seeds]
+    wanted.append(("position", found.w, np.array(own[:samples])))
+    is_first = (found.labels[:samples] == 0).astype(float)
+    wanted.append((f"class {model.classes[0]}", found.w, is_first))
+    directions = [
+        along(name, w[:samples], x, found.inner) for name, w, x in wanted if x.std() > 1e-6
+    ]
     directions += principal_axes(found.inner, axes)
     return directions + style_factors(model.G, found.inner, factors)
 
@@ -166,7 +162,7 @@ def effects(
 
 def sharing(directions: list[Direction]) -> np.ndarray:
     """Cosine between each two directions. -> [D, D]."""
-    units = torch.stack([d.vector / d.vector.norm() for d in directions])
+    units = F.normalize(torch.stack([d.vector for d in directions]))
     return (units @ units.T).cpu().numpy()
 
 
@@ -190,7 +186,10 @@ def draw_directions(
 
 def draw_sharing(directions: list[Direction], path: Path) -> None:
     """Cosines between directions, as numbers in coloured cells."""
-    values, names = sharing(directions), [d.name for d in directions]
+    values, names = (
+        sharing(directions).round(2) + 0.0,
+        [utils.label(d.name, 24, 1) for d in directions],
+    )
     figure = utils.new_figure(figsize=(0.7 * len(names) + 2.5, 0.6 * len(names) + 1.8))
     ax = figure.subplots()
     ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
@@ -214,11 +213,11 @@ def explore_directions(options: Options) -> Path:
     rows: list[dict[str, Any]] = []
     for direction in tqdm(directions, "effects", unit="direction", leave=False):
         rows.append({"direction": direction.name} | effects(model, direction, classifier))
-    names = ", ".join(f"{name} in {unit}" for name, unit in ATTRIBUTES.items())
+    names = ", ".join(f"{name} in {ATTRIBUTES[name]}" for name in EFFECTS)
     scored = " The score is that of a classifier of real slices." if classifier else ""
     tables = {
         "mean change for one deviation": rows,
-        "": f"Over {NUM_EFFECTS} latents; {names}.{scored} Supervised directions were "
+        "note": f"Over {NUM_EFFECTS} latents; {names}.{scored} Supervised directions were "
         f"fitted to {options.samples} samples. What two directions share is in "
         "directions_shared.png; vectors of one deviation are in directions.safetensors.",
     }

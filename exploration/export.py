@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 import utils
 from config import Range, Share, UserError
-from evaluation import features, metrics
+from evaluation import features, metrics, report
 from evaluation.samples import images_of
 from exploration import model as models
 from exploration.model import CHUNK, Model
@@ -24,6 +23,7 @@ from training import runs
 JOURNAL = "journal.csv"  # what has been drawn so far; a killed export goes on after its last line
 COLUMNS = ("seed", "class", "position", "gap", "kept")
 SETTINGS = "export.json"
+MAX_COPIES = 1000  # in a row: then nothing else is to be expected
 THRESHOLD = 1  # percentile of the gaps of test slices, below which a sample counts as a copy
 
 
@@ -75,80 +75,84 @@ def settings_of(model: Model, options: Options, copies: Copies | None) -> dict[s
     }
 
 
-def open_export(out: Path, settings: dict[str, Any]) -> list[dict[str, str]]:
-    """The whole lines of the journal of an export that was stopped. Raises UserError."""
-    path, journal = out / SETTINGS, out / JOURNAL
-    if path.exists():
-        if json.loads(path.read_text()) != settings:
+def require_own(out: Path, settings: dict[str, Any]) -> None:
+    """Raises UserError if a folder holds anything but an export of these settings."""
+    if (path := out / SETTINGS).exists():
+        if runs.read_json(path) != settings:
             raise UserError(f"{out} holds an export of another generator or other options")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and [p for p in out.iterdir() if p.name[0] != "." and p.suffix != ".partial"]:
         raise UserError(f"{out} is not empty")
-    utils.delete_partials(out)
+
+
+def read_journal(journal: Path) -> list[dict[str, str]]:
+    """The rows of an export that was stopped, of seeds 0, 1, ... Raises UserError."""
     if not journal.exists():
         return []
-    text = journal.read_text()
+    text = journal.read_text("utf-8", "replace")
     whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
     if whole != text:
-        utils.write_atomically(journal, lambda partial: partial.write_text(whole))
+        report.write_text(whole, journal)
     rows = list(csv.DictReader(whole.splitlines()))
-    if rows and tuple(rows[0]) != COLUMNS:
-        raise UserError(f"{journal} cannot be read: delete {out} to start again")
+    whole_rows = [tuple(row) == COLUMNS and None not in row.values() for row in rows]
+    if not all(whole_rows) or [row["seed"] for row in rows] != [str(i) for i in range(len(rows))]:
+        raise UserError(f"{journal} cannot be read: delete {journal.parent} to start again")
     return rows
-
-
-def batches(start: int, missing: int) -> Iterator[list[int]]:
-    """Seeds from `start` on, a batch at a time, without an end."""
-    size = min(CHUNK, max(missing, 1))
-    while True:
-        yield list(range(start, start + size))
-        start += size
 
 
 def draw(model: Model, seeds: list[int], options: Options) -> tuple[np.ndarray, np.ndarray]:
     """Images and classes of some seeds; the classes take turns. -> uint8 [n, R, R], [n]."""
     labels = np.array(seeds) % len(model.classes)
-    rows = zip(labels.tolist(), seeds, strict=True)
-    c = torch.cat([model.c(label, [seed]) for label, seed in rows])
+    c = model.c(labels, seeds)
     with torch.no_grad():
         pairs = zip(model.z(seeds).split(1), c.split(1), strict=True)
         ws = torch.cat([model.G.mapping(*pair, options.truncation_psi) for pair in pairs])
     return images_of(model.G, ws), labels
 
 
-def write_images(model: Model, options: Options, copies: Copies | None) -> list[dict[str, str]]:
-    """Write images and the journal, a batch at a time. -> all rows of the journal."""
+def write_images(
+    model: Model, options: Options, copies: Copies | None, settings: dict[str, Any]
+) -> list[dict[str, str]]:
+    """Write images and the journal, a batch at a time. -> all rows of the journal.
+
+    Raises UserError if the folder is another's or in use, or after MAX_COPIES copies in a row.
+    """
     out = model.out
-    settings = settings_of(model, options, copies)
-    rows = open_export(out, settings)
+    require_own(out, settings)
     with utils.lock_folder(out, "exporting"):
-        text = json.dumps(settings, indent=2) + "\n"
-        utils.write_atomically(out / SETTINGS, lambda partial: partial.write_text(text))
-        kept = sum(row["kept"] == "yes" for row in rows)
-        with tqdm(total=options.count, initial=kept, desc="exporting", unit="image") as bar:
-            for seeds in batches(len(rows), options.count - kept):
-                if kept >= options.count:
-                    break
+        utils.delete_partials(out)
+        report.write_text(json.dumps(settings, indent=2) + "\n", out / SETTINGS)
+        rows = read_journal(out / JOURNAL)
+        kept = [seed for seed, row in enumerate(rows) if row["kept"] == "yes"]
+        with tqdm(total=options.count, initial=len(kept), desc="exporting", unit="image") as bar:
+            while (missing := options.count - len(kept)) > 0:
+                if len(rows) - max(kept, default=-1) > MAX_COPIES:
+                    text = f"the last {MAX_COPIES} samples or more were copies of training slices"
+                    raise UserError(f"{text}; {out} holds {len(kept)} images")
+                seeds = list(range(len(rows), len(rows) + min(CHUNK, missing)))
                 images, labels = draw(model, seeds, options)
                 gaps = copies.gaps(images) if copies else np.full(len(seeds), np.nan)
-                keep = gaps >= copies.threshold if copies else np.ones(len(seeds), bool)
-                keep &= np.cumsum(keep) <= options.count - kept
                 new = []
-                for i, seed in enumerate(seeds):
-                    name = model.classes[labels[i]]
-                    if keep[i]:
-                        utils.save_grey(images[i], out / name / f"{name_of(seed)}.png")
+                for seed, image, label, gap in zip(seeds, images, labels, gaps, strict=True):
+                    name, keep = model.classes[label], copies is None or gap >= copies.threshold
+                    if keep:
+                        kept.append(seed)
+                        utils.save_grey(image, out / name / f"{name_of(seed)}.png")
                     where = f"{model.position_of(seed):.4f}" if model.G.by_position else ""
-                    gap = f"{gaps[i]:.4f}" if copies else ""
-                    near = copies is not None and gaps[i] < copies.threshold
-                    if keep[i] or near:
-                        kind = "yes" if keep[i] else "no"
-                        new.append(
-                            dict(zip(COLUMNS, (str(seed), name, where, gap, kind), strict=True))
-                        )
+                    row = (
+                        str(seed),
+                        name,
+                        where,
+                        f"{gap:.4f}" if copies else "",
+                        "yes" if keep else "no",
+                    )
+                    new.append(dict(zip(COLUMNS, row, strict=True)))
+                    bar.update(int(keep))
                 append_journal(out / JOURNAL, new)
                 rows += new
-                kept += int(keep.sum())
-                bar.update(int(keep.sum()))
+        known = {name_of(seed) for seed in kept}
+        for path in out.glob("*/seed*.png"):  # a killed export of more images left it
+            if path.stem not in known:
+                path.unlink()
     return rows
 
 
@@ -159,10 +163,9 @@ def name_of(seed: int) -> str:
 
 def append_journal(path: Path, rows: list[dict[str, str]]) -> None:
     """Append rows, after their images have been written."""
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
 
@@ -172,7 +175,7 @@ def write_manifest(model: Model, options: Options, rows: list[dict[str, str]], d
     columns = ("id", "participant", "class", "seed", "position", "psi", "generator_sha256")
 
     def write(partial: Path) -> None:
-        with open(partial, "w", newline="") as file:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             for row in rows:
@@ -232,13 +235,11 @@ To be filled in: that of the training data, if it allows derived data to be hand
 def evaluation_of(run: Path) -> str:
     """The headline of the run's evaluation, as a table, or what measures it."""
     path = run / "evaluation" / "evaluation.json"
-    if not path.exists():
-        return "Not measured: `python evaluate.py RUN` measures it."
-    from evaluation.report import as_table
-
-    rows = [row for row in runs.read_json(path).get("distribution", []) if row.get("set") == "all"]
+    found = runs.read_json(path).get("distribution", []) if path.exists() else []
     names = ("extractor", "fid_test", "precision", "recall", "coverage")
-    return as_table([{name: row.get(name) for name in names} for row in rows]).rstrip()
+    rows = [{name: row.get(name) for name in names} for row in found if row.get("set") == "all"]
+    how = "Not measured: `python evaluate.py RUN` measures it."
+    return report.as_table(rows).rstrip() if rows else how
 
 
 class FromLatents(nn.Module):
@@ -293,6 +294,8 @@ def export(options: Options) -> Path:
     model = models.open_model(options)
     if options.onnx is not None:
         utils.ensure_writable(options.onnx.parent)
+        if options.onnx.is_dir():
+            raise UserError(f"onnx = {options.onnx}: is a folder, not a file")
         largest = write_onnx(model, options)
         text = f"largest difference to torch: {largest:.5f} grey levels, over {len(options.seeds)}"
         utils.print_once(f"{text} seeds of each class")
@@ -300,11 +303,10 @@ def export(options: Options) -> Path:
     if options.out is None:
         raise UserError("out: name the folder of the data set, such as --out synthetic")
     copies = Copies(model, options) if options.reject_copies else None
-    rows = write_images(model, options, copies)
-    digest = json.loads((model.out / SETTINGS).read_text())["generator_sha256"]
+    settings = settings_of(model, options, copies)
+    rows, digest = write_images(model, options, copies, settings), settings["generator_sha256"]
     write_manifest(model, options, rows, digest)
-    text = data_card(model, options, rows, digest)
-    utils.write_atomically(model.out / "README.md", lambda partial: partial.write_text(text))
+    report.write_text(data_card(model, options, rows, digest), model.out / "README.md")
     left_out = sum(row["kept"] == "no" for row in rows)
     utils.print_once(f"{len(rows) - left_out} images; {left_out} left out as copies")
     return model.out

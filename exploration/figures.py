@@ -13,6 +13,7 @@ from evaluation import report
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MAX_ROWS = 32  # of a figure
 SIGNED = "RdBu_r"  # red: brighter, blue: darker, white: no difference
 
 
@@ -26,8 +27,12 @@ def draw_columns(
 ) -> None:
     """A column for each title: images uint8 [N, R, R], or differences float [N, R, R] in colours.
 
-    All differences have one scale, symmetric about 0, in grey levels.
+    All differences have one scale, symmetric about 0, in grey levels. The title says which rows are
+    drawn if there are more than MAX_ROWS.
     """
+    if len(rows) > MAX_ROWS:
+        title = f"{title}\nthe first {MAX_ROWS} of {len(rows)}"
+        columns, rows = {k: v[:MAX_ROWS] for k, v in columns.items()}, rows[:MAX_ROWS]
     signed = [values for values in columns.values() if values.dtype != np.uint8]
     limit = scale_of(*signed) if signed else 1.0
     width, height = 1.7 * len(columns) + 1.6, 1.55 * len(rows) + 1

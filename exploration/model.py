@@ -86,10 +86,12 @@ class Model:
         rows = zip(z.split(1), (to if self.by == "label" else c).split(1), strict=True)
         with torch.no_grad():  # each row alone: the same bits in any company
             ws = torch.cat([mapping(*row) for row in rows])
-            return ws if self.by == "label" else ws + ((to - c) @ mapping.w_avg)[:, None]
+            if self.by == "label" or not mapping.c_dim:
+                return ws
+            return ws + ((to - c) @ mapping.w_avg)[:, None]
 
-    def c(self, label: int, seeds: list[int]) -> Tensor:
-        """The condition of some seeds in a class. -> [N, c_dim], on the generator's device."""
+    def c(self, label: int | np.ndarray, seeds: list[int]) -> Tensor:
+        """Condition of seeds, in one class or each in its own. -> [N, c_dim], on G's device."""
         c = labels_of(self.G, np.full(len(seeds), label), seeds, self.position)
         return c.to(next(self.G.parameters()).device)
 
@@ -125,11 +127,10 @@ class Model:
 
 
 class Real(NamedTuple):
-    """The real slices of a run, and an encoder trained on the training slices."""
+    """The real slices of a run, and the features of an encoder trained on the training slices."""
 
     train: Slices
     test: Slices
-    encoder: features.Encoder
     extractor: features.Extractor
     is_demo: bool
 
@@ -160,8 +161,9 @@ def open_real(model: Model, options: Options, without: str) -> Real | None:
     own = own if data == runs.read_run_config(run)[2] and own.exists() else None
     encoder, digest = features.trained_encoder(splits["train"], data, model.config.cache, own)
     is_demo = (options.data_root or model.config.data_root) is None
+    encoder.to(next(model.G.parameters()).device)  # projection takes gradients through it
     extractor = features.encoder_extractor(encoder, digest, data)
-    return Real(splits["train"], splits["test"], encoder, extractor, is_demo)
+    return Real(splits["train"], splits["test"], extractor, is_demo)
 
 
 def class_score(classifier: features.Encoder | None, images: np.ndarray, label: int) -> np.ndarray:
@@ -175,7 +177,7 @@ def classifier_of(real: Real) -> features.Encoder:
     """A classifier of the real training slices, which knows nothing of the generator."""
     targets = utils.one_hot(real.train.labels, len(real.train.classes))
     x = features.averaged(real.train.images)
-    return features.fit_encoder(x, targets, F.cross_entropy, 0, CLASSIFIER_STEPS)
+    return features.fit_encoder(x, targets, F.cross_entropy, 0, steps=CLASSIFIER_STEPS)
 
 
 def attributes(images: np.ndarray) -> np.ndarray:

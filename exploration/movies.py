@@ -29,12 +29,12 @@ class Options(models.Options):
     """Class of the images; None: the first."""
     space: Literal["z", "w"] = "z"
     """z: on the sphere of latents; w: along straight lines in w."""
-    frames: Annotated[int, Range(2)] = 24
-    """Frames from one stop to the next, 2 or more."""
-    seconds: Annotated[float, Range(0, above=True)] = 1.5
-    """Seconds from one stop to the next, above 0."""
+    frames: Annotated[int, Range(2, 1000)] = 24
+    """Frames from one stop to the next, 2 to 1000."""
+    seconds: Annotated[float, Range(0, 600, above=True)] = 1.5
+    """Seconds from one stop to the next, above 0 to 600; a frame lasts 0.02 or more."""
     format: Literal["gif", "webp"] = "gif"
-    """Format of the movie; WebP is smaller and keeps all grey levels."""
+    """Format of the movie; WebP is smaller, GIF keeps all grey levels."""
     size: Annotated[int, Range(16, 2048)] = 256
     """Side of a frame in pixels, 16 to 2048."""
 
@@ -42,11 +42,12 @@ class Options(models.Options):
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     """A point on the great circle between the directions of a and b [1, z_dim], at a share t.
 
-    Its length lies between theirs: what lies between two normal vectors is as long as they are.
+    Its length lies between theirs: what lies between two normal vectors is as long as they are. A
+    straight line stands in where no circle is the shortest: between equal or opposite directions.
     """
     x, y = a / a.norm(), b / b.norm()
     angle = (x * y).sum().clamp(-1, 1).acos()
-    if angle < 1e-4:
+    if t in (0, 1) or angle.sin() < 1e-3:  # the ends are a and b to the bit
         return a.lerp(b, t)
     point = (((1 - t) * angle).sin() * x + (t * angle).sin() * y) / angle.sin()
     return point * a.norm().lerp(b.norm(), torch.tensor(t).to(a))
@@ -94,14 +95,15 @@ def smoothness(images: np.ndarray, extractor: features.Extractor) -> tuple[float
     return float(steps.mean()), float(steps.max())
 
 
-def write_movie(images: np.ndarray, options: Options, path: Path) -> None:
-    """Write frames uint8 [n, R, R] as an animation that repeats for ever."""
+def write_movie(images: np.ndarray, options: Options, path: Path) -> float:
+    """Write frames uint8 [n, R, R] as an animation that repeats for ever. -> its seconds."""
     size = (options.size, options.size)
     frames = [Image.fromarray(i).resize(size, Image.Resampling.LANCZOS) for i in images]
-    duration = max(20, round(1000 * options.seconds / options.frames))
+    duration = max(20, 10 * round(100 * options.seconds / options.frames))  # GIF counts in 10 ms
     how = {"save_all": True, "append_images": frames[1:], "duration": duration, "loop": 0}
     kind = {"format": "webp", "quality": 85} if options.format == "webp" else {"format": "gif"}
     utils.write_atomically(path, lambda target: frames[0].save(target, **kind, **how))
+    return len(frames) * duration / 1000
 
 
 def interpolate(options: Options) -> Path:
@@ -110,14 +112,13 @@ def interpolate(options: Options) -> Path:
     ws = path_of(model, options)
     images = images_of(model.G, ws, "frames")
     name = f"interpolate_{options.between}"
-    write_movie(images, options, model.out / f"{name}.{options.format}")
+    seconds = write_movie(images, options, model.out / f"{name}.{options.format}")
     rows = utils.evenly_spaced(len(images) + 1, min(MAX_STRIP, len(images)))
     shown = images[rows % len(images)]
     columns = [f"{row / options.frames:.2g}" for row in rows]
     title = f"{options.between}: stops passed; the last frame is the first"
     utils.save_grid(utils.tile(shown, len(rows)), [""], columns, title, model.out / f"{name}.png")
     mean, largest = smoothness(images, features.PIXELS)
-    seconds = options.seconds * len(images) / options.frames
     text = f"{len(images)} frames, {seconds:.1f} s. Distance of successive frames, pixels averaged "
     text += f"to 32 x 32, grey levels: mean {mean / 32:.2f}, largest {largest / 32:.2f} "
     utils.print_once(text + f"({largest / max(mean, 1e-9):.1f} times the mean)")

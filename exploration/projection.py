@@ -3,7 +3,8 @@
     w = mapping(z, c) + offset,
 
 with one offset for each layer. z and the class say which typical image is near, the offset what is
-particular to the slice. Its class is changed as `Model.change` says; offset and noise stay.
+particular to the slice. Its class is changed as `Model.change` says; offset and noise stay. What is
+found for a slice does not depend on the others, up to rounding.
 
 References:
     [1] Karras et al. 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958,
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import utils
 from config import NotNegative, Range, UserError
-from dataset import Slices, decode, pad_to_square
+from dataset import Slices, resized_scan
 from evaluation import metrics
 from evaluation.features import Extractor, to_tensor
 from evaluation.samples import images_of
@@ -53,8 +54,8 @@ class Options(models.Options):
     """Options of `explore.py project`."""
 
     by: Literal["label", "w"] = "w"
-    """How a class is changed. w: all w move by the difference of the classes' mean w; label:
-    another label into the mapping network."""
+    """How a class is changed. w: all w move by the difference of the classes' mean w. label: the
+    mapping network gets another label."""
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Slices to project; none: slices of training and test people of the run's data."""
     label: Annotated[str | None, models.CLASS] = None
@@ -176,21 +177,23 @@ def project_group(
 ) -> Projected:  # fmt: skip
     """`project` a few images at once."""
     N, starts = len(images), options.starts
-    rng = torch.Generator().manual_seed(utils.stream_seed("project", N))
+    rng = torch.Generator().manual_seed(utils.stream_seed("project"))  # the same in any company
     wanted = to_tensor(images).float().to(c.device) / 127.5 - 1  # [N, 1, R, R]
     with torch.no_grad():
         z = nearest_latents(G, wanted, c, starts, rng)
         many = torch.randn(1000, G.z_dim, generator=rng).to(c.device)
-        spread = G.mapping.map(many, c[:1].expand(1000, -1)).std(0) + 1e-6  # [w_dim]
+        rows = [G.mapping.map(many, row.expand(1000, -1)).std(0) for row in c]
+        spread = torch.stack(rows)[:, None] + 1e-6  # [N, 1, w_dim]
     noise = {
-        name: torch.randn(N * starts, *buffer.shape[1:], generator=rng).to(c.device)
+        name: torch.randn(starts, *buffer.shape[1:], generator=rng).repeat(N, 1, 1, 1).to(c.device)
         for name, buffer in G.synthesis.named_buffers()
         if name.endswith("noise_const")
     }
-    at = Projected(z, z.new_zeros(N * starts, G.mapping.num_ws, len(spread)), noise)
+    at = Projected(z, z.new_zeros(N * starts, G.mapping.num_ws, spread.shape[2]), noise)
     if early := early_steps(options):
         repeat = torch.arange(N, device=c.device).repeat_interleave(starts)
-        search = Search(G, wanted[repeat], c[repeat], spread, options.offset_weight, extractor)
+        many = wanted[repeat], c[repeat], spread[repeat]
+        search = Search(G, *many, options.offset_weight, extractor)
         at, losses = search.run(at, early, bar)
         best = losses.view(N, starts).argmin(1) + torch.arange(N, device=c.device) * starts
         at = at.take(best)
@@ -199,7 +202,10 @@ def project_group(
 
 
 class Search:
-    """Moves places towards images wanted [N, 1, R, R] of conditions c by gradients."""
+    """Moves places towards images wanted [N, 1, R, R] of conditions c by gradients.
+
+    spread: deviation of w for each image [N, 1, w_dim], the unit of offsets.
+    """
 
     def __init__(
         self, G: Generator, wanted: Tensor, c: Tensor, spread: Tensor, offset_weight: float,
@@ -250,20 +256,13 @@ class Search:
 
 
 def read_images(options: Options, model: Model) -> tuple[np.ndarray, list[int], list[str]]:
-    """The chosen files. -> uint8 [N, R, R], classes, names. Raises UserError naming a file."""
-    from torchvision.transforms import v2  # takes seconds
-
-    R = model.config.img_resolution
-    resize = v2.Resize([R, R], v2.InterpolationMode.BICUBIC, antialias=True)
+    """The chosen files, each a scan. -> uint8 [N, R, R], classes, names. Raises UserError."""
     images, labels = [], []
     for path in options.images:
-        try:
-            image = decode(path)
-        except Exception as failure:  # Pillow raises many types of errors
-            raise UserError(f"{path}: {utils.first_line(failure)}") from failure
-        if image.is_floating_point():  # the scan's grey scale is unknown: black is 0
-            image = (image.clamp(min=0) * (255 / max(float(image.max()), 1e-8))).round()
-        images.append(resize(pad_to_square(image)).round().clamp(0, 255).byte())
+        image, problems = resized_scan([path], model.config.img_resolution)
+        for problem in problems:
+            raise UserError(problem)
+        images.append(image)
         name = options.label or (path.parent.name if len(model.classes) > 1 else model.classes[0])
         if options.label is None and name not in model.classes:
             known = ", ".join(model.classes)
@@ -305,19 +304,19 @@ def unseen_images(model: Model, count: int) -> Group:
     """Images of the generator itself, of seeds that no grid shows: what projects best."""
     seeds = list(range(10**6, 10**6 + count))
     labels = [i % len(model.classes) for i in range(count)]
-    cs = [model.c(label, [seed]) for label, seed in zip(labels, seeds, strict=True)]
-    images, positions = images_of(model.G, model.ws(seeds, torch.cat(cs))), None
+    images, positions = images_of(model.G, model.ws(seeds, model.c(np.array(labels), seeds))), None
     if model.G.by_position:
         positions = np.array([model.position_of(seed) for seed in seeds])
     names = [f"seed {seed}" for seed in seeds]
     return Group("unseen generated images", images, labels, names, positions)
 
 
-def groups_of(model: Model, real: Real | None, options: Options) -> list[Group]:
-    """What is projected: the chosen files, or people; and unseen images of the generator."""
-    if options.images:
-        chosen = Group("images", *read_images(options, model))
-        return [chosen, unseen_images(model, min(options.people, len(options.images)))]
+def groups_of(
+    model: Model, chosen: Group | None, real: Real | None, options: Options
+) -> list[Group]:
+    """What is projected: chosen files, or people; and unseen images of the generator."""
+    if chosen:
+        return [chosen, unseen_images(model, min(options.people, len(chosen.names)))]
     if real is None:
         raise UserError("images: none are named, and the slices of the run are not here")
     groups = []
@@ -355,9 +354,10 @@ def project_command(options: Options) -> Path:
     model = models.open_model(options)
     if options.target is not None:
         model.index(options.target)
+    chosen = Group("images", *read_images(options, model)) if options.images else None
     real = models.open_real(model, options, "no comparison with people, no features in the loss")
     extractor = real.extractor if real else None
-    groups, rows, errors = groups_of(model, real, options), [], {}
+    groups, rows, errors = groups_of(model, chosen, real, options), [], {}
     for group in groups:
         c = conditions_of(model, group)
         at = project(model, group.images, c, options, extractor)
@@ -365,14 +365,14 @@ def project_command(options: Options) -> Path:
         columns = {"slice": group.images, "projected": found}
         columns["projected - slice"] = found.astype(float) - group.images
         errors[group.name] = error(found, group.images)
+        kinds = [model.classes[label] for label in group.labels]
         if len(model.classes) > 1:
             other = other_classes(model, group.labels, options.target)
             changed = pictures(model, at, c, conditions_of(model, group._replace(labels=other)))
             columns |= {"other class": changed, "other - projected": changed.astype(float) - found}
-        names = [
-            f"{name}, {model.classes[label]}, error {e:.1f}"
-            for name, label, e in zip(group.names, group.labels, errors[group.name], strict=True)
-        ]
+            kinds = [f"{k} to {model.classes[i]}" for k, i in zip(kinds, other, strict=True)]
+        rows_of = zip(group.names, kinds, errors[group.name], strict=True)
+        names = [f"{name}, {kind}, error {e:.1f}" for name, kind, e in rows_of]
         file = f"project_{group.name.replace(' ', '_')}.png"
         draw_columns(columns, names, f"{group.name}; {DIFFERENCE}", model.out / file)
         rows.append({
@@ -380,7 +380,7 @@ def project_command(options: Options) -> Path:
             "median_error": float(np.median(errors[group.name])),
             "errors": [float(v) for v in (errors[group.name].min(), errors[group.name].max())],
         })  # fmt: skip
-    tables = {"errors": rows, "": SENTENCE}
+    tables = {"errors": rows, "note": SENTENCE}
     if "test people" in errors:
         tables["memory"] = memory(errors)
     write_report("Projection of slices", tables, model.out, "project")
