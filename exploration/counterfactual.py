@@ -33,7 +33,7 @@ MODEL_ONLY = "difference of the model, no atrophy"
 
 
 @dataclass(frozen=True)
-class Options(models.Options):
+class Options(models.ChangeOptions):
     """Options of `explore.py counterfactual`."""
 
     classes: Classes = None
@@ -255,7 +255,7 @@ def draw_summary(
         name, unit = list(ATTRIBUTES.items())[column]
         labels = [utils.label(name, 14) for name in names]
         ax.set_xticks((0, 0.5, 1), [labels[0], "half way", labels[1]])
-        ax.set(ylabel=f"{name}, {unit}", xlabel="label")
+        ax.set(ylabel=f"{name}, {unit}", xlabel="from class to class")
         ax.legend(fontsize=8)
     utils.save_figure(figure, path)
 

@@ -41,7 +41,7 @@ SWEEP = (-3, -2, -1, 0, 1, 2, 3)  # deviations
 
 
 @dataclass(frozen=True)
-class Options(models.Options):
+class Options(models.RealOptions):
     """Options of `explore.py directions`."""
 
     axes: Annotated[int, Range(1)] = 3

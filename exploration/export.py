@@ -28,7 +28,7 @@ THRESHOLD = 1  # percentile of the gaps of test slices, below which a sample cou
 
 
 @dataclass(frozen=True)
-class Options(models.Options):
+class Options(models.RealOptions):
     """Options of `explore.py export`."""
 
     count: Annotated[int, Range(1)] = 1000

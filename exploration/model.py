@@ -42,15 +42,6 @@ class Options:
     """Seeds of the images that are drawn, each 0 or more."""
     position: Share | None = None
     """Position in the scan, 0 lowest to 1, if the run has condition_position; None: by seed."""
-    by: Literal["label", "w"] = "label"
-    """How a class is changed. label: another label into the mapping network; w: all w move by the
-    difference of the classes' mean w."""
-    data_root: Path | None = None
-    """Folder of real slices to compare with; None: the folder that the run was trained on."""
-    table: Path | None = None
-    """CSV or TSV that names the participant of each real scan; None: the one of the run."""
-    cache: Path | None = None
-    """Folder of decoded images; None: the cache of the run."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute."""
 
@@ -58,6 +49,27 @@ class Options:
         check_fields(self)
         if not self.seeds:
             raise UserError("seeds = (): at least one is needed")
+
+
+@dataclass(frozen=True)
+class RealOptions(Options):
+    """Options of commands that compare with real slices."""
+
+    data_root: Path | None = None
+    """Folder of real slices to compare with; None: the folder that the run was trained on."""
+    table: Path | None = None
+    """CSV or TSV that names the participant of each real scan; None: the one of the run."""
+    cache: Path | None = None
+    """Folder of decoded images; None: the cache of the run."""
+
+
+@dataclass(frozen=True)
+class ChangeOptions(RealOptions):
+    """Options of commands that change the class."""
+
+    by: Literal["w", "label"] = "w"
+    """How a class is changed. w: all w move by the difference of the classes' mean w, which keeps
+    more of the person; label: another label into the mapping network."""
 
 
 CLASS = tyro.conf.arg(name="class")
@@ -74,7 +86,7 @@ class Model:
     source: Path
     out: Path
     position: float | None = None
-    by: Literal["label", "w"] = "label"
+    by: Literal["w", "label"] = "label"
 
     def change(self, z: Tensor, c: Tensor, to: Tensor) -> Tensor:
         """ws of latents z [N, z_dim], changed from conditions c to others [N, c_dim].
@@ -145,8 +157,9 @@ def open_model(options: Options) -> Model:
     G.to(process.resolve_device(options.device))
     out = options.out or runs.output_folder(source, "explore")
     utils.ensure_writable(out)
-    config = replace(config, cache=options.cache or runs.cache_of(config))
-    return Model(G, config, classes, source, out, options.position, options.by)
+    cache = getattr(options, "cache", None) or runs.cache_of(config)
+    by = getattr(options, "by", "label")
+    return Model(G, replace(config, cache=cache), classes, source, out, options.position, by)
 
 
 def open_real(model: Model, options: Options, without: str) -> Real | None:

@@ -13,7 +13,7 @@ References:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -50,12 +50,9 @@ SENTENCE = (
 
 
 @dataclass(frozen=True)
-class Options(models.Options):
+class Options(models.ChangeOptions):
     """Options of `explore.py project`."""
 
-    by: Literal["label", "w"] = "w"
-    """How a class is changed. w: all w move by the difference of the classes' mean w. label: the
-    mapping network gets another label."""
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Slices to project; none: slices of training and test people of the run's data."""
     label: Annotated[str | None, models.CLASS] = None

@@ -147,7 +147,7 @@ def test_a_seed_is_the_image_of_predict(kind, tmp_path, columns, frames):
             assert name == f"seed{seed:07d}"
             assert (image == sample_class(G, seed % num, [seed], options)[0]).all()
         if num > 1:
-            cf.counterfactual(cf.Options(**common, count=2, reversals=0))
+            cf.counterfactual(cf.Options(**common, count=2, reversals=0, by="label"))
             shown = columns["counterfactual.png"]
             assert (shown[classes[-1]] == expected[-1]).all()
             assert (shown[classes[0]] == expected[0]).all()
@@ -163,7 +163,7 @@ def test_the_demo_generator_too(columns, frames, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "real_slices", lambda *_: None)
     G, _, classes = runs.load_generator(runs.DEMO_GENERATOR)
     expected = [sample_class(G, label, [5, 2], PredictOptions()) for label in (0, 1)]
-    cf.counterfactual(cf.Options(seeds=(5, 2), count=2, reversals=0))
+    cf.counterfactual(cf.Options(seeds=(5, 2), count=2, reversals=0, by="label"))
     assert (columns["counterfactual.png"]["AD"] == expected[0]).all()
     movies.interpolate(movies.Options(seeds=(5, 2), frames=2))
     assert (frames[-1][::2] == expected[0]).all()
