@@ -429,6 +429,8 @@ def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> 
     degraded = test.images[utils.evenly_spaced(len(test.images), NUM_DEGRADED)]
     others = [len(s.images) for s in sets.values() if s is not test]
     n, m = (max(2, k // 2) for k in (min(others), len(test.images)))  # slices of halves
+    degrade, (*_, strongest) = list(features.DEGRADATIONS.values())[-1]
+    last = degrade(degraded, strongest)  # the last of which features are computed
     num_degraded = len(degraded) * (1 + sum(len(s) for _, s in features.DEGRADATIONS.values()))
 
     def is_missing(images: np.ndarray, extractor: features.Extractor) -> bool:
@@ -448,7 +450,7 @@ def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> 
             ) + distance * metrics.NUM_HALVES * (len(sets) - 1)
             found["distribution"] += rows * (kernel + 4 * distance)
         if "calibration" in groups:
-            new = num_degraded * is_missing(degraded, e) + new * ("distribution" not in groups)
+            new = num_degraded * is_missing(last, e) + new * ("distribution" not in groups)
             found["calibration"] += image * new + 60 * distance
         if "memorisation" in groups and e.name in ("pixels", "encoder"):
             pair = seconds_of(metrics.nearest_neighbour, x[:500], x[:500]) / 500**2

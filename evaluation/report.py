@@ -204,7 +204,7 @@ def draw_nearest(row: Row, fakes: Slices, train: Slices, path: Path) -> None:
     for ax, block in zip(figure.subplots(2, 1), blocks, strict=True):
         rows = fakes.images[pairs["sample"][block]], train.images[pairs["train"][block]]
         picture = tile(np.concatenate(rows), len(block))
-        names = [label(name_of(train, pairs["train"][i]), 18, 5) for i in block]
+        names = [label(name_of(train, pairs["train"][i]), 22, 5) for i in block]
         names = [f"{pairs['gap'][i]:.3g}\n{name}" for i, name in zip(block, names, strict=True)]
         show_tiles(ax, picture, ["generated", "training"], names)
         ax.set_xlabel("distance, and training slice")
