@@ -214,7 +214,8 @@ def test_membership_tells_memory_from_a_difference_of_cohorts(tmp_path, few_halv
 def test_without_two_participants_in_a_class_there_is_no_pair(tmp_path):
     slices = make_slices(n=8, per_id=4)
     (fake, real) = evaluation.measure_diversity(
-        replace(slices, participants=ids(8, 1)), References({"train": slices}, [], tmp_path, 0)
+        replace(slices, participants=ids(8, 1)),
+        References({"train": slices, "test": slices}, [], tmp_path, 0),
     )["diversity"]
     assert math.isnan(real["ms_ssim"]) and 0 < fake["ms_ssim"] < 1
     assert as_table([real]).splitlines()[-1] == "| real | not measured | not measured |"
@@ -312,7 +313,7 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(
     out = trained.out / "evaluation"
     report = json.loads((out / "evaluation.json").read_text())
     extra = {"what", "headline", "membership", "grey_levels_moved_by"}
-    extra |= {"directions_that_features_fill"}
+    extra |= {"directions_that_features_fill", "variety", "recall_without_detail"}
     assert set(report) == extra | set(evaluation.MEASURES)
     what = report["what"]
     assert what["kimg"] == 0.016 and what["n_fake_AD"] == 50 and what["n_train"] == 16
