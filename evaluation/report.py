@@ -28,7 +28,7 @@ def cell(value: Any) -> str:
         return " to ".join(dict.fromkeys(map(cell, value)))
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "not measured"
-    return printable(value)
+    return printable(value).replace("|", r"\|")  # ends no cell
 
 
 def plain(value: Any) -> Any:

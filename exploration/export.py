@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from config import Range, Share, UserError
+from config import Range, Seed, Share, UserError
 from evaluation import features, metrics, report
 from evaluation.samples import images_of
 from exploration import model as models
@@ -31,6 +32,7 @@ THRESHOLD = 1  # percentile of the gaps of test slices, below which a sample cou
 class Options(models.RealOptions):
     """Options of `explore.py export`."""
 
+    seeds: tyro.conf.Suppress[tuple[Seed, ...]] = (0, 1, 2, 3)
     count: Annotated[int, Range(1)] = 1000
     """Number of images in all; the classes take turns. 1 or more."""
     truncation_psi: Share = 1.0

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import utils
-from config import NotNegative, Range, UserError
+from config import NotNegative, Range, Seed, UserError
 from dataset import Slices, resized_scan
 from evaluation import metrics
 from evaluation.features import Extractor, to_tensor
@@ -53,6 +53,7 @@ SENTENCE = (
 class Options(models.ChangeOptions):
     """Options of `explore.py project`."""
 
+    seeds: tyro.conf.Suppress[tuple[Seed, ...]] = (0, 1, 2, 3)
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Slices to project; none: slices of training and test people of the run's data."""
     label: Annotated[str | None, models.CLASS] = None

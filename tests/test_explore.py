@@ -647,6 +647,7 @@ def test_a_hundred_rows_fit_into_a_figure(tmp_path, monkeypatch):
     parts = {"a": images, "b": images.astype(float)}
     figures.draw_columns(parts, [str(i) for i in range(100)], "title", tmp_path / "x.png")
     assert shown[0].get_size_inches()[1] * 110 < 2**13
+    assert shown[0].axes[1].images[0].get_array().shape == (32 * 16, 16)
     assert "the first 32 of 100" in shown[0].get_suptitle()
 
 
@@ -1051,6 +1052,18 @@ def test_planted_copies_are_left_out_and_counted(with_data, tmp_path, monkeypatc
     assert everything(ex.export(replace(options, out=smaller))) == everything(out)
     with pytest.raises(UserError, match="another generator or other options"):
         ex.export(replace(options, reject_copies=False))
+
+
+def test_the_threshold_decides(tmp_path):
+    class Near:
+        threshold, left = 1.0, [0.99, 1.0, 0.6, 7.0, 3.0, 3.0]
+
+        def gaps(self, images):
+            return np.array([self.left.pop(0) for _ in images])
+
+    rows = ex.write_images(model_of(tmp_path), ex.Options(count=4), Near(), {})
+    assert [row["kept"] for row in rows[:4]] == ["no", "yes", "no", "yes"]
+    assert [row["gap"] for row in rows[:4]] == ["0.9900", "1.0000", "0.6000", "7.0000"]
 
 
 def test_nothing_but_copies_ends(with_data, tmp_path, monkeypatch):
