@@ -368,7 +368,9 @@ def decode_scan(paths: list[Path]) -> tuple[list[Tensor], tuple[float, float], l
         except UnidentifiedImageError:
             problems.append(f"{path}: not an image")
         except Exception as error:  # Pillow raises many types of errors
-            problems.append(f"{path}: {utils.first_line(error)}")
+            problems.append(
+                f"{path}: {getattr(error, 'strerror', None) or utils.first_line(error)}"
+            )
     deep = [image.is_floating_point() for image in images]
     if any(deep) and not all(deep):
         problems.append(f"{paths[0]}: 8-bit and other files in one scan have no common grey scale")

@@ -1,11 +1,11 @@
 """Explore a trained generator: what separates the classes, where real slices lie, what w does.
 
-python explore.py counterfactual                 # the same latents as each class
-python explore.py project SLICE... --class AD    # real slices in the latent space
-python explore.py directions                     # what an image does along the axes of w
-python explore.py interpolate --seeds 0 1 2      # a movie
-python explore.py export --count 10000 --out DIR # a synthetic data set; or --onnx FILE
-python explore.py page                           # one HTML file that draws in the browser
+    python explore.py counterfactual                 # the same latents as each class
+    python explore.py project SLICE... --class AD    # real slices in the latent space
+    python explore.py directions                     # what an image does along the axes of w
+    python explore.py interpolate --seeds 0 1 2      # a movie
+    python explore.py export --count 10000 --out DIR # a synthetic data set; or --onnx FILE
+    python explore.py page                           # one HTML file that draws in the browser
 
 Each takes --checkpoint RUN (default: the newest run, or the demo generator) and writes into
 RUN/explore or --out. A difference between classes is one of the model, never atrophy.

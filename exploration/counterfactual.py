@@ -141,7 +141,10 @@ def real_change(
     test = [real.test.images[real.test.labels == label] for label in (first, second)]
     n = min(map(len, test))
     scores = np.stack([models.class_score(classifier, np.array(x[:n]), second) for x in test])
-    name = f"{len(groups[0])} and {len(groups[1])} real people of each class"
+    counts = [
+        f"{len(g)} {real.train.classes[k]}" for g, k in zip(groups, (first, second), strict=True)
+    ]
+    name = f"{' and '.join(counts)} participants, training and test"
     return Reference(name, means[1] - means[0], ends, ends[1] - ends[0], low, high, scores)
 
 
@@ -247,7 +250,7 @@ def draw_summary(
     top.suptitle(MODEL_ONLY, fontsize=9)
     for column, ax in enumerate(bottom.subplots(1, 2)):
         mean, half = models.mean_and_interval(changes.attributes[:, :, column].T)
-        ax.plot(STEPS, mean, "o-", color="C0", label="model")
+        ax.plot(STEPS, mean, "o-", color="C0", label="model; band: 95 % interval over latents")
         ax.fill_between(STEPS, mean - half, mean + half, alpha=0.25, color="C0", lw=0)
         if reference is not None:
             ends = reference.attributes[:, column]

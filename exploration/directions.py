@@ -36,7 +36,7 @@ SUPERVISED = {
     "tilt to the right": 3,
 }  # columns of ATTRIBUTES
 NUM_EFFECTS = 64  # latents whose images show the effects of a direction
-EFFECTS = {name: i for i, name in enumerate(ATTRIBUTES) if name != "to the right"}
+EFFECTS = {name: i for i, name in enumerate(ATTRIBUTES) if name != "shift to the right"}
 SWEEP = (-3, -2, -1, 0, 1, 2, 3)  # deviations
 
 

@@ -310,5 +310,6 @@ def export(options: Options) -> Path:
     write_manifest(model, options, rows, digest)
     report.write_text(data_card(model, options, rows, digest), model.out / "README.md")
     left_out = sum(row["kept"] == "no" for row in rows)
-    utils.print_once(f"{len(rows) - left_out} images; {left_out} left out as copies")
+    how = f"{left_out} left out as copies" if copies else "copies were not looked for"
+    utils.print_once(f"{len(rows) - left_out} images; {how}")
     return model.out

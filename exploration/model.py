@@ -25,8 +25,8 @@ ATTRIBUTES = {  # what is measured in an image, and its unit
     "brain": "% of the image",
     "brightness": "grey levels of the brain",
     "tilt": "degrees",
-    "to the right": "% of the side",
-    "down": "% of the side",
+    "shift to the right": "% of the side",
+    "shift down": "% of the side",
 }
 
 

@@ -116,7 +116,12 @@ def interpolate(options: Options) -> Path:
     rows = utils.evenly_spaced(len(images) + 1, min(MAX_STRIP, len(images)))
     shown = images[rows % len(images)]
     columns = [f"{row / options.frames:.2g}" for row in rows]
-    title = f"{options.between}: stops passed; the last frame is the first"
+    names = {
+        "seeds": [f"seed {seed}" for seed in options.seeds],
+        "classes": model.classes,
+        "positions": ["lowest", "highest"],
+    }[options.between]
+    title = f"{', '.join(names)}, and back; columns: stops passed"
     utils.save_grid(utils.tile(shown, len(rows)), [""], columns, title, model.out / f"{name}.png")
     mean, largest = smoothness(images, features.PIXELS)
     text = f"{len(images)} frames, {seconds:.1f} s. Distance of successive frames, pixels averaged "

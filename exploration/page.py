@@ -199,6 +199,8 @@ def require_small(G: Generator, out: Path) -> None:
     utils.ensure_writable(out.parent)
     if out.is_dir():
         raise UserError(f"out = {out}: is a folder, must be a file")
+    if out.exists() and b"<!doctype html" not in out.read_bytes()[:100].lower():
+        raise UserError(f"out = {out}: exists and is no page; choose another name")
 
 
 def write_page(

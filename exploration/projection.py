@@ -373,11 +373,11 @@ def project_command(options: Options) -> Path:
         names = [f"{name}, {kind}, error {e:.1f}" for name, kind, e in rows_of]
         file = f"project_{group.name.replace(' ', '_')}.png"
         draw_columns(columns, names, f"{group.name}; {DIFFERENCE}", model.out / file)
-        rows.append({
-            "projected": group.name, "n": len(group.labels),
-            "median_error": float(np.median(errors[group.name])),
-            "errors": [float(v) for v in (errors[group.name].min(), errors[group.name].max())],
-        })  # fmt: skip
+        found_errors = errors[group.name]
+        row = {"projected": group.name, "n": len(found_errors)}
+        row["median_error"] = float(np.median(found_errors))
+        row["smallest_and_largest"] = [float(found_errors.min()), float(found_errors.max())]
+        rows.append(row)
     tables = {"errors": rows, "note": SENTENCE}
     if "test people" in errors:
         tables["memory"] = memory(errors)

@@ -317,7 +317,7 @@ def test_with_real_slices_there_is_a_reference(tmp_path):
     run = saved(tmp_path / "run", data_root=root)
     out = cf.counterfactual(cf.Options(run, count=3, reversals=0, classes=("AD", "NC")))
     report = json.loads((out / "counterfactual.json").read_text(), parse_constant=pytest.fail)
-    assert "5 and 5 real people of each class" in report["summary"]
+    assert "participants, training and test" in report["summary"]
     splits, _ = load_slices(runs.load_generator(run)[1])
     images, labels = (
         np.concatenate([getattr(s, k) for s in splits.values()]) for k in ("images", "labels")

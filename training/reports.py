@@ -5,7 +5,7 @@ from pathlib import Path
 
 from config import Config
 from dataset import Slices
-from training.diagnosis import diagnose, out_of_range, plot_curves, verdict
+from training.diagnosis import MIN_MEASUREMENTS, diagnose, out_of_range, plot_curves, verdict
 from training.logs import read_history
 from training.runs import PATHS, read_run_config
 from utils import print_once, write_atomically
@@ -95,5 +95,8 @@ def print_diagnosis(run: Path) -> None:
     config, _, _ = read_run_config(run)
     history = read_history(run)
     found = [*diagnose(history, config).values(), *out_of_range(history)]
-    print_once("\n".join([verdict(history), *(found or ["No rule finds a problem."])]))
+    nothing = "No rule finds a problem."
+    if (count := len(history.measured("fid"))) < MIN_MEASUREMENTS:
+        nothing += f" Most rules need {MIN_MEASUREMENTS} measurements, and there are {count}."
+    print_once("\n".join([verdict(history), *(found or [nothing])]))
     plot_curves(run, run / "curves.png", config)
