@@ -144,6 +144,7 @@ KINDS = {  # settings and number of classes
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_generator_has_pytorchs_pixels(visit, tmp_path, kind):
     settings, num_classes = KINDS[kind]
@@ -239,6 +240,7 @@ def test_the_demo_by_keyboard_by_link_and_as_a_file(visit, demo, demo_page, tmp_
     assert view.inner_text("#versus") == "NC minus AD"
 
 
+@pytest.mark.slow
 def test_a_bad_address_shows_an_image_all_the_same(visit, tmp_path):
     G = make()
     write_page(G, SMALL, ["AD", "NC"], axes(G), tmp_path / "page.html")
@@ -248,6 +250,7 @@ def test_a_bad_address_shows_an_image_all_the_same(visit, tmp_path):
     assert np.abs(grey(view) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_only_the_newest_of_many_requests_is_drawn(visit, tmp_path):
     G = make()
     write_page(G, SMALL, ["AD", "NC"], [], tmp_path / "page.html")
@@ -265,6 +268,7 @@ def test_only_the_newest_of_many_requests_is_drawn(visit, tmp_path):
     assert np.abs(grey(view) - draw(G, [], request(60, shifts=())).astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_play_moves_between_seeds_until_it_is_stopped(visit, tmp_path):
     G = make()
     write_page(G, SMALL, ["AD", "NC"], [], tmp_path / "page.html")
@@ -289,6 +293,7 @@ def test_play_moves_between_seeds_until_it_is_stopped(visit, tmp_path):
 NAMES = ["<b>&\"'</script>", "NC{{script}}", "${7*7}"]
 
 
+@pytest.mark.slow
 def test_names_are_shown_as_they_are(visit, tmp_path):
     config = replace(SMALL, data_root=Path("/private/<img src=x>"))
     G = make(config, 3)
@@ -311,6 +316,7 @@ def test_names_are_shown_as_they_are(visit, tmp_path):
     assert np.abs(grey(view) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_it_fits_a_phone_and_follows_light_and_dark(visit, tmp_path):
     G = make()
     write_page(G, SMALL, ["AD", "NC" * 40], axes(G), tmp_path / "page.html")
@@ -334,6 +340,7 @@ def server() -> Iterator[ImageServer]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_the_served_page_shows_the_same_pixels(visit, server):
     view = visit(f"http://localhost:{server.server_port}/#seed=5&psi=0.6")
     wanted = request(5, 0, 0.6)
