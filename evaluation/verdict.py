@@ -8,6 +8,7 @@ MIN_PARTICIPANTS = 10  # in the test set, for a verdict
 LOW_PRECISION = 0.05  # below it, what samples show of classes, people and variety means little
 CHANCE = 0.01  # share of test slices, and of honest samples, below the audit's threshold
 REAL = "real: test against train"  # a row of the distribution
+MIN_FOUND = 0.5  # share of planted copies that an audit must find to say that there are none
 MANY_COPIES = 0.1  # a share that no honest generator had
 LIMITS = (
     "Do not use generated slices for diagnosis, as evidence about any person or disease, or as "
@@ -121,10 +122,15 @@ def copies(report: dict[str, Any]) -> str:
         f"{share:.1%} of them are nearer to a training slice than 99 % of unseen real slices are "
         f"({CHANCE:.0%} by chance"
     )
-    if planted:
+    blind = min(planted, default=1.0) < MIN_FOUND
+    if blind:
+        detail += f"; of some kinds of copies hidden as a test only {min(planted):.0%} are found"
+    elif planted:
         detail += f"; of copies hidden as a test, {min(planted):.0%} or more are found"
     if many:
         return f"Copies of training slices were found: {detail}), so do not share these samples."
+    if not some and blind:
+        return f"Copies of training slices cannot be ruled out: {detail})."
     if not some:
         return f"No copies of training slices were found: {detail})."
     why = ", but those whose slices trained it are no nearer to them than other people"

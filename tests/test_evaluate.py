@@ -555,6 +555,12 @@ def test_the_verdict_of_a_memory(share, limits, words):
     assert "not the slices that the generator was trained on" in other
 
 
+@pytest.mark.parametrize("share, words", [(0.0, "cannot be ruled out"), (0.6, "No copies of")])
+def test_an_audit_that_misses_planted_copies_proves_nothing(share, words):
+    row = GOOD["memorisation"][0] | {"found_turned": share}
+    assert words in sentences(memorisation=[row])[2]
+
+
 @pytest.mark.parametrize("people", [4, 9, 10])
 def test_the_verdict_of_few_people(people):
     lines = sentences(what={"participants_test": people})
