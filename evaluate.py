@@ -445,9 +445,8 @@ def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> 
         if "distribution" in groups and e is not features.PIXELS:
             kernel = seconds_of(metrics.kernel_distance, x[:500], x[-500:], 0, 2) * 25
             rows = 2 * (len(train.classes) + 2)
-            found["distribution"] += image * (
-                new + 2 * variety.MAX_BLURRED * len(sets)
-            ) + distance * metrics.NUM_HALVES * (len(sets) - 1)
+            found["distribution"] += image * (new + 2 * variety.MAX_BLURRED * len(sets))
+            found["distribution"] += distance * metrics.NUM_HALVES * (len(sets) - 1)
             found["distribution"] += rows * (kernel + 4 * distance)
         if "calibration" in groups:
             new = num_degraded * is_missing(last, e) + new * ("distribution" not in groups)
@@ -543,8 +542,7 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
     if not trained_on_it:
         utils.print_once(f"note: {OTHER_DATA}")
     if "encoder" in options.extractors:
-        own = run / "encoder.safetensors"  # the encoder that measured the run during training
-        own = own if trained_on_it and own.exists() else None
+        own = runs.own_encoder(run, data)
         encoder, digest = features.trained_encoder(splits["train"], data, cache, own)
         extractors.append(features.encoder_extractor(encoder, digest, data))
     fresh = None
@@ -562,7 +560,7 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
 
 def identity_of(source: Path) -> dict[str, Any]:
     """File of the weights, its sha256, and the thousands of images seen in training."""
-    weights = source / "generator.safetensors" if source.is_dir() else source
+    weights = runs.weights_of(source)
     if weights.suffix == ".pt":
         nimg = runs.load_checkpoint(weights)["cur_nimg"]
     else:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import utils
 from config import Range, Seed, Share, UserError
 from evaluation import features, metrics, report
-from evaluation.samples import images_of
+from evaluation.samples import sample
 from exploration import model as models
 from exploration.model import CHUNK, Model
 from participants.tables import MANIFEST
@@ -66,10 +66,8 @@ class Copies:
 
 def settings_of(model: Model, options: Options, copies: Copies | None) -> dict[str, Any]:
     """What decides the images; an export goes on only with the same."""
-    is_folder = model.source.is_dir()
-    weights = model.source / "generator.safetensors" if is_folder else model.source
     return {
-        "generator_sha256": utils.sha256_of(weights),
+        "generator_sha256": utils.sha256_of(runs.weights_of(model.source)),
         "classes": model.classes,
         "psi": options.truncation_psi,
         "position": options.position,
@@ -104,11 +102,8 @@ def read_journal(journal: Path) -> list[dict[str, str]]:
 def draw(model: Model, seeds: list[int], options: Options) -> tuple[np.ndarray, np.ndarray]:
     """Images and classes of some seeds; the classes take turns. -> uint8 [n, R, R], [n]."""
     labels = np.array(seeds) % len(model.classes)
-    c = model.c(labels, seeds)
-    with torch.no_grad():
-        pairs = zip(model.z(seeds).split(1), c.split(1), strict=True)
-        ws = torch.cat([model.G.mapping(*pair, options.truncation_psi) for pair in pairs])
-    return images_of(model.G, ws), labels
+    z, c = model.z(seeds), model.c(labels, seeds)
+    return sample(model.G, z, c, options.truncation_psi), labels
 
 
 def write_images(

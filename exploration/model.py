@@ -169,9 +169,7 @@ def open_real(model: Model, options: Options, without: str) -> Real | None:
     if found is None:
         return None
     splits, data = found
-    run = runs.run_folder(model.source)
-    own = run / "encoder.safetensors"
-    own = own if data == runs.read_run_config(run)[2] and own.exists() else None
+    own = runs.own_encoder(runs.run_folder(model.source), data)
     encoder, digest = features.trained_encoder(splits["train"], data, model.config.cache, own)
     is_demo = (options.data_root or model.config.data_root) is None
     encoder.to(next(model.G.parameters()).device).requires_grad_(False)  # of images only

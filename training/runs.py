@@ -234,13 +234,24 @@ def save_generator(run: Path, G_ema: Generator, cur_nimg: int) -> None:
     utils.write_safetensors(run / "generator.safetensors", G_ema.state_dict(), cur_nimg)
 
 
+def weights_of(path: Path) -> Path:
+    """The file of weights that a run folder, or a path to a file, means."""
+    return path / "generator.safetensors" if path.is_dir() else path
+
+
+def own_encoder(run: Path, data: str) -> Path | None:
+    """The encoder that measured a run in training; None without one, or for other data."""
+    own = run / "encoder.safetensors"
+    return own if data == read_run_config(run)[2] and own.exists() else None
+
+
 def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
     """The averaged generator of `path`, its settings and class names.
 
     `path` is a run folder, its generator.safetensors, or one of its checkpoints/*.pt. Raises
     UserError if a file is missing or damaged, or the weights have other sizes than config.json.
     """
-    weights = path / "generator.safetensors" if path.is_dir() else path
+    weights = weights_of(path)
     if not weights.is_file():
         raise UserError(f"{weights} does not exist")
     run = run_folder(path)
