@@ -854,9 +854,10 @@ def test_the_strip_passes_all_stops(tmp_path, monkeypatch):
 # Export
 
 
-def test_an_export_is_a_data_set(tmp_path):
+def test_an_export_is_a_data_set(tmp_path, capsys):
     run = saved(tmp_path / "run", 3, condition_position=True)
     out = ex.export(ex.Options(run, tmp_path / "out", count=11, truncation_psi=0.7))
+    assert "images; copies were not looked for" in capsys.readouterr().out
     counts = [len(list((out / name).iterdir())) for name in NAMES]
     assert counts == [4, 4, 3]
     entries = read_manifest(out)

@@ -381,7 +381,11 @@ def test_a_diagnosis_is_printed(config: Config, tmp_path, monkeypatch, capsys, c
     train(replace(config, epochs=1))
     capsys.readouterr()
     assert command("--diagnose", config.out) == 0
-    assert "No rule finds a problem." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "No rule finds a problem." in said and "need 5 measurements, and there are" in said
+    write_run(config.out)
+    assert command("--diagnose", config.out) == 0
+    assert "measurements, and there are" not in capsys.readouterr().out
     assert command("--diagnose", tmp_path) == 2
     assert "is no run: it has no config.json" in capsys.readouterr().err
     assert command("--diagnose", config.out, "--epochs", "3") == 2

@@ -455,6 +455,7 @@ def test_the_command_writes_into_the_run(tmp_path, capsys):
     assert not re.search(r"""(src|href)=["']?(?!["']?data:)|url\(|@import|https?://""", text)
     for options, words in (
         ({"out": tmp_path}, "is a folder"),
+        ({"out": config.out / "config.json"}, "exists and is no page"),
         ({"out": out / "x.html"}, "is not a folder"),
         ({"port": 70000}, "port = 70000: must be int, 0 to 65535"),
     ):
