@@ -1242,3 +1242,18 @@ def test_features_of_the_loss_can_be_dinov2_or_none(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="dinov2_weights = .*no.pt"):
         pj.project_command(missing)
     assert not missing.out.exists()
+
+
+@pytest.mark.parametrize("wanted", ["encoder", "none"])
+def test_the_encoder_of_the_run_is_used_unless_no_features_are_wanted(
+    tmp_path, monkeypatch, wanted
+):
+    run, used, plain = saved(tmp_path / "run"), [], pj.project
+    toy = models.Real(
+        None, None, features.Extractor("encoder", "x", lambda x: x.mean((2, 3))), True
+    )
+    monkeypatch.setattr(models, "open_real", lambda *_: toy)
+    monkeypatch.setattr(pj, "project", lambda *what: used.append(what[-1]) or plain(*what))
+    image = save_image(tmp_path / "AD" / "x.png")
+    pj.project_command(pj.Options(run, images=(image,), steps=10, starts=1, features=wanted))
+    assert used == [toy.extractor if wanted == "encoder" else None] * 2

@@ -14,7 +14,8 @@ from scipy.stats import spearmanr
 from assets import demo_brains
 from config import Config
 from dataset import load_slices
-from evaluation import metrics
+from evaluation import features, metrics
+from evaluation.features import Extractor
 from evaluation.metrics import (
     Features,
     auc,
@@ -43,6 +44,7 @@ from evaluation.metrics import (
     similarity,
     without_participants,
 )
+from evaluation.variety import recall_without_detail
 from utils import otsu_threshold
 
 
@@ -386,3 +388,26 @@ def test_a_profile_is_one_for_the_real_and_the_share_for_what_varies_less():
     flat = real @ turn.T
     flat[:, 3:] = 0  # three directions are filled
     assert metrics.main_axes(gaussian(flat), 20).shape == (30, 3)
+
+
+def test_components_are_summed_up_in_three_groups():
+    along = np.array([[-1.0], [1.0]]) * np.arange(1, 21)  # deviations 1 to 20
+    found = metrics.shape_spread(along)
+    assert found == {"shapes_1_1": 1.0, "shapes_2_6": 4.0, "shapes_7_20": 13.5}
+    assert math.isnan(metrics.shape_spread(along[:, :3])["shapes_7_20"])
+
+
+def test_recall_without_detail_blurs_all_sets_alike(tmp_path):
+    train, test, seen = make_slices(40), make_slices(40, seed=1), []  # one batch each
+
+    def network(images):
+        seen.append(images[:, 0].numpy())
+        return images.float().flatten(1)
+
+    extractor = Extractor("toy", "1", network)
+    (row,) = recall_without_detail(train, {"test slices": test}, extractor, tmp_path)
+    assert row["slices"] == min(500, len(train.labels)) and {"recall", "recall_blurred"} < set(row)
+    images, n = np.concatenate(seen), row["slices"]
+    for i, slices in enumerate((train, test)):
+        sharp, blurred = images[i * n : (i + 1) * n], images[(i + 2) * n : (i + 3) * n]
+        assert (sharp == slices.images).all() and (blurred == features.blurred(sharp, 1)).all()
