@@ -340,8 +340,8 @@ def serve(
         raise UserError(f"port = {port}: {error.strerror or error}; choose another") from error
     with server:
         address = f"http://127.0.0.1:{server.server_port}/"
-        utils.print_once(f"{address} shows the page; Ctrl-C ends it")
         try:
+            utils.print_once(f"{address} shows the page; Ctrl-C ends it")
             server.serve_forever()
         except KeyboardInterrupt:
             utils.print_once("stopped")
