@@ -40,7 +40,8 @@ HEALTHY = {
     "g_main_grad": 0.5, "d_main_grad": 0.4, "ada_p": 0.2, "fid": 0.4, "fid_real": 0.1,
     "overfitting": 0.1, "vary_z": 0.9, "vary_noise": 0.1, "vary_class": 0.3, "agreement": 0.7,
     "agreement_real": 0.7, "agreement_chance": 0.5, "leak_rotation": 1.1, "leak_flip": 0.1,
-    "leak_border": 0.2, "spectrum": 0.8, "precision": 0.6, "recall": 0.2, "spread": 0.9,
+    "leak_border": 0.2, "spectrum": 0.8, "precision": 0.6, "spread": 0.9,
+    "recall": 0.2, "recall_real": 0.8, "coverage": 0.6, "coverage_real": 0.9,
     "shapes_1_1": 0.9, "shapes_2_6": 0.9, "shapes_7_20": 0.8,
     "data_wait": 0.01, "img_per_s": 100.0,
 }  # fmt: skip
@@ -354,7 +355,8 @@ def test_a_run_is_measured_at_its_interval_and_drawn(config: Config):
     assert "fid" not in first
     names = {"fid", "kid", "fid_real", "leak_rotation", "leak_flip", "leak_border", "spectrum",
              "vary_z", "vary_noise", "vary_class", "overfitting", "agreement",
-             "agreement_real"}  # fmt: skip
+             "agreement_real", "precision", "recall", "coverage", "recall_real",
+             "coverage_real"}  # fmt: skip
     assert all(math.isfinite(second[name]) for name in names)
     assert Image.open(config.out / "curves.png").size[0] > 1000
 

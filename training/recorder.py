@@ -43,7 +43,8 @@ class Measurements:
     - `fid`, `kid`: distance to the training slices; `fid_real`: the FID of test slices, which are
       of other participants.
     - `leak_rotation`, `leak_flip`, `leak_border`: see `leaks`.
-    - `precision`, `recall`: shares of samples among real slices, and of real slices among samples.
+    - `precision`, `recall`, `coverage`: see `manifold_metrics`; `recall_real`, `coverage_real`:
+      those of test slices, or of as many as there are.
     - `spread`: deviation of samples along the ten main axes of the real slices' features, divided
       by that of the real slices; the median of the axes.
     - `shapes_1_1`, `shapes_2_6`, `shapes_7_20`: deviation of samples along the principal components
@@ -80,9 +81,11 @@ class Measurements:
         self.fid_real = metrics.frechet_distance(unseen, self.real)
         self.gaussian = metrics.gaussian(self.real)
         rows = utils.evenly_spaced(len(self.real), config.fid_images)
-        self.some_real = metrics.Features(
-            self.real[rows], train.participants[rows], train.labels[rows]
-        )
+        self.some_real = metrics.Features(self.real, train.participants, train.labels).take(rows)
+        near = self.some_real, metrics.Features(unseen, test.participants, test.labels)
+        n = min(len(part.values) for part in near)
+        near = (part.take(utils.evenly_spaced(len(part.values), n)) for part in near)
+        self.near_real = metrics.manifold_metrics(*near)
         self.axes = metrics.main_axes(self.gaussian, MAIN_AXES)
         pixels = features.compute_features(train.images[rows], features.PIXELS, None)
         self.shapes = metrics.main_axes(metrics.gaussian(pixels), metrics.NUM_SHAPES)
@@ -133,7 +136,8 @@ class Measurements:
             "fid_real": self.fid_real,
             "test_participants": len(set(self.subsets["test"].participants)),
             "precision": near["precision"],
-            "recall": near["recall"],
+            **{name: near[name] for name in ("recall", "coverage")},
+            **{f"{name}_real": self.near_real[name] for name in ("recall", "coverage")},
             "spread": metrics.median_deviation(values @ self.axes),
             **metrics.shape_spread(pixels @ self.shapes),
             "kid": metrics.kernel_distance(values, self.real, subsets=10)[0],

@@ -13,7 +13,7 @@ from utils import print_once, write_atomically
 OWN = "<!-- train.py replaces this file as long as this line is here -->"
 FIGURES = {  # columns of log.jsonl that the card shows
     "fid": "FID to the training slices", "fid_real": "FID of the test slices",
-    "precision": "precision", "recall": "recall",
+    "precision": "precision", "recall": "recall", "coverage": "coverage",
     "agreement": "samples whose class a classifier sees", "agreement_real": "the same, test slices",
 }  # fmt: skip
 
