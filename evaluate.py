@@ -8,8 +8,8 @@
 
 Writes evaluation.json, evaluation.md, evaluation.png and the nearest pairs into RUN/evaluation or
 --out. The unit is the participant: halves, bootstraps and neighbours never mix slices of one
-participant. Samples are untruncated (psi = 1), have the class proportions of the training slices,
-and get new noise for each image, whereas the grids of training use constant noise.
+participant. Samples are untruncated (psi = 1), of one latent each unless --style-mixing-prob says
+otherwise, have the class proportions of the training slices, and get new noise for each image.
 
 References:
     [1] Esteban et al. 2017, Real-valued Medical Time Series Generation, arXiv:1706.02633
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import utils
-from config import Range, Seed, UserError, check_fields
+from config import Range, Seed, Share, UserError, check_fields
 from dataset import Slices, decoded, find_class_folders, load_slices
 from evaluation import features, metrics, report, samples, variety
 from evaluation.metrics import Features
@@ -75,6 +75,8 @@ class Options:
     """Folder for the report of a single run; None: RUN/evaluation."""
     num_fake: Annotated[int, Range(100)] = 2000
     """Number of samples, 100 or more."""
+    style_mixing_prob: Share = 0.0
+    """Share of samples with styles of two latents; most are so in training. 0 to 1."""
     metrics: tuple[Group, ...] = get_args(Group)
     """Groups of measurements to compute."""
     extractors: tuple[Literal["inception", "dinov2", "encoder"], ...] = ("inception", "encoder")
@@ -575,14 +577,15 @@ def fakes_of(options: Options, G: Generator, references: References) -> tuple[Sl
     train = references.splits["train"]
     if options.images is None:
         labels = samples.labels_in_proportion(train.labels, options.num_fake)
-        return samples.sample_fakes(G, labels, train.classes, options.seed), {"psi": 1.0}
+        origin = {"psi": 1.0, "style_mixing_prob": (mixing := options.style_mixing_prob)}
+        return samples.sample_fakes(G, labels, train.classes, options.seed, mixing), origin
     found, files = find_class_folders(options.images)
     if found != train.classes:
         raise UserError(f"images = {options.images}: has classes {found}, not {train.classes}")
     images = decoded(files, options.images, train.images.shape[-1], references.cache)
     labels, participants = np.array([f.label for f in files]), np.arange(len(files)).astype(str)
-    origin = {"images": str(options.images), "kimg": "unknown"}
-    return Slices(images, labels, participants, train.classes), origin
+    fakes = Slices(images, labels, participants, train.classes)
+    return fakes, {"images": str(options.images), "kimg": "unknown"}
 
 
 def counts(sets: dict[str, Slices]) -> dict[str, int]:

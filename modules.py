@@ -381,6 +381,18 @@ class Generator(nn.Module):
         return self.synthesis(ws, noise_mode)
 
 
+def mixed_ws(G: Generator, z: Tensor, c: Tensor, style_mixing_prob: float) -> Tensor:
+    """ws [N, num_ws, w_dim], of which a share takes a second latent from a random layer on
+    ([2], section 3.1)."""
+    both = G.mapping(torch.cat([z, torch.randn_like(z)]), torch.cat([c, c]))
+    first, second = both.chunk(2)  # each [N, num_ws, w_dim]
+    N, num_ws, _ = first.shape
+    cutoff = torch.randint(1, num_ws, [N, 1], device=z.device)
+    keep = torch.rand([N, 1], device=z.device) >= style_mixing_prob
+    from_first = (torch.arange(num_ws, device=z.device) < cutoff) | keep  # [N, num_ws]
+    return torch.where(from_first[:, :, None], first, second)
+
+
 class DiscriminatorBlock(nn.Module):
     """Residual block with filtered downsampling ([1], figure 7c)."""
 

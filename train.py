@@ -41,7 +41,7 @@ from tqdm import tqdm
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader, normalize
 from evaluation.features import INCEPTION, find_weights
-from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork
+from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork, mixed_ws
 from training import logs, process, reports, runs
 from training.compiler import CompilerProcesses, most_processes
 from training.memory import warn_of_too_little
@@ -66,17 +66,6 @@ def path_lengths(synthesis: SynthesisNetwork, ws: Tensor) -> Tensor:
 
     gradient = torch.func.grad(projection)(ws)  # [N, num_ws, w_dim]
     return gradient.square().sum(2).mean(1).sqrt()  # mean: the number of layers does not matter
-
-
-def mixed_ws(G: Generator, z: Tensor, c: Tensor, style_mixing_prob: float) -> Tensor:
-    """ws [N, num_ws, w_dim]; a share of the images takes a second latent from some layer on."""
-    both = G.mapping(torch.cat([z, torch.randn_like(z)]), torch.cat([c, c]))
-    first, second = both.chunk(2)  # each [N, num_ws, w_dim]
-    N, num_ws, _ = first.shape
-    cutoff = torch.randint(1, num_ws, [N, 1], device=z.device)
-    keep = torch.rand([N, 1], device=z.device) >= style_mixing_prob
-    from_first = (torch.arange(num_ws, device=z.device) < cutoff) | keep  # [N, num_ws]
-    return torch.where(from_first[:, :, None], first, second)
 
 
 # Phases: each returns one weighted loss, and statistics to record

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import dataset
 import utils
-from modules import Generator
+from modules import Generator, mixed_ws
 
 BATCH = 50  # images of fresh latents that are computed at a time
 
@@ -48,9 +48,29 @@ def sample(
     bar: str | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Images of latents [N, z_dim] and labels [N, c_dim], as `images_of`. -> uint8 [N, H, W]."""
+    return images_of(G, mapped(G, z, c, psi, cutoff), bar)
+
+
+@torch.no_grad()
+def mapped(G: Generator, z: Tensor, c: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
+    """ws of latents [N, z_dim] and labels [N, c_dim], each computed alone."""
     device = next(G.parameters()).device
     pairs = zip(z.to(device).split(1), c.to(device).split(1), strict=True)
-    return images_of(G, torch.cat([G.mapping(*pair, psi, cutoff) for pair in pairs]), bar)
+    return torch.cat([G.mapping(*pair, psi, cutoff) for pair in pairs])
+
+
+def with_mixed_styles(
+    ws: Tensor, others: Tensor, seeds: list[int], style_mixing_prob: float
+) -> Tensor:
+    """ws of seeds, of which a share takes `others` from a layer on, as `modules.mixed_ws`.
+
+    The share and the layers depend on the seeds only. All [N, num_ws, w_dim].
+    """
+    rngs = [np.random.default_rng(utils.stream_seed("style mixing", seed)) for seed in seeds]
+    mixes = [rng.random() < style_mixing_prob for rng in rngs]
+    cutoffs = [rng.integers(1, ws.shape[1]) for rng in rngs]
+    keep = np.where(mixes, cutoffs, ws.shape[1])[:, None] > np.arange(ws.shape[1])
+    return torch.where(torch.from_numpy(keep).to(ws.device)[:, :, None], ws, others)
 
 
 # Fresh latents
@@ -58,16 +78,22 @@ def sample(
 
 @torch.no_grad()
 def sample_fakes(
-    G: Generator, labels: np.ndarray, classes: list[str], seed: int, silent: bool = False
-) -> dataset.Slices:
-    """Untruncated samples with new noise, one for each label, each a participant of its own."""
+    G: Generator, labels: np.ndarray, classes: list[str], seed: int, style_mixing_prob: float = 0,
+    silent: bool = False,
+) -> dataset.Slices:  # fmt: skip
+    """Untruncated samples with new noise, one for each label, each a participant of its own.
+
+    A share `style_mixing_prob` has styles of two latents.
+    """
     device, images = next(G.parameters()).device, []
     positions = np.random.default_rng(seed).random(len(labels)) if G.by_position else None
     conditioned = utils.conditions(labels, positions, G.c_dim)
     for start in tqdm(range(0, len(labels), BATCH), "sampling", unit="batch", disable=silent):
         torch.manual_seed(utils.stream_seed("evaluate", seed, start))
         c = conditioned[start : start + BATCH].to(device)
-        images.append(utils.to_uint8(G(torch.randn(len(c), G.z_dim, device=device), c)))
+        z = torch.randn(len(c), G.z_dim, device=device)
+        ws = mixed_ws(G, z, c, style_mixing_prob) if style_mixing_prob else G.mapping(z, c)
+        images.append(utils.to_uint8(G.synthesis(ws)))
     participants = np.arange(len(labels)).astype(str)
     return dataset.Slices(np.concatenate(images), labels, participants, classes, positions)
 

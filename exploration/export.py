@@ -15,7 +15,7 @@ from tqdm import tqdm
 import utils
 from config import Range, Seed, Share, UserError
 from evaluation import features, metrics, report
-from evaluation.samples import sample
+from evaluation.samples import images_of, mapped, with_mixed_styles
 from exploration import model as models
 from exploration.model import CHUNK, Model
 from participants.tables import MANIFEST
@@ -37,6 +37,8 @@ class Options(models.RealOptions):
     """Number of images in all; the classes take turns. 1 or more."""
     truncation_psi: Share = 1.0
     """1: full variety; closer to 0: more like the mean image of the class. 0 to 1."""
+    style_mixing_prob: Share = 0.0
+    """Share of images with styles of two latents: more variety, see the README. 0 to 1."""
     reject_copies: bool = False
     """Leave out samples nearer to a training slice than 99 % of the real test slices are."""
     onnx: Path | None = None
@@ -70,6 +72,7 @@ def settings_of(model: Model, options: Options, copies: Copies | None) -> dict[s
         "generator_sha256": utils.sha256_of(runs.weights_of(model.source)),
         "classes": model.classes,
         "psi": options.truncation_psi,
+        "style_mixing_prob": options.style_mixing_prob,
         "position": options.position,
         "threshold": copies and copies.threshold,
     }
@@ -102,8 +105,11 @@ def read_journal(journal: Path) -> list[dict[str, str]]:
 def draw(model: Model, seeds: list[int], options: Options) -> tuple[np.ndarray, np.ndarray]:
     """Images and classes of some seeds; the classes take turns. -> uint8 [n, R, R], [n]."""
     labels = np.array(seeds) % len(model.classes)
-    z, c = model.z(seeds), model.c(labels, seeds)
-    return sample(model.G, z, c, options.truncation_psi), labels
+    c = model.c(labels, seeds)
+    second = [utils.stream_seed("second latent", seed) for seed in seeds]
+    ws, others = (mapped(model.G, model.z(s), c, options.truncation_psi) for s in (seeds, second))
+    ws = with_mixed_styles(ws, others, seeds, options.style_mixing_prob)
+    return images_of(model.G, ws), labels
 
 
 def write_images(
@@ -194,7 +200,7 @@ def data_card(model: Model, options: Options, rows: list[dict[str, str]], digest
     trained_on = "the demo brains, which are synthetic" if config.data_root is None else (
         f"the folder {config.data_root.name}"
     )  # fmt: skip
-    left_out = len(rows) - len(kept)
+    left_out, of_two = len(rows) - len(kept), options.style_mixing_prob
     copies = f"{left_out} samples nearer to a training slice than 99 % of the real test slices " \
         "were left out." if options.reject_copies else "Copies of training slices were not " \
         "looked for (--reject-copies)."  # fmt: skip
@@ -204,7 +210,9 @@ def data_card(model: Model, options: Options, rows: list[dict[str, str]], digest
 Every image was drawn by a generator; none is of a person. Classes are the labels that the generator
 was given, not diagnoses.
 
-- Trained on: {trained_on}; truncation psi {options.truncation_psi}.
+- Trained on: {trained_on}.
+- Drawn with truncation psi {options.truncation_psi}; {of_two:.0%} of the images have styles
+  of two latents.
 - Generator: sha256 of its file {digest}.
 - {copies}
 - `manifest.csv`: seed, class, position and generator of each image, a participant of its own.

@@ -39,6 +39,7 @@ from evaluation.verdict import verdict
 from predict import predict
 from train import train
 from training.logs import read_log
+from training.runs import load_generator
 
 # Labels
 
@@ -394,6 +395,16 @@ def test_impostors_share_no_test_participant_and_keep_the_class_mix(tmp_path):
     assert all(np.bincount(s.labels).tolist() == [100, 100] for s in sets.values())
     wanted = largest_mix(np.repeat([0, 1], [300, 100]), [np.array([0] * 30 + [1] * 5)], 100)
     assert wanted.sum() == 5 and wanted.mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_samples_are_evaluated_with_the_styles_that_are_asked_for(trained: Config, tmp_path):
+    G, _, _ = load_generator(trained.out)
+    references = References(load_slices(trained)[0], [], tmp_path, 0)
+    (plain, _), (mixed, origin) = (
+        fakes_of(Options(num_fake=100, style_mixing_prob=share), G, references)
+        for share in (0.0, 1.0)
+    )
+    assert (plain.images != mixed.images).any((1, 2)).all() and origin["style_mixing_prob"] == 1
 
 
 def test_folders_of_images_take_the_place_of_samples(config: Config, tmp_path):

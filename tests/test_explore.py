@@ -892,6 +892,22 @@ def test_an_export_is_a_data_set(tmp_path, capsys):
     assert "| encoder | 12.5 |" in card and "99 |" not in card and "Not measured" not in card
 
 
+def test_an_export_mixes_the_styles_of_a_share_of_the_seeds(tmp_path):
+    run = saved(tmp_path / "run")
+    plain, half, mixed, again = (
+        pngs(ex.export(ex.Options(run, tmp_path / name, count=40, style_mixing_prob=share)))
+        for name, share in (("plain", 0.0), ("half", 0.5), ("mixed", 1.0), ("again", 1.0))
+    )
+    unlike = {id for id in plain if (plain[id] != mixed[id]).any()}
+    assert len(unlike) > 30
+    changed = {id for id in plain if (plain[id] != half[id]).any()}
+    assert 10 < len(changed) < 30 and all((half[id] == mixed[id]).all() for id in changed)
+    assert all((mixed[id] == again[id]).all() for id in mixed)
+    assert "100% of the images have styles\n" in (tmp_path / "mixed" / "README.md").read_text()
+    with pytest.raises(UserError, match="other options"):
+        ex.export(ex.Options(run, tmp_path / "half", count=41))
+
+
 @pytest.mark.parametrize(
     "num, names", [(1, ["all"]), (10, [f"c{i}" for i in range(10)]), (2, ["naïf 日", "<b>"])]
 )

@@ -12,7 +12,7 @@ from PIL import Image
 import predict as prediction
 from config import Config, UserError
 from dataset import Slices
-from evaluation.samples import images_of, latents, sample
+from evaluation.samples import images_of, latents, sample, sample_fakes, with_mixed_styles
 from predict import (
     Options,
     mixed,
@@ -47,6 +47,27 @@ def test_a_seed_is_the_same_image_alone_or_among_others(run: Path):
     many = sample_class(G, 1, [3, 1, 7, 5], Options())
     assert (sample_class(G, 1, [7], Options())[0] == many[2]).all()
     assert not (many[0] == many[1]).all()
+
+
+def test_styles_of_a_seed_mix_from_a_layer_of_its_own_on():
+    ws, others, seeds = torch.zeros(400, 6, 3), torch.ones(400, 6, 3), list(range(400))
+    mixed = with_mixed_styles(ws, others, seeds, 0.75)
+    taken = mixed[:, :, 0].sum(1)  # layers of the second latent
+    assert (mixed == mixed[:, :, :1]).all() and (mixed.diff(dim=1) >= 0).all()
+    assert 0.2 < (taken == 0).float().mean() < 0.3 and taken.max() == 5
+    assert set(taken.tolist()) == {0, 1, 2, 3, 4, 5}
+    alone = with_mixed_styles(ws[7:9], others[7:9], [7, 8], 0.75)
+    assert (alone == mixed[7:9]).all()
+
+
+def test_fresh_samples_have_styles_of_two_latents(run: Path):
+    G, _, classes = load_generator(run)
+    labels = np.zeros(60, int)
+    plain, mixed, again = (
+        sample_fakes(G, labels, classes, 0, silent=True, style_mixing_prob=share).images
+        for share in (0, 1, 1)
+    )
+    assert (mixed != plain).any((1, 2)).all() and (mixed == again).all()
 
 
 @pytest.mark.slow
