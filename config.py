@@ -62,6 +62,8 @@ class Config:
     """Passes over the training slices, 1 or more."""
     learning_rate: Positive = 0.0025
     """Step size of Adam for both networks, above 0."""
+    cooldown: Share = 0.0
+    """Last share of training in which the step size falls to 0, as half a cosine; 0: constant."""
     batch_size: Annotated[int, Range(2, 2**16)] = 32
     """Images per step, all devices together, 2 or more."""
     seed: Seed = 0

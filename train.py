@@ -248,6 +248,7 @@ class TrainingState:
         self.d_opt = lazy_adam(self.D, config.learning_rate, config.r1_interval)
         self.pl_mean = torch.zeros([], device=device)
         self.cur_nimg, self.best_fid = 0, math.inf
+        self.total: float = math.inf  # value of cur_nimg at the end of training
         mode = config.compile
         if mode == "auto":  # several ranks compile at the same step, as they wait for each other
             mode = "off" if device.type != "cuda" else "on" if num_ranks() > 1 else "auto"
@@ -296,6 +297,12 @@ def label_weight(config: Config, nimg: int) -> float:
     return min(1, nimg / (config.label_ramp_kimg * 1000)) if config.label_ramp_kimg else 1
 
 
+def step_size(config: Config, done: float) -> float:
+    """Learning rate after a share `done` of training: constant, then half a cosine down to 0."""
+    left = (1 - done) / config.cooldown if config.cooldown else 1
+    return config.learning_rate * (1 - math.cos(math.pi * min(1, left))) / 2
+
+
 def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor) -> Tensor:
     """One step of both networks on this rank's share of a batch; it never waits for a GPU.
 
@@ -310,6 +317,9 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
         seed = stream_seed(phase.__name__, config.seed, rank(), state.cur_nimg)
         return state.phases(phase, optimizer, seed, *args, config)
 
+    rate = step_size(config, state.cur_nimg / state.total)
+    for optimizer, interval in (state.g_opt, config.pl_interval), (state.d_opt, config.r1_interval):
+        optimizer.param_groups[0]["lr"] = rate * (interval / (interval + 1))  # as in `lazy_adam`
     torch.manual_seed(stream_seed("labels", config.seed, rank(), state.cur_nimg))
     drawn = torch.randint(len(label_pool), [3, N], device=real.device)
     labels = torch.cat([label_pool[drawn], c[None]]) * label_weight(config, state.cur_nimg)
@@ -485,6 +495,7 @@ def total_images(config: Config, slices: Slices) -> int:
 def start_state(config: Config, slices: Slices, device: torch.device, saved: Any) -> TrainingState:
     """A new or resumed state. Raises UserError if ranks found different checkpoints or data."""
     state = TrainingState(config, slices.c_dim, device)
+    state.total = total_images(config, slices)
     if saved is not None:
         state.load_state_dict(saved)
         print_once(f"resuming {config.out} at {state.cur_nimg:,} images")
@@ -542,10 +553,9 @@ def train_and_save(
     if device.type == "cuda":
         free, dtype = torch.cuda.mem_get_info(device)[0], process.feature_dtype(config, device)
         warn_of_too_little(g_main, config, slices.c_dim, dtype, free)
-    total = total_images(config, slices)
     recorder = Recorder(config, slices, state.cur_nimg, device)
     missed = recorder.unlogged_epoch()
-    if state.cur_nimg >= total and not missed:
+    if state.cur_nimg >= state.total and not missed:
         recorder.close()
         print_once(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
         return
@@ -558,26 +568,26 @@ def train_and_save(
                 end_epoch(state, recorder, missed)
             if not process.most_of_ranks(bool(process.STOP.name)):
                 with process.lost_workers_named(config):
-                    loop(state, slices, recorder, total)
+                    loop(state, slices, recorder)
             if rank() == 0:
                 save_if_new(state, recorder)
         finally:
             recorder.close()
-    if state.cur_nimg < total or process.STOP.name:
+    if state.cur_nimg < state.total or process.STOP.name:
         raise process.Stopped
     print_once(f"done: {state.cur_nimg:,} images, {config.out}")
     if rank() == 0:
         reports.end_run(config, slices)
 
 
-def loop(state: TrainingState, slices: Slices, recorder: Recorder, total: int) -> None:
-    """Train up to `total` images, or until any rank is asked to stop."""
+def loop(state: TrainingState, slices: Slices, recorder: Recorder) -> None:
+    """Train up to `state.total` images, or until any rank is asked to stop."""
     config = state.config
     label_pool = slices.conditions().to(state.device)
-    loader = make_loader(slices, config, state.cur_nimg, total)
+    loader = make_loader(slices, config, state.cur_nimg, state.total)
     pace = 0.1 if sys.stderr.isatty() else 30  # seconds between lines; fewer in a log file
     style = {"unit": "img", "mininterval": pace, "smoothing": 0.05, "disable": rank() > 0}
-    with tqdm(total=total, initial=state.cur_nimg, **style) as bar, closing(state.phases):
+    with tqdm(total=state.total, initial=state.cur_nimg, **style) as bar, closing(state.phases):
         for real, c in batches(loader, recorder, label_pool):
             epoch = state.cur_nimg // len(slices.images) + 1
             bar.set_description(f"epoch {epoch}/{config.epochs}", refresh=False)

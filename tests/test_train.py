@@ -420,6 +420,35 @@ def test_adam_is_corrected_for_laziness(config: Config):
         assert group["betas"] == (0.0, pytest.approx(0.99**ratio))
 
 
+def test_the_step_size_falls_to_zero_in_the_cooldown(config: Config):
+    assert training.step_size(config, 0.99) == config.learning_rate
+    cooled = replace(config, cooldown=0.5)
+    sizes = [training.step_size(cooled, done) for done in (0, 0.5, 0.75, 1)]
+    assert sizes == pytest.approx([0.002, 0.002, 0.001, 0], abs=1e-12)
+    state, real, c = step_inputs(cooled)
+    state.total, state.cur_nimg = 1024, 768
+    train_step(state, real, c, torch.eye(2))
+    for optimizer, interval in ((state.g_opt, 4), (state.d_opt, 16)):
+        ratio = interval / (interval + 1)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001 * ratio)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_cooldown_ends_with_the_last_epoch(config: Config, epochs, monkeypatch):
+    sizes, step = [], training.train_step
+
+    def recorded(state: TrainingState, *args: torch.Tensor) -> torch.Tensor:
+        stats = step(state, *args)
+        sizes.append(state.g_opt.param_groups[0]["lr"] * 1.25)
+        return stats
+
+    monkeypatch.setattr(training, "train_step", recorded)
+    train(replace(config, epochs=epochs, cooldown=1))
+    assert len(sizes) == epochs * 4
+    expected = [0.001 * (1 + math.cos(math.pi * i / len(sizes))) for i in range(len(sizes))]
+    assert sizes == pytest.approx(expected)
+
+
 def test_the_average_has_the_half_life_asked_for(config: Config):
     state, _, _ = step_inputs(replace(config, ema_kimg=0.04, ema_rampup=1e9))
     state.cur_nimg = 1
