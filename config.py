@@ -174,8 +174,8 @@ class Config:
     """Thousands of images between measurements (FID, KID, leaks, labels); 0: never."""
     fid_images: Annotated[int, Range(100)] = 2500
     """Number of samples in each measurement, 100 or more."""
-    fid_extractor: Literal["encoder", "inception"] = "encoder"
-    """Features for FID: a small network trained on the training slices, or Inception."""
+    fid_extractor: Literal["encoder", "inception", "dinov2"] = "encoder"
+    """Features: a small network trained on the training slices, Inception, or DINOv2."""
 
     def __post_init__(self) -> None:
         check_fields(self)

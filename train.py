@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader, normalize
-from evaluation.features import INCEPTION, find_weights
+from evaluation.features import PRETRAINED, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork, mixed_ws
 from training import logs, process, reports, runs
 from training.compiler import CompilerProcesses, most_processes
@@ -475,8 +475,8 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
         text = f"must split evenly over the {num_ranks()} processes, 2 images or more for each"
         raise UserError(f"batch_size = {config.batch_size}: {text}")
     saved = runs.open_run(config)
-    if config.fid_kimg and config.fid_extractor == "inception":
-        find_weights(None, INCEPTION)
+    if config.fid_kimg and config.fid_extractor in PRETRAINED:
+        find_weights(None, PRETRAINED[config.fid_extractor][0])
     splits, data = load_slices(config)
     if saved is None and config.init_from is not None:
         runs.source_of_weights(config, splits["train"].c_dim)

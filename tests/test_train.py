@@ -405,10 +405,11 @@ def test_p_does_not_come_with_the_weights(config: Config):
     assert read_losses(other.out)[-1, 1 + STATS.index("ada_p")] == pytest.approx(0.2)
 
 
-def test_a_missing_inception_file_is_said_before_anything_is_written(config, monkeypatch):
+@pytest.mark.parametrize("name", ["inception", "dinov2"])
+def test_a_missing_network_is_said_before_anything_is_written(config, name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(UserError, match="inception_weights = None: no such file"):
-        train(replace(config, fid_kimg=1, fid_extractor="inception"))
+    with pytest.raises(UserError, match=f"{name}_weights = None: no such file"):
+        train(replace(config, fid_kimg=1, fid_extractor=name))
     assert not config.out.exists() and not config.cache.exists()
 
 

@@ -69,8 +69,8 @@ class Measurements:
         self.config, self.classes, self.num_classes = config, train.classes, len(train.classes)
         own = config.out / "encoder.safetensors"
         self.encoder, digest = features.trained_encoder(train, data, config.cache, own)
-        if config.fid_extractor == "inception":
-            self.extractor = features.load_inception(None, device)
+        if config.fid_extractor in features.PRETRAINED:
+            self.extractor = features.PRETRAINED[config.fid_extractor][1](None, device)
         else:
             self.extractor = features.encoder_extractor(self.encoder, digest, data)
         self.unmeasured: set[str] = set()

@@ -16,6 +16,10 @@ FIGURES = {  # columns of log.jsonl that the card shows
     "precision": "precision", "recall": "recall", "coverage": "coverage",
     "agreement": "samples whose class a classifier sees", "agreement_real": "the same, test slices",
 }  # fmt: skip
+EXTRACTORS = {
+    "encoder": "an encoder trained on the same slices", "inception": "Inception-v3",
+    "dinov2": "DINOv2 tuned on brain MRI",
+}  # fmt: skip
 
 
 def write_card(config: Config, slices: Slices) -> None:
@@ -32,8 +36,7 @@ def write_card(config: Config, slices: Slices) -> None:
         for name, words in FIGURES.items()
         if len(history.measured(name))
     ]
-    encoder = config.fid_extractor == "encoder"
-    extractor = "an encoder trained on the same slices" if encoder else "Inception-v3"
+    extractor = EXTRACTORS[config.fid_extractor]
     size = f"{config.img_resolution} x {config.img_resolution}"
     people = len(set(slices.participants))
     nimg = int(history.epochs["nimg"][-1]) if len(history.epochs.get("nimg", ())) else 0
