@@ -63,7 +63,7 @@ class Config:
     learning_rate: Positive = 0.0025
     """Step size of Adam for both networks, above 0."""
     cooldown: Share = 0.0
-    """Last share of training in which the step size falls to 0, as half a cosine; 0: constant."""
+    """Last share of training, in which learning_rate falls to 0, r1_gamma to r1_gamma_end."""
     batch_size: Annotated[int, Range(2, 2**16)] = 32
     """Images per step, all devices together, 2 or more."""
     seed: Seed = 0
@@ -148,6 +148,8 @@ class Config:
     # Regularization
     r1_gamma: NotNegative | None = None
     """Weight of the R1 penalty, 0 or more; None: 0.0002 * img_resolution^2 / batch_size."""
+    r1_gamma_end: Positive | None = None
+    """Weight of the R1 penalty at the end of the cooldown, above 0; None: r1_gamma."""
     r1_interval: Interval = 16
     """Number of steps between R1 penalties, 1 or more."""
     pl_weight: NotNegative = 2.0

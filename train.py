@@ -108,10 +108,8 @@ def d_main(
     return loss, stats
 
 
-def d_r1(D: Discriminator, real: Tensor, c: Tensor, config: Config) -> Loss:
-    """R1 penalty ([3]) at the augmented images, the ones that D sees."""
-    default = 0.0002 * config.img_resolution**2 / config.batch_size
-    gamma = default if config.r1_gamma is None else config.r1_gamma
+def d_r1(D: Discriminator, real: Tensor, c: Tensor, gamma: Tensor, config: Config) -> Loss:
+    """R1 penalty ([3]) of weight `gamma` at the augmented images, the ones that D sees."""
     penalty = r1_penalty(D, D.augment(real), c).mean()
     return penalty * (gamma / 2 * config.r1_interval), {"r1": penalty}
 
@@ -297,10 +295,16 @@ def label_weight(config: Config, nimg: int) -> float:
     return min(1, nimg / (config.label_ramp_kimg * 1000)) if config.label_ramp_kimg else 1
 
 
-def step_size(config: Config, done: float) -> float:
-    """Learning rate after a share `done` of training: constant, then half a cosine down to 0."""
+def schedule(config: Config, done: float) -> tuple[float, float]:
+    """Learning rate and weight of R1 after a share `done` of training.
+
+    In the cooldown one falls to 0 as half a cosine, and the logarithm of the other along with it.
+    """
     left = (1 - done) / config.cooldown if config.cooldown else 1
-    return config.learning_rate * (1 - math.cos(math.pi * min(1, left))) / 2
+    rate = (1 - math.cos(math.pi * min(1, left))) / 2
+    default = 0.0002 * config.img_resolution**2 / config.batch_size
+    gamma = default if config.r1_gamma is None else config.r1_gamma
+    return config.learning_rate * rate, gamma**rate * (config.r1_gamma_end or gamma) ** (1 - rate)
 
 
 def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor) -> Tensor:
@@ -317,9 +321,9 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
         seed = stream_seed(phase.__name__, config.seed, rank(), state.cur_nimg)
         return state.phases(phase, optimizer, seed, *args, config)
 
-    rate = step_size(config, state.cur_nimg / state.total)
+    rate, gamma = schedule(config, state.cur_nimg / state.total)
     for optimizer, interval in (state.g_opt, config.pl_interval), (state.d_opt, config.r1_interval):
-        optimizer.param_groups[0]["lr"] = rate * (interval / (interval + 1))  # as in `lazy_adam`
+        optimizer.param_groups[0]["lr"] = rate * interval / (interval + 1)  # as in `lazy_adam`
     torch.manual_seed(stream_seed("labels", config.seed, rank(), state.cur_nimg))
     drawn = torch.randint(len(label_pool), [3, N], device=real.device)
     labels = torch.cat([label_pool[drawn], c[None]]) * label_weight(config, state.cur_nimg)
@@ -332,7 +336,7 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
         state.pl_mean = stats.pop("pl_mean")
     stats |= run(d_main, state.d_opt, G, D, real, c, c_d)
     if due["r1"]:
-        stats |= run(d_r1, state.d_opt, D, real, c)
+        stats |= run(d_r1, state.d_opt, D, real, c, torch.full([], gamma, device=real.device))
     state.cur_nimg += config.batch_size
     ema_step(state)
     if config.augment == "ada":

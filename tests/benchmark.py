@@ -198,7 +198,7 @@ def phase_arguments(
         "g_main": (G, D, c, config),
         "g_path": (G, c[: max(1, N // 2)], torch.zeros([], device=device), config),
         "d_main": (G, D, real, c, c, config),
-        "d_r1": (D, real, c, config),
+        "d_r1": (D, real, c, torch.ones([], device=device), config),
     }
 
 

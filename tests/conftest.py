@@ -253,7 +253,7 @@ def phase_calls(G: Generator, D: Discriminator, real, c, config: Config) -> dict
         g_main: (G, (G, D, c, config)),
         g_path: (G, (G, c, torch.full([], 0.3, device=c.device), config)),
         d_main: (D, (G, D, real, c, c, config)),
-        d_r1: (D, (D, real, c, config)),
+        d_r1: (D, (D, real, c, torch.full([], 2.0, device=c.device), config)),
     }
 
 

@@ -143,7 +143,7 @@ def test_each_phase_moves_its_own_network_only(config: Config):
     for phase, optimizer, args in (
         (g_path, state.g_opt, (G, c, state.pl_mean)),
         (d_main, state.d_opt, (G, D, real, c, c)),
-        (d_r1, state.d_opt, (D, real, c)),
+        (d_r1, state.d_opt, (D, real, c, torch.tensor(1.0))),
     ):
         before_G, before_D = snapshot(G), snapshot(D)
         state.phases(phase, optimizer, 0, *args, config)
@@ -175,6 +175,31 @@ def assert_gradients_equal(loss: torch.Tensor, net: nn.Module, recorded) -> None
         expected = torch.zeros_like(p) if gradient is None else gradient
         torch.testing.assert_close(recorded[id(p)], expected, rtol=1e-4, atol=1e-6)
     assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_the_weight_of_r1_moves_to_its_end_in_the_cooldown(config: Config):
+    cooled = replace(config, r1_gamma=10.0, cooldown=0.5)
+    for end, expected in ((None, [10, 10, 10, 10]), (0.1, [10, 10, 1, 0.1])):
+        found = [
+            training.schedule(replace(cooled, r1_gamma_end=end), done)[1]
+            for done in (0, 0.5, 0.75, 1)
+        ]
+        assert found == pytest.approx(expected)
+    assert training.schedule(replace(config, r1_gamma=0.0, cooldown=0.5), 0.75)[1] == 0
+
+
+def test_r1_has_the_weight_of_its_moment(config: Config, monkeypatch):
+    state, real, c = step_inputs(replace(config, r1_gamma=10.0, r1_gamma_end=0.1, cooldown=0.5))
+    state.total, state.cur_nimg = 1024, 768
+    weights = []
+    phase = state.phases.backward
+    monkeypatch.setattr(
+        state.phases,
+        "backward",
+        lambda f, *args: weights.append(args[-2]) or phase(f, *args),
+    )
+    train_step(state, real, c, torch.eye(2))
+    assert weights[-1].item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("r1_gamma", "weight"), [(10.0, 80.0), (None, 0.0128 / 2 * 16)])
@@ -235,7 +260,7 @@ def test_path_length_mean_follows_the_lengths(config: Config):
 def test_r1_is_taken_where_d_looks(config: Config):
     state, real, c = step_inputs(replace(config, augment="ada", ada_p=1.0))
     torch.manual_seed(1)
-    loss, stats = d_r1(state.D, real, c, state.config)
+    loss, stats = d_r1(state.D, real, c, torch.tensor(1.0), state.config)
     torch.manual_seed(1)
     seen = state.D.augment(real)
     assert not torch.equal(seen, real)
@@ -422,9 +447,9 @@ def test_adam_is_corrected_for_laziness(config: Config):
 
 
 def test_the_step_size_falls_to_zero_in_the_cooldown(config: Config):
-    assert training.step_size(config, 0.99) == config.learning_rate
+    assert training.schedule(config, 0.99)[0] == config.learning_rate
     cooled = replace(config, cooldown=0.5)
-    sizes = [training.step_size(cooled, done) for done in (0, 0.5, 0.75, 1)]
+    sizes = [training.schedule(cooled, done)[0] for done in (0, 0.5, 0.75, 1)]
     assert sizes == pytest.approx([0.002, 0.002, 0.001, 0], abs=1e-12)
     state, real, c = step_inputs(cooled)
     state.total, state.cur_nimg = 1024, 768
