@@ -313,7 +313,7 @@ def as_flags(config: Config) -> list[str]:
     names = ["data_root", "out", "cache", "device", "img_resolution", "z_dim", "w_dim", "epochs"]
     names += ["channel_base", "channel_max", "batch_size", "learning_rate", "fid_kimg", "seed"]
     names += ["augment", "ada_kimg", "ada_target", "ada_interval", "checkpoint_kimg", "num_workers"]
-    names += ["r1_gamma"]
+    names += ["r1_gamma", "r1_gamma_end", "cooldown", "ema_rampup"]
     pairs = [(f"--{n.replace('_', '-')}", str(getattr(config, n))) for n in names]
     noise = "--noise" if config.noise else "--no-noise"
     return [noise, *(part for pair in pairs for part in pair)]
