@@ -530,10 +530,9 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
     G.to(device)
     utils.ensure_writable(options.out or runs.output_folder(source, "evaluation"))
     cache, extractors = options.cache or runs.cache_of(config), []
-    if "inception" in options.extractors:
-        extractors.append(features.load_inception(options.inception_weights, device))
-    if "dinov2" in options.extractors:
-        extractors.append(features.load_dinov2(options.dinov2_weights, device))
+    for name, (weights, load) in features.PRETRAINED.items():
+        if name in options.extractors:
+            extractors.append(load(getattr(options, weights.option), device))
     root, table = options.data_root or config.data_root, options.table or config.table
     real = replace(config, data_root=root, table=table, cache=cache)
     splits, data = load_slices(real)

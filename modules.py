@@ -381,16 +381,22 @@ class Generator(nn.Module):
         return self.synthesis(ws, noise_mode)
 
 
+def switched(first: Tensor, second: Tensor, cutoff: Tensor) -> Tensor:
+    """ws of the first up to a layer, then of the second. [N, num_ws, w_dim] twice, [N, 1]."""
+    from_first = torch.arange(first.shape[1], device=first.device) < cutoff  # [N, num_ws]
+    return torch.where(from_first[:, :, None], first, second)
+
+
 def mixed_ws(G: Generator, z: Tensor, c: Tensor, style_mixing_prob: float) -> Tensor:
-    """ws [N, num_ws, w_dim], of which a share takes a second latent from a random layer on
-    ([2], section 3.1)."""
+    """Style mixing ([2], section 3.1): a share of the images switches to a second latent.
+
+    z [N, z_dim], c [N, c_dim] -> ws [N, num_ws, w_dim].
+    """
     both = G.mapping(torch.cat([z, torch.randn_like(z)]), torch.cat([c, c]))
-    first, second = both.chunk(2)  # each [N, num_ws, w_dim]
-    N, num_ws, _ = first.shape
+    N, num_ws = len(z), both.shape[1]
     cutoff = torch.randint(1, num_ws, [N, 1], device=z.device)
     keep = torch.rand([N, 1], device=z.device) >= style_mixing_prob
-    from_first = (torch.arange(num_ws, device=z.device) < cutoff) | keep  # [N, num_ws]
-    return torch.where(from_first[:, :, None], first, second)
+    return switched(*both.chunk(2), cutoff.where(~keep, num_ws))
 
 
 class DiscriminatorBlock(nn.Module):

@@ -322,8 +322,8 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
         return state.phases(phase, optimizer, seed, *args, config)
 
     rate, gamma = schedule(config, state.cur_nimg / state.total)
-    for optimizer, interval in (state.g_opt, config.pl_interval), (state.d_opt, config.r1_interval):
-        optimizer.param_groups[0]["lr"] = rate * interval / (interval + 1)  # as in `lazy_adam`
+    for optimizer in (state.g_opt, state.d_opt):  # defaults: as `lazy_adam` made them
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate / config.learning_rate
     torch.manual_seed(stream_seed("labels", config.seed, rank(), state.cur_nimg))
     drawn = torch.randint(len(label_pool), [3, N], device=real.device)
     labels = torch.cat([label_pool[drawn], c[None]]) * label_weight(config, state.cur_nimg)

@@ -89,8 +89,9 @@ class Extractor(NamedTuple):
 
 
 def find_weights(path: Path | None, source: Weights) -> tuple[Path, str]:
-    """File of the weights and its sha256. Raises UserError if it is missing or a different file,
-    or if a package is missing that reads it.
+    """File of the weights and its sha256.
+
+    Raises UserError if it is missing or a different file, or if a package is missing that reads it.
     """
     if path is None:
         package = importlib.util.find_spec(source.package)

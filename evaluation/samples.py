@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import dataset
 import utils
-from modules import Generator, mixed_ws
+from modules import Generator, mixed_ws, switched
 
 BATCH = 50  # images of fresh latents that are computed at a time
 
@@ -62,15 +62,14 @@ def mapped(G: Generator, z: Tensor, c: Tensor, psi: float, cutoff: int | None = 
 def with_mixed_styles(
     ws: Tensor, others: Tensor, seeds: list[int], style_mixing_prob: float
 ) -> Tensor:
-    """ws of seeds, of which a share takes `others` from a layer on, as `modules.mixed_ws`.
+    """ws of seeds, of which a share switches to `others` at a layer, as in `modules.mixed_ws`.
 
     The share and the layers depend on the seeds only. All [N, num_ws, w_dim].
     """
     rngs = [np.random.default_rng(utils.stream_seed("style mixing", seed)) for seed in seeds]
     mixes = [rng.random() < style_mixing_prob for rng in rngs]
-    cutoffs = [rng.integers(1, ws.shape[1]) for rng in rngs]
-    keep = np.where(mixes, cutoffs, ws.shape[1])[:, None] > np.arange(ws.shape[1])
-    return torch.where(torch.from_numpy(keep).to(ws.device)[:, :, None], ws, others)
+    cutoffs = np.where(mixes, [rng.integers(1, ws.shape[1]) for rng in rngs], ws.shape[1])
+    return switched(ws, others, torch.from_numpy(cutoffs).to(ws.device)[:, None])
 
 
 # Fresh latents

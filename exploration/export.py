@@ -106,9 +106,11 @@ def draw(model: Model, seeds: list[int], options: Options) -> tuple[np.ndarray, 
     """Images and classes of some seeds; the classes take turns. -> uint8 [n, R, R], [n]."""
     labels = np.array(seeds) % len(model.classes)
     c = model.c(labels, seeds)
-    second = [utils.stream_seed("second latent", seed) for seed in seeds]
-    ws, others = (mapped(model.G, model.z(s), c, options.truncation_psi) for s in (seeds, second))
-    ws = with_mixed_styles(ws, others, seeds, options.style_mixing_prob)
+    ws = mapped(model.G, model.z(seeds), c, options.truncation_psi)
+    if options.style_mixing_prob:
+        second = model.z([utils.stream_seed("second latent", seed) for seed in seeds])
+        others = mapped(model.G, second, c, options.truncation_psi)
+        ws = with_mixed_styles(ws, others, seeds, options.style_mixing_prob)
     return images_of(model.G, ws), labels
 
 
