@@ -11,6 +11,7 @@ from conftest import fixed_generator, make_slices
 from safetensors.torch import save
 
 import dataset
+import utils
 from assets.demo_brains import write_demo
 from config import CPU, Config, UserError
 from dataset import Slices, load_slices
@@ -111,6 +112,16 @@ def test_dinov2_has_384_features_and_sees_a_mirrored_hemisphere():
 def test_a_missing_dinov2_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"dinov2_weights = .*: no such file; pip install timm"):
         load_dinov2(tmp_path / "nowhere.pt", torch.device("cpu"))
+
+
+def test_a_package_that_reads_the_weights_must_be_there(tmp_path):
+    (tmp_path / "ours.pt").write_bytes(b"ours")
+    source = features.DINOV2._replace(sha256=utils.sha256_of(tmp_path / "ours.pt"))
+    absent = source._replace(needs="no_such_package")
+    with pytest.raises(UserError, match="dinov2 needs no_such_package: pip install timm"):
+        features.find_weights(tmp_path / "ours.pt", absent)
+    found = features.find_weights(tmp_path / "ours.pt", source._replace(needs="numpy"))
+    assert found == (tmp_path / "ours.pt", source.sha256)
 
 
 # The encoder

@@ -24,6 +24,7 @@ from training.diagnosis import PANELS, RULES, out_of_range, plot_curves, verdict
 from training.logs import STATS, append_losses, read_history, read_log, read_losses, truncate_logs
 from training.recorder import Measurements, grid_interval
 from training.runs import checkpoints, load_checkpoint, load_generator
+from utils import evenly_spaced
 
 pytestmark = pytest.mark.usefixtures("short_encoder")
 
@@ -299,6 +300,22 @@ def measurements(tmp_path_factory) -> Measurements:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "fit_encoder", partial(features.fit_encoder, steps=250))
         return Measurements(splits, "made up", config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("fewer", [80, 40])
+def test_test_slices_are_measured_against_as_many_training_slices(config: Config, fewer):
+    splits = {"train": make_slices(), "test": make_slices(seed=1).take(slice(fewer))}
+    config.out.mkdir(parents=True)
+    found = Measurements(splits, "made up", replace(config, fid_images=100), torch.device("cpu"))
+    sets = {}
+    for name, part in (
+        ("train", splits["train"].take(evenly_spaced(80, fewer))),
+        ("test", splits["test"]),
+    ):
+        values = features.compute_features(part.images, found.extractor, None)
+        sets[name] = metrics.Features(values, part.participants, part.labels)
+    assert found.near_real == pytest.approx(metrics.manifold_metrics(sets["train"], sets["test"]))
+    assert 0 < found.near_real["coverage"] <= 1
 
 
 class Memory(torch.nn.Module):
