@@ -224,7 +224,7 @@ def in_words(hint: Any) -> str:
 
 # The two named settings: differences from the defaults above
 GPU: dict[str, Any] = {}
-CPU: dict[str, Any] = {  # twelve epochs of demo brains take about eight minutes on two cores
+CPU: dict[str, Any] = {  # twelve epochs of demo brains take about ten minutes on two cores
     "epochs": 12,
     "cooldown": 0.4,
     "batch_size": 8,
