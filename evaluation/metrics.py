@@ -162,11 +162,13 @@ def neighbour_radii(part: Features) -> np.ndarray:
 def manifold_metrics(real: Features, fake: Features) -> dict[str, float]:
     """Precision and recall (k = 3, [3]), density and coverage (k = 5, [4]).
 
-    Slices of one participant are not counted as neighbours. Both sets must have as many slices,
-    since coverage rises with the number of samples. NaN where a slice has fewer than five
-    neighbours.
+    Slices of one participant are not counted as neighbours. Of the larger set as many slices are
+    taken as the smaller one has, since coverage rises with the number of samples. NaN where a slice
+    has fewer than five neighbours.
     """
     names = ("precision", "recall", "density", "coverage")
+    n = min(len(part.values) for part in (real, fake))
+    real, fake = (s.take(evenly_spaced(len(s.values), n)) for s in (real, fake))
     radii, fake_radii = neighbour_radii(real), neighbour_radii(fake)
     if np.isinf(radii).any() or np.isinf(fake_radii).any():
         return dict.fromkeys(names, math.nan)
@@ -178,7 +180,6 @@ def manifold_metrics(real: Features, fake: Features) -> dict[str, float]:
         near += inside.sum()
         covered |= inside.any(0)
         recalled |= (found < fake_radii[rows, :1]).any(0)
-    n = len(fake.values)
     values = precise / n, recalled.mean(), near / (5 * n), covered.mean()
     return dict(zip(names, map(float, values), strict=True))
 

@@ -40,6 +40,24 @@ def shape_profile(train: Slices, sets: dict[str, Slices], cache: Path) -> Rows:
     return rows
 
 
+def some_features(
+    slices: Slices,
+    n: int,
+    extractor: features.Extractor,
+    blur: float = 0,
+    cache: Path | None = None,
+) -> Features:
+    """Features of `n` of the slices, blurred before; without a cache they are computed anew."""
+    some = slices.take(evenly_spaced(len(slices.labels), n))
+    if blur:
+        some = replace(some, images=features.blurred(some.images, blur))
+    if cache is None:
+        values = features.compute_features(some.images, extractor, None)
+    else:
+        values = features.features_of(some.images, extractor, cache, f"{n} slices")
+    return Features(values, some.participants, some.labels)
+
+
 def recall_without_detail(
     train: Slices, sets: dict[str, Slices], extractor: features.Extractor, cache: Path
 ) -> Rows:
@@ -50,13 +68,8 @@ def recall_without_detail(
     n = min(MAX_BLURRED, *(len(s.labels) for s in (train, *sets.values())))
     rows: Rows = [{"set": name, "slices": n} for name in sets]
     for column, blur in (("recall", 0.0), ("recall_blurred", BLUR)):
-        found = []
-        for name, slices in {"train": train, **sets}.items():
-            some = slices.take(evenly_spaced(len(slices.labels), n))
-            if blur:
-                some = replace(some, images=features.blurred(some.images, blur))
-            values = features.features_of(some.images, extractor, cache, f"{name}, some")
-            found.append(Features(values, some.participants, some.labels))
-        for row, part in zip(rows, found[1:], strict=True):
-            row[column] = metrics.manifold_metrics(found[0], part)["recall"]
+        parts = (train, *sets.values())
+        real, *others = (some_features(part, n, extractor, blur, cache) for part in parts)
+        for row, part in zip(rows, others, strict=True):
+            row[column] = metrics.manifold_metrics(real, part)["recall"]
     return rows

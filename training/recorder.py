@@ -21,7 +21,7 @@ from torch import Tensor
 import utils
 from config import Config
 from dataset import Slices
-from evaluation import features, metrics, samples
+from evaluation import features, metrics, samples, variety
 from modules import Discriminator, Generator
 from training import logs
 from training.diagnosis import PANELS, diagnose, plot_curves, plot_losses
@@ -34,6 +34,7 @@ FLUSH_STEPS = 50  # steps between two writes of the losses, each of which waits 
 GRID_COLUMNS = 8
 GROUPS = {name: title for title, names, _, _ in PANELS for name in names}  # of TensorBoard
 MAIN_AXES = 10  # principal components of real slices along which the spread is measured
+NEARNESS = ("precision", "recall", "recall_blurred", "coverage")
 MAX_DEVIATION = 1000  # at most so many slices of a class give the deviation of a pixel
 
 
@@ -44,7 +45,8 @@ class Measurements:
       of other participants.
     - `leak_rotation`, `leak_flip`, `leak_border`: see `leaks`.
     - `precision`, `recall`, `coverage`: see `manifold_metrics`; `recall_real`, `coverage_real`:
-      those of test slices, or of as many as there are.
+      those of test slices. `recall_blurred`, `recall_blurred_real`: recall after all images were
+      blurred by a pixel; it stays low if shapes are missing, but not for want of detail.
     - `spread`: deviation of samples along the ten main axes of the real slices' features, divided
       by that of the real slices; the median of the axes.
     - `shapes_1_1`, `shapes_2_6`, `shapes_7_20`: deviation of samples along the principal components
@@ -82,10 +84,9 @@ class Measurements:
         self.gaussian = metrics.gaussian(self.real)
         rows = utils.evenly_spaced(len(self.real), config.fid_images)
         self.some_real = metrics.Features(self.real, train.participants, train.labels).take(rows)
-        near = self.some_real, metrics.Features(unseen, test.participants, test.labels)
-        n = min(len(part.values) for part in near)
-        near = (part.take(utils.evenly_spaced(len(part.values), n)) for part in near)
-        self.near_real = metrics.manifold_metrics(*near)
+        self.some_blurred = self.blurred(train, config.cache)
+        unseen = metrics.Features(unseen, test.participants, test.labels)
+        self.near_real = self.nearness(unseen, self.blurred(test, config.cache))
         self.axes = metrics.main_axes(self.gaussian, MAIN_AXES)
         pixels = features.compute_features(train.images[rows], features.PIXELS, None)
         self.shapes = metrics.main_axes(metrics.gaussian(pixels), metrics.NUM_SHAPES)
@@ -109,6 +110,17 @@ class Measurements:
         right = scores[:, : self.num_classes].argmax(1) == slices.labels
         return float(np.mean([right[slices.labels == i].mean() for i in np.unique(slices.labels)]))
 
+    def blurred(self, slices: Slices, cache: Path | None = None) -> metrics.Features:
+        """Features of at most `fid_images` of the slices, blurred by a pixel."""
+        n = min(self.config.fid_images, len(slices.labels))
+        return variety.some_features(slices, n, self.extractor, variety.BLUR, cache)
+
+    def nearness(self, some: metrics.Features, blurred: metrics.Features) -> dict[str, float]:
+        """Precision, recall and coverage of training slices, and recall after a blur."""
+        found = metrics.manifold_metrics(self.some_real, some)
+        found["recall_blurred"] = metrics.manifold_metrics(self.some_blurred, blurred)["recall"]
+        return {name: found[name] for name in NEARNESS}
+
     @torch.no_grad()
     def mean_logit(self, D: Discriminator, slices: Slices) -> float:
         """Mean logit of D, over whole batches if there is one."""
@@ -126,18 +138,15 @@ class Measurements:
         order = np.random.default_rng(0).permutation(len(fakes.labels))
         subsets = (self.subsets["train"], self.subsets["test"], fakes.take(order))
         real, test, fake = (self.mean_logit(D, slices) for slices in subsets)
-        n = len(self.some_real.values)
-        some = metrics.Features(values[order][:n], fakes.participants[:n], fakes.labels[order][:n])
-        near = metrics.manifold_metrics(self.some_real, some)
+        some = metrics.Features(values, fakes.participants, fakes.labels)
         pixels = features.compute_features(fakes.images, features.PIXELS, None)
         moved = samples.conditional_variation(G, self.config.seed)
         found = {
             "fid": metrics.gaussian_distance(metrics.gaussian(values), self.gaussian),
             "fid_real": self.fid_real,
             "test_participants": len(set(self.subsets["test"].participants)),
-            "precision": near["precision"],
-            **{name: near[name] for name in ("recall", "coverage")},
-            **{f"{name}_real": self.near_real[name] for name in ("recall", "coverage")},
+            **self.nearness(some, self.blurred(fakes)),
+            **{f"{name}_real": self.near_real[name] for name in NEARNESS[1:]},
             "spread": metrics.median_deviation(values @ self.axes),
             **metrics.shape_spread(pixels @ self.shapes),
             "kid": metrics.kernel_distance(values, self.real, subsets=10)[0],
