@@ -108,9 +108,14 @@ def rows_by_scan(files: list[SliceFile]) -> list[list[int]]:
 
 
 def set_participants(splits: Iterable[list[SliceFile]], entries: Mapping[str, Entry]) -> None:
-    """Replace each scan's id by its participant: that of its entry, else the one in its name."""
+    """Replace each scan's id by its participant: that of its entry, else the one in its name.
+
+    If scans with an entry show the name too, it stands for the participant of their entries.
+    """
     scans = {file.scan for files in splits for file in files}
-    shown = participants_of(scans - entries.keys())
+    names = participants_of(scans)
+    listed = {names[scan]: entries[scan].participant for scan in sorted(names.keys() & entries)}
+    shown = {scan: listed.get(name, name) for scan, name in names.items() if scan not in entries}
     if shown and len(people := set(shown.values())) < len(shown):
         text = f"{len(shown)} scans are of {len(people)} participants by their names"
         utils.print_once(f"{text}, such as {min(shown)} of {shown[min(shown)]}")

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import utils
 from config import Range, Seed, Share, UserError, check_fields
-from dataset import Slices, decoded, find_class_folders, load_slices
+from dataset import Slices, decoded, find_class_folders
 from evaluation import features, metrics, report, samples, variety
 from evaluation.metrics import Features
 from evaluation.report import Row, Rows
@@ -53,7 +53,6 @@ NUM_DEGRADED = 100  # slices that each degradation is applied to
 STEPS = 320  # training steps of each classifier
 CLASSIFIER_BATCH = 32  # slices in a step: 600 steps of 64 are no better, and take three times
 NUM_SEEDS = 3  # seeds of each classifier
-OTHER_DATA = "not the slices of this run, or another split: this tells nothing of memorisation"
 NUM_COPIES = 100  # planted copies of each kind, the controls of the memorisation audit
 
 
@@ -522,33 +521,28 @@ def measure(
 def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
     """Generator, references, description of both. Raises UserError before anything takes long."""
     source = options.runs[0] if options.runs else runs.newest_run()
-    run = runs.run_folder(source)
     G, config, classes = runs.load_generator(source)
     device = process.resolve_device(options.device)
     G.to(device)
-    utils.ensure_writable(options.out or runs.output_folder(source, "evaluation"))
+    utils.ensure_writable(options.out or runs.report_folder(source, options.images))
     cache, extractors = options.cache or runs.cache_of(config), []
     for name, (weights, load) in features.PRETRAINED.items():
         if name in options.extractors:
             extractors.append(load(getattr(options, weights.option), device))
-    root, table = options.data_root or config.data_root, options.table or config.table
-    real = replace(config, data_root=root, table=table, cache=cache)
-    splits, data = load_slices(real)
-    found = splits["train"].classes
-    if found != classes:
-        raise UserError(f"{real.data_root} has classes {found}, the generator {classes}")
-    trained_on_it = data == runs.read_run_config(run)[2]
+    places = options.data_root, options.table
+    splits, data = runs.load_real(replace(config, cache=cache), classes, *places)
+    trained_on_it = runs.trained_on(source, data)
     if not trained_on_it:
-        utils.print_once(f"note: {OTHER_DATA}")
+        utils.print_once(f"note: {runs.OTHER_DATA}")
     if "encoder" in options.extractors:
-        own = runs.own_encoder(run, data)
+        own = runs.own_encoder(source, data)
         encoder, digest = features.trained_encoder(splits["train"], data, cache, own)
         extractors.append(features.encoder_extractor(encoder, digest, data))
     fresh = None
-    if real.data_root is None and "distribution" in options.metrics:
+    if (options.data_root or config.data_root) is None and "distribution" in options.metrics:
         fresh = features.fresh_slices(splits["train"], cache, min(options.num_fake, MAX_FRESH))
     what = identity_of(source) | {
-        "data": data if trained_on_it else f"{data}: {OTHER_DATA}",
+        "data": data if trained_on_it else f"{data}: {runs.OTHER_DATA}",
         "resolution": config.img_resolution,
         "resize": "bicubic with antialiasing, after padding to a square",
         "seed": options.seed,
@@ -599,7 +593,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     G, references, what = prepare(options)
     fakes, origin = fakes_of(options, G, references)
     tables: dict[str, Any] = {"what": what | origin | counts({**references.splits, "fake": fakes})}
-    out = options.out or runs.output_folder(Path(what["weights"]), "evaluation")
+    out = options.out or runs.report_folder(Path(what["weights"]), options.images)
     stamp = hashlib.sha256(json.dumps(tables["what"]).encode()).hexdigest()
     tables |= measure(fakes, references, options.metrics, out / "parts", stamp)
     if "diversity" in options.metrics and options.images is None:
@@ -611,7 +605,6 @@ def evaluate(options: Options) -> dict[str, Any]:
     for row in tables.get("memorisation", ()):
         path = out / f"nearest_{row['space']}.png"
         report.draw_nearest(row, fakes, references.splits["train"], path)
-    shutil.rmtree(out / "parts")  # a later version of the package may measure otherwise
     utils.print_once(f"{text}\n{verdict(tables)}\nreport: {out / 'evaluation.md'}")
     return tables
 
@@ -638,6 +631,9 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     sources = options.runs or (runs.newest_run(),)
     reports = [evaluate(replace(options, runs=(run,))) for run in sources]
+    for run in sources:  # a later version of the package may measure otherwise
+        out = options.out or runs.report_folder(run, options.images)
+        shutil.rmtree(out / "parts", ignore_errors=True)
     if len(reports) > 1 and "distribution" in options.metrics:
         text = report.as_narrow_tables(over_runs(reports))
         utils.print_once(f"## Over {len(reports)} runs\n\n{text}")

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 Drawing = Literal["grid", "images", "truncation", "mixing", "positions", "embedding"]
 PSI_SWEEP = (0.0, 0.25, 0.5, 0.7, 1.0)
-POSITION_SWEEP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+POSITIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SWEEP_SEEDS = 4
 STYLES = ("coarse", "middle", "fine")  # thirds of the layers
 NUM_COMPONENTS = 50  # principal components of a slice in the embedding of images
@@ -431,8 +431,8 @@ def predict(options: Options) -> Path:
             if "grid" in wanted:
                 write_grid(images, name, seeds, options.paths(out, f"grid_{name}"))
     sweeps = {
-        "truncation": ("psi", {f"{psi}": Options(truncation_psi=psi) for psi in PSI_SWEEP}),  # [1]
-        "positions": ("position", {f"{x:.2f}": Options(position=x) for x in POSITION_SWEEP}),
+        "truncation": ("psi", {f"{x}": replace(options, truncation_psi=x) for x in PSI_SWEEP}),
+        "positions": ("position", {f"{x:.2f}": replace(options, position=x) for x in POSITIONS}),
     }
     for figure, (axis, sweep) in sweeps.items():
         if figure in wanted and (figure == "truncation" or G.by_position):

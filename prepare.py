@@ -24,7 +24,7 @@ from utils import delete_partials, ensure_writable, print_once, run_command, siz
 CACHED = re.compile(
     r"([0-9a-f]{16}-\d+|features-[a-z0-9]+-[0-9a-f]{16})\.npy(\.lock)?|compiled|demo-\d+"
     r"|check-[0-9a-f]{16}\.txt"
-    r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|fresh-\d+-\d+-\d+"
+    r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|(fresh-\d+|twins)-\d+-\d+"
 )
 
 

@@ -359,7 +359,10 @@ def similarity(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     from torchmetrics.functional import image  # imports for seconds
 
     ms_ssim = image.multiscale_structural_similarity_index_measure
-    scales = max(1, min(5, int(math.log2(min(images.shape[1:]) / 11)) + 1))
+    side = min(images.shape[1:])
+    scales = max(1, min(5, int(math.log2(side / 11)) + 1))
+    if side // max(1, scales - 1) ** 2 < 11:  # torchmetrics asks for more than the scales need
+        scales -= 1
     betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:scales]
     betas = tuple(b / sum(betas) for b in betas)
     parts = []

@@ -53,6 +53,8 @@ class Copies:
         real = runs.real_slices(model.config, model.classes, *places, "no copies can be found")
         if real is None:
             raise UserError("reject_copies: the training slices are not here; set --data-root")
+        if not runs.trained_on(model.source, real[1]):
+            raise UserError(f"reject_copies: {runs.OTHER_DATA}")
         train, test = (metrics.normalise_pose(real[0][k].images) for k in ("train", "test"))
         known = np.concatenate([train, train[:, :, ::-1]])  # mirrored too
         self.known = features.compute_features(known, features.PIXELS, None)
@@ -197,7 +199,6 @@ def data_card(model: Model, options: Options, rows: list[dict[str, str]], digest
     kept = [row for row in rows if row["kept"] == "yes"]
     counts = {name: sum(row["class"] == name for row in kept) for name in model.classes}
     of_classes = ", ".join(f"{number} {name}" for name, number in counts.items())
-    run = runs.run_folder(model.source)
     config, R = model.config, model.config.img_resolution
     trained_on = "the demo brains, which are synthetic" if config.data_root is None else (
         f"the folder {config.data_root.name}"
@@ -221,7 +222,7 @@ was given, not diagnoses.
 
 ## Evaluation of the generator
 
-{evaluation_of(run)}
+{evaluation_of(model.source, digest)}
 
 ## Limits
 
@@ -239,10 +240,12 @@ To be filled in: that of the training data, if it allows derived data to be hand
     return text
 
 
-def evaluation_of(run: Path) -> str:
-    """The headline of the run's evaluation, as a table, or what measures it."""
-    path = run / "evaluation" / "evaluation.json"
-    found = runs.read_json(path).get("distribution", []) if path.exists() else []
+def evaluation_of(source: Path, digest: str) -> str:
+    """The headline of the evaluation of these very weights, as a table, or what measures it."""
+    path = runs.report_folder(source) / "evaluation.json"
+    tables = runs.read_json(path) if path.exists() else {}
+    same = tables.get("what", {}).get("sha256") == digest
+    found = tables.get("distribution", []) if same else []
     names = ("extractor", "fid_test", "precision", "recall", "coverage")
     rows = [{name: row.get(name) for name in names} for row in found if row.get("set") == "all"]
     how = "Not measured: `python evaluate.py RUN` measures it."

@@ -139,12 +139,13 @@ class Model:
 
 
 class Real(NamedTuple):
-    """The real slices of a run, and the features of an encoder trained on the training slices."""
+    """Real slices, and the features of an encoder trained on those in train/."""
 
     train: Slices
     test: Slices
     extractor: features.Extractor
     is_demo: bool
+    trained_on: bool = True  # whether they are those of the run, split in the same way
 
 
 def open_model(options: Options) -> Model:
@@ -169,12 +170,14 @@ def open_real(model: Model, options: Options, without: str) -> Real | None:
     if found is None:
         return None
     splits, data = found
-    own = runs.own_encoder(runs.run_folder(model.source), data)
+    own = runs.own_encoder(model.source, data)
     encoder, digest = features.trained_encoder(splits["train"], data, model.config.cache, own)
     is_demo = (options.data_root or model.config.data_root) is None
     encoder.to(next(model.G.parameters()).device).requires_grad_(False)  # of images only
     extractor = features.encoder_extractor(encoder, digest, data)
-    return Real(splits["train"], splits["test"], extractor, is_demo)
+    return Real(
+        splits["train"], splits["test"], extractor, is_demo, runs.trained_on(model.source, data)
+    )
 
 
 def class_score(classifier: features.Encoder | None, images: np.ndarray, label: int) -> np.ndarray:

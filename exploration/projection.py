@@ -33,6 +33,7 @@ from exploration import model as models
 from exploration.figures import draw_columns, write_report
 from exploration.model import CHUNK, Model, Real
 from modules import Generator
+from training import runs
 
 GROUP = 8  # images that are projected at a time
 CANDIDATES = 256  # random images among which each slice finds its starts
@@ -322,7 +323,12 @@ def groups_of(
     if real is None:
         raise UserError("images: none are named, and the slices of the run are not here")
     groups = []
-    for name, slices in (("training people", real.train), ("test people", real.test)):
+    kinds = (
+        ("training people", "test people")
+        if real.trained_on
+        else ("people of train", "people of test")
+    )
+    for name, slices in zip(kinds, (real.train, real.test), strict=True):
         some = slices_of_people(slices, options.people)
         names = [str(participant) for participant in some.participants]
         groups.append(Group(name, some.images, some.labels.tolist(), names, some.positions))
@@ -389,6 +395,8 @@ def project_command(options: Options) -> Path:
     tables = {"errors": rows, "note": SENTENCE}
     if "test people" in errors:
         tables["memory"] = memory(errors)
+    elif "people of test" in errors:
+        tables["memory"] = f"Memory: {runs.OTHER_DATA}."
     write_report("Projection of slices", tables, model.out, "project")
     return model.out
 

@@ -13,6 +13,7 @@ from participants.tables import Entry, read_manifest, read_table
 from utils import print_once
 
 PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie beside the slices
+BASELINE = {"bl", "m0"}  # ADNI's VISCODE, and its month in BIDS
 MAX_LISTED = 5  # names in a hint
 VISIT = re.compile(r"(?:ses|session|visit|timepoint|tp|wave|mr)[-_ ]?(\d+)", re.IGNORECASE)
 DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
@@ -101,6 +102,8 @@ def rows_of_visit(rows: list[Entry], path: str) -> list[Entry]:
     dates = {"-".join(found) for found in DATE.findall(path)}
     visits = {simplified(word) for word in re.split(r"[\W_]+", path) if not word.isdigit()}
     visits |= {str(int(number)) for number in VISIT.findall(path)}
+    if visits & BASELINE:
+        visits |= BASELINE
     return [r for r in rows if r.date and r.date in dates] or [
         r for r in rows if r.visit and simplified(r.visit) in visits
     ]

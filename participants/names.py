@@ -55,9 +55,12 @@ def roster_name(name: str) -> str:
 def spellings(name: str, of_scan: bool = False) -> set[str]:
     """The ways in which a path may write a name of a table, such as 7 for RID 7.
 
-    ADNI's image I123 may be called 123, and the other way round.
+    ADNI's image I123 may be called 123, and the other way round. A scan is called like its
+    participant only if its name says no more, such as a visit.
     """
-    found = {stem(name), name.removeprefix("RID "), adni_name(name)}
+    found = {stem(name), name.removeprefix("RID ")}
+    if not of_scan or re.fullmatch(f"(sub-)?(ADNI)?{ADNI.pattern}", name, re.IGNORECASE):
+        found.add(adni_name(name))
     if of_scan and re.fullmatch(r"I?\d+", name):
         found |= {name.removeprefix("I"), f"I{name.removeprefix('I')}"}
     return found - {""}

@@ -35,6 +35,7 @@ from dataset import (
 )
 from prepare import clean
 from scans.checks import check
+from training import runs
 from utils import NUM_POSITIONS, conditions, machine, run_command
 
 
@@ -310,6 +311,28 @@ def test_a_table_overrules_names_and_a_manifest_too(tmp_path: Path, config: Conf
     table.write_text("subject,sex\nsomeone,F\n")
     with pytest.raises(UserError, match="table.csv names none of the scans"):
         load_slices(replace(config, data_root=root, table=table))
+
+
+def test_scans_that_a_table_lacks_are_of_the_people_it_lists(tmp_path: Path):
+    for split, visit in (("train", 0), ("test", 1)):
+        write_people(tmp_path / "ours" / split, f"OAS1_{{1:04}}_MR{visit}", visits=1)
+    table = tmp_path / "table.csv"
+    table.write_text("scan,subject\n" + "".join(f"OAS1_{p:04}_MR0,P{p}\n" for p in range(12)))
+    with pytest.raises(UserError, match=r"12 participant\(s\) on both sides of the split: P0"):
+        find_slices(tmp_path / "ours", False, table)
+
+
+def test_the_table_of_a_run_is_left_out_for_slices_it_does_not_name(
+    tmp_path: Path, config: Config, capsys
+):
+    root, table = write_people(tmp_path / "ours", "sub-{1:02}_ses-{2}"), tmp_path / "table.csv"
+    table.write_text("scan,subject\nx1,P1\n")
+    run = replace(config, table=table, data_root=None)
+    splits, _ = runs.load_real(run, ["AD", "NC"], root, None)
+    assert len(set(splits["train"].participants) | set(splits["test"].participants)) == 12
+    assert f"note: the table of the run is not used: {table} names none" in capsys.readouterr().out
+    with pytest.raises(UserError, match="table.csv names none of the scans"):
+        runs.load_real(run, ["AD", "NC"], root, table)
 
 
 def test_the_encoder_s_positions_are_those_of_scans_not_of_people(tmp_path: Path, config: Config):
@@ -634,21 +657,18 @@ def test_what_a_killed_process_left_half_written_is_deleted(config: Config, monk
 def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(config: Config, capsys):
     load_slices(config)
     (used,) = config.cache.glob("*.npy")
-    old, mine, demo = (
-        config.cache / f"{7:016x}-16.npy",
-        config.cache / "mine.txt",
-        config.cache / "demo-1",
-    )
+    names = (f"{7:016x}-16.npy", "mine.txt", "demo-1", "twins-2-200")
+    old, mine, demo, twins = (config.cache / name for name in names)
     others = {config.cache / name for name in ("my-results.npy", "poetry.lock", "demo-videos")}
     demo.mkdir()
     (demo / "x").write_text("x")
-    for path in (old, mine, *others):
+    for path in (old, mine, twins, *others):
         path.write_text("x")
-    for path in (used, old, mine, demo, *others):
+    for path in (used, old, mine, demo, twins, *others):
         os.utime(path, (0, 0))
     load_slices(config)  # uses it again
     clean(config.cache)
-    assert "2 of 3 entries deleted" in capsys.readouterr().out
+    assert "3 of 4 entries deleted" in capsys.readouterr().out
     assert set(config.cache.iterdir()) == {used, mine} | others
     clean(config.cache, days=0)
     assert set(config.cache.iterdir()) == {mine} | others

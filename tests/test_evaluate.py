@@ -38,6 +38,7 @@ from evaluation.report import as_markdown, as_narrow_tables, as_table
 from evaluation.verdict import verdict
 from predict import predict
 from train import train
+from training import runs
 from training.logs import read_log
 from training.runs import load_generator
 
@@ -337,6 +338,14 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(
     assert shown.rstrip().endswith(f"report: {out / 'evaluation.md'}")
 
 
+def test_other_images_and_older_weights_have_reports_of_their_own(tmp_path):
+    run = tmp_path / "run"
+    places = [run, run / "generator.safetensors", run / "best.pt", run / "checkpoints" / "01.pt"]
+    names = [runs.report_folder(place).relative_to(run).as_posix() for place in places]
+    assert names == ["evaluation", "evaluation", "evaluation_best", "evaluation_01"]
+    assert runs.report_folder(run, Path("AD_NC")) == run / "evaluation_AD_NC"
+
+
 def test_several_runs_have_an_interval_of_all_their_draws(
     trained: Config, tmp_path, short_evaluation, monkeypatch, capsys
 ):
@@ -346,6 +355,16 @@ def test_several_runs_have_an_interval_of_all_their_draws(
     monkeypatch.setattr("sys.argv", [str(part) for part in argv])
     evaluation.main()
     assert "## Over 2 runs" in capsys.readouterr().out
+    assert not [*trained.out.glob("evaluation/parts"), *tmp_path.glob("*/evaluation/parts")]
+    with monkeypatch.context() as patch:  # a stop after the first run
+        left = iter([evaluate])
+        patch.setattr(evaluation, "evaluate", lambda options: next(left)(options))
+        with pytest.raises(StopIteration):
+            evaluation.main()
+    capsys.readouterr()
+    evaluation.main()
+    shown = capsys.readouterr().out
+    assert shown.count("distribution: measured before") == 1 and "## Over 2 runs" in shown
     assert (tmp_path / "other" / "evaluation" / "evaluation.md").exists()
     heads = [
         {"set": "samples", "extractor": "encoder", "fd_test": fd, "fd_infinite": fd - 1.0,
@@ -459,7 +478,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_report(
     out = trained.out / "evaluation"
     evaluate(options)
     whole = (out / "evaluation.json").read_text(), (out / "evaluation.md").read_text()
-    assert not (out / "parts").exists()
+    shutil.rmtree(out / "parts")
     measure_anatomy, calls = evaluation.MEASURES["anatomy"], []
 
     def stop(*_args):

@@ -56,7 +56,8 @@ def saved(folder: Path, num_classes: int = 2, names=None, data_root=None, **sett
     root = data_root or folder / "missing"
     config = replace(SMALL, data_root=root, out=folder, cache=folder / "cache", **settings)
     G = make(config, num_classes)
-    runs.write_run_config(folder, config, names or names_of(num_classes), "data")
+    data = load_slices(config)[1] if data_root else "data"
+    runs.write_run_config(folder, config, names or names_of(num_classes), data)
     runs.save_generator(folder, G, 0)
     state = {"G_ema": G.state_dict(), "settings": runs.plain_settings(config), "cur_nimg": 1}
     (folder / "checkpoints").mkdir(exist_ok=True)
@@ -884,12 +885,16 @@ def test_an_export_is_a_data_set(tmp_path, capsys):
     assert "11 images of 16 x 16 pixels, 8-bit grey: 4 AD, 4 MCI, 3 NC." in card
     assert "Not measured" in card and "not looked" in card
     (run / "evaluation").mkdir()
+    digest = json.loads((out / "export.json").read_text())["generator_sha256"]
     row = {"extractor": "encoder", "set": "all", "fid_test": 12.5, "recall": None}
-    text = json.dumps({"distribution": [row, row | {"set": "AD", "fid_test": 99}]})
-    (run / "evaluation" / "evaluation.json").write_text(text)
-    ex.export(ex.Options(run, out, count=11, truncation_psi=0.7))
-    card = (out / "README.md").read_text("utf-8")
-    assert "| encoder | 12.5 |" in card and "99 |" not in card and "Not measured" not in card
+    tables = {"distribution": [row, row | {"set": "AD", "fid_test": 99}]}
+    for sha256, quoted in (("of other weights", False), (digest, True)):
+        text = json.dumps({"what": {"sha256": sha256}} | tables)
+        (run / "evaluation" / "evaluation.json").write_text(text)
+        ex.export(ex.Options(run, out, count=11, truncation_psi=0.7))
+        card = (out / "README.md").read_text("utf-8")
+        assert ("| encoder | 12.5 |" in card) is quoted and "99 |" not in card
+        assert ("Not measured" in card) is not quoted
 
 
 def test_an_export_mixes_the_styles_of_a_share_of_the_seeds(tmp_path):
@@ -1003,6 +1008,9 @@ def test_an_export_is_not_mixed_with_anything_else(tmp_path):
         ex.export(ex.Options(run))
     with pytest.raises(UserError, match="training slices are not here; set --data-root"):
         ex.export(ex.Options(run, tmp_path / "no", reject_copies=True))
+    others = write_folder(tmp_path / "others", {"train": 2, "test": 2})
+    with pytest.raises(UserError, match="reject_copies: not the slices of this run"):
+        ex.export(ex.Options(run, tmp_path / "no", reject_copies=True, data_root=others))
     assert not (tmp_path / "no").exists()
 
 

@@ -315,6 +315,14 @@ def test_odd_slices_of_a_contact_sheet_carry_their_files(figures, data_root, tmp
 # What predict.py draws
 
 
+def test_a_sweep_changes_one_option_and_keeps_the_others(trained: Config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prediction, "draw_sweep", lambda *args: seen.append(args[3]))
+    options = Options(trained.out, figures=("truncation",), truncation_cutoff=1)
+    predict(options)
+    assert seen == [{f"{x}": replace(options, truncation_psi=x) for x in prediction.PSI_SWEEP}]
+
+
 def test_only_the_figures_that_are_asked_for_are_drawn(trained: Config, monkeypatch, capsys):
     monkeypatch.setattr(runs, "real_slices", pytest.fail)
     out = predict(Options(trained.out, count=2, figures=("truncation",)))

@@ -220,6 +220,10 @@ def test_similarity_of_equal_slices_is_one_and_falls_with_noise():
     images = make_slices(size=64).images
     pairs = np.stack([np.arange(20), np.arange(20)], 1)
     np.testing.assert_allclose(similarity(images, pairs), 1, atol=1e-5)
+    for side in (11, 21, 22, 44, 88, 98, 99, 175, 176):  # a change of the number of scales
+        assert np.isfinite(
+            similarity(np.zeros((2, side, side), np.uint8), np.array([[0, 1]]))
+        ).all()
     noisy = images + np.random.default_rng(0).normal(0, 40, images.shape)
     both = np.concatenate([images, noisy.clip(0, 255).astype(np.uint8)])
     assert similarity(both, pairs + [[0, 80]]).mean() < 0.9

@@ -137,6 +137,23 @@ def test_scans_are_known_by_their_file_or_their_number(tmp_path: Path):
     assert finder.named_in("q/ADNI_q_I45000").participant == "q"
 
 
+@pytest.mark.parametrize("name", ["002_S_0295_{}", "sub-ADNI002S0295_ses-{}"])
+def test_scans_that_hold_the_name_of_their_participant_stay_apart(tmp_path: Path, name):
+    rows = "".join(
+        f"{name.format(visit)},{label}\n" for visit, label in (("bl", "CN"), ("m48", "AD"))
+    )
+    paths = [name.format(visit) for visit in ("bl", "m48")]
+    finder = EntryFinder(write(tmp_path, "scan,class\n" + rows), {}, paths)
+    assert [finder.named_in(path)[0::2][:2] for path in paths] == [
+        (paths[0], "NC"),
+        (paths[1], "AD"),
+    ]
+    first = write(tmp_path, "scan,class\n" + rows.splitlines()[0] + "\n")
+    assert EntryFinder(first, {}, paths).named_in(paths[1]).scan == ""
+    whole = write(tmp_path, "scan,class\nsub-ADNI002S0295,CN\n")
+    assert EntryFinder(whole, {}, ["002_S_0295"]).named_in("002_S_0295").label == "NC"
+
+
 def test_the_age_of_another_visit_is_not_taken(tmp_path: Path):
     finder = EntryFinder(write(tmp_path, ADNI), {})
     entry = finder.named_in("002_S_0559/first visit")
@@ -260,6 +277,7 @@ VISITS = (
 @pytest.mark.parametrize(
     ("path", "none", "first", "last"),
     [
+        ("p100/ses-M000/x", "NC", "NC", "NC"), ("p100_bl", "NC", "NC", "NC"),
         ("p100/m06/x", "MCI", "MCI", "MCI"), ("p100/ses-M006/x", "MCI", "MCI", "MCI"),
         ("p100/2012-03-04_11_12_13.0/x", "AD", "AD", "AD"), ("p100_20100102_x", "NC", "NC", "NC"),
         ("p100/m60/x", "", "NC", "AD"), ("p100/x", "", "NC", "AD"),

@@ -17,6 +17,7 @@ from config import Config, UserError
 from dataset import Slices, load_slices
 from modules import Generator
 
+OTHER_DATA = "not the slices of this run, or another split: this tells nothing of memorisation"
 RUNS = Path("runs")
 MAX_CONFIG = 1_000_000  # bytes of config.json
 DEMO_GENERATOR = Path(__file__).parents[1] / "assets" / "demo_generator"
@@ -57,6 +58,13 @@ def output_folder(path: Path, name: str) -> Path:
     """Where output about a run goes: into the run; for the demo generator, under runs/."""
     run = run_folder(path)
     return (RUNS / run.name if run.resolve() == DEMO_GENERATOR.resolve() else run) / name
+
+
+def report_folder(source: Path, images: Path | None = None) -> Path:
+    """Where `evaluate.py` reports on a run; other images and older weights have their own."""
+    weights = weights_of(source)
+    other = images or (None if weights == weights_of(weights.parent) else weights)
+    return output_folder(source, f"evaluation_{other.stem}" if other else "evaluation")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -239,10 +247,15 @@ def weights_of(path: Path) -> Path:
     return path / "generator.safetensors" if path.is_dir() else path
 
 
-def own_encoder(run: Path, data: str) -> Path | None:
+def trained_on(path: Path, data: str) -> bool:
+    """Whether a run, or the run of a file, was trained on these slices, split in the same way."""
+    return data == read_run_config(run_folder(path))[2]
+
+
+def own_encoder(path: Path, data: str) -> Path | None:
     """The encoder that measured a run in training; None without one, or for other data."""
-    own = run / "encoder.safetensors"
-    return own if data == read_run_config(run)[2] and own.exists() else None
+    own = run_folder(path) / "encoder.safetensors"
+    return own if own.exists() and trained_on(path, data) else None
 
 
 def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
@@ -269,22 +282,37 @@ def load_generator(path: Path) -> tuple[Generator, Config, list[str]]:
     return G.eval().requires_grad_(False), config, classes
 
 
-def real_slices(
-    config: Config, classes: list[str], data_root: Path | None, table: Path | None, without: str
-) -> tuple[dict[str, Slices], str] | None:
+def load_real(
+    config: Config, classes: list[str], data_root: Path | None, table: Path | None
+) -> tuple[dict[str, Slices], str]:
     """Real slices and their identity, of `data_root` or else of the folder that a run trained on.
 
-    None if the run's folder is not on this machine; then `without` says what is left out. Raises
-    UserError if the folder has other classes than the generator.
+    The run's table is used for `data_root` too, if it names any of its scans. Raises UserError if
+    the folder has other classes than the generator.
     """
     root = data_root or config.data_root
-    if data_root is None and root is not None and not root.exists():
-        utils.print_once(f"{root} does not exist: {without}; --data-root sets another")
-        return None
-    splits, data = load_slices(replace(config, data_root=root, table=table or config.table))
+    here = replace(config, data_root=root, table=table or config.table)
+    try:
+        splits, data = load_slices(here)
+    except UserError as error:
+        if data_root is None or table is not None or config.table is None:
+            raise
+        utils.print_once(f"note: the table of the run is not used: {error}")
+        splits, data = load_slices(replace(here, table=None))
     if (found := splits["train"].classes) != classes:
         raise UserError(f"{root} has classes {found}, the generator {classes}")
     return splits, data
+
+
+def real_slices(
+    config: Config, classes: list[str], data_root: Path | None, table: Path | None, without: str
+) -> tuple[dict[str, Slices], str] | None:
+    """As `load_real`; None if the run's folder is not here: `without` says what is left out."""
+    root = config.data_root
+    if data_root is None and root is not None and not root.exists():
+        utils.print_once(f"{root} does not exist: {without}; --data-root sets another")
+        return None
+    return load_real(config, classes, data_root, table)
 
 
 def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]]:
