@@ -24,7 +24,7 @@ class Range(NamedTuple):
 
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.above else value >= self.low
-        return above and value <= self.high and math.isfinite(value)
+        return above and value <= self.high and value < math.inf
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.above else f"{self.low}"
@@ -153,7 +153,7 @@ class Config:
     r1_interval: Interval = 16
     """Number of steps between R1 penalties, 1 or more."""
     pl_weight: NotNegative = 2.0
-    """Weight of path length regularization, 0 or more; 0: off."""
+    """Weight of path length regularization, 0 or more; 0: off, but Adam's steps stay as with it."""
     pl_interval: Interval = 4
     """Number of steps between path length penalties, 1 or more."""
     pl_decay: Annotated[float, Range(0, 1, above=True)] = 0.01
@@ -163,7 +163,7 @@ class Config:
     ema_kimg: NotNegative | None = None
     """Half-life of the averaged generator in thousands of images; None: batch_size * 10 / 32."""
     ema_rampup: NotNegative = 0.05
-    """Upper limit of that half-life, as a share of the images seen so far; 0: no averaging."""
+    """Upper limit of that half-life, as a share of the images seen so far; not with init_from."""
 
     # Snapshots
     snapshot_epochs: Interval = 1

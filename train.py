@@ -7,8 +7,6 @@
     torchrun --nproc-per-node=4 train.py --data-root AD_NC --out runs/adni    # four GPUs
 
 The same command resumes a run that was stopped. Settings and their defaults: config.py or --help.
-The default run shows D 25,600 demo slices. With demo brains and plots it takes 8 min 32 s on two
-cores of an AMD EPYC server, or 9 min 48 s with one core busy. No GPU has been measured yet.
 
 References:
     [1] Karras et al. 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958
@@ -45,7 +43,7 @@ from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork, m
 from training import logs, process, reports, runs
 from training.compiler import CompilerProcesses, most_processes
 from training.memory import warn_of_too_little
-from training.recorder import FLUSH_STEPS, Measurements, Recorder
+from training.recorder import FLUSH_STEPS, Recorder
 from utils import first_line, num_ranks, print_once, rank, run_command, stream_seed, work_alone
 
 # Losses
@@ -183,12 +181,12 @@ class Phases:
         return stats
 
     def first_call(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
-        """`backward` of a phase that is compiled now, which may take minutes. Raises Stopped."""
+        """`backward` of a phase that is compiled now; without other processes it raises Stopped."""
         told = print_once if self.processes is None else lambda _: None
         told(f"compiling {phase.__name__} ...")
         started = time.perf_counter()
         try:
-            with process.STOP.immediate():
+            with process.STOP.immediate() if self.processes is None else nullcontext():
                 stats = self.backward(phase, seed, *args)
             told(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
         except Exception as error:  # the compiler raises many types
@@ -282,10 +280,11 @@ def lazy_adam(net: torch.nn.Module, learning_rate: float, interval: int) -> Adam
 
 @torch.no_grad()
 def ema_step(state: TrainingState) -> None:
-    """Move G_ema towards G ([4], appendix A); at first the half-life grows with the images seen."""
+    """Move G_ema towards G ([4], appendix A); from scratch, the half-life grows at first."""
     config = state.config
     ema_kimg = config.batch_size * 10 / 32 if config.ema_kimg is None else config.ema_kimg
-    half_life = min(ema_kimg * 1000, state.cur_nimg * config.ema_rampup)
+    ramp = state.cur_nimg * config.ema_rampup if config.init_from is None else math.inf
+    half_life = min(ema_kimg * 1000, ramp)
     weight = 1 - 0.5 ** (config.batch_size / max(half_life, 1e-8))
     torch._foreach_lerp_(list(state.G_ema.parameters()), list(state.G.parameters()), weight)
 
@@ -482,6 +481,7 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
     if config.fid_kimg and config.fid_extractor in PRETRAINED:
         find_weights(None, PRETRAINED[config.fid_extractor][0])
     splits, data = load_slices(config)
+    runs.require_same_data(config.out, splits["train"].classes, data)
     if saved is None and config.init_from is not None:
         runs.source_of_weights(config, splits["train"].c_dim)
     if saved and saved["cur_nimg"] > total_images(config, splits["train"]):
@@ -563,12 +563,10 @@ def train_and_save(
         recorder.close()
         print_once(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
         return
-
-    if config.fid_kimg and rank() == 0:
-        recorder.measurements = Measurements(splits, data, config, device)
     with process.STOP.deferred():
         try:
-            if missed and rank() == 0:
+            recorder.prepare_measurements(splits, data, device)
+            if missed and rank() == 0 and not process.STOP.name:
                 end_epoch(state, recorder, missed)
             if not process.most_of_ranks(bool(process.STOP.name)):
                 with process.lost_workers_named(config):
@@ -607,11 +605,12 @@ def loop(state: TrainingState, slices: Slices, recorder: Recorder) -> None:
 def parse_settings(args: list[str] | None = None) -> Config:
     """Settings of the command line; defaults are `GPU` of config.py with CUDA, `CPU` without.
 
-    With `--init-from` the sizes of the networks default to those of that run.
+    With `--init-from` sizes of the networks default to those of that run, or of the resumed one.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--device", default="auto")
     early.add_argument("--init-from", "--init_from", default="None")
+    early.add_argument("--out", type=Path, default=Config.out)
     given = early.parse_known_args(args)[0]
     cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
     named = GPU if cuda else CPU
@@ -621,7 +620,8 @@ def parse_settings(args: list[str] | None = None) -> Config:
         raise UserError(f"config.py: CPU or GPU names no setting {unknown[0]!r}")
     default = Config(**named)
     if given.init_from != "None":
-        source = runs.read_run_config(Path(given.init_from))[0]
+        resumed = (given.out / "config.json").exists()
+        source = runs.read_run_config(given.out if resumed else Path(given.init_from))[0]
         default = replace(default, **{name: getattr(source, name) for name in runs.NETWORK})
     how = {"description": __doc__, "console_outputs": rank() == 0}
     config = tyro.cli(Config, default=default, args=args, **how)

@@ -341,6 +341,7 @@ def test_a_report_holds_every_group_and_says_what_it_is_of(
 def test_other_images_and_older_weights_have_reports_of_their_own(tmp_path):
     run = tmp_path / "run"
     places = [run, run / "generator.safetensors", run / "best.pt", run / "checkpoints" / "01.pt"]
+    run.mkdir()
     names = [runs.report_folder(place).relative_to(run).as_posix() for place in places]
     assert names == ["evaluation", "evaluation", "evaluation_best", "evaluation_01"]
     assert runs.report_folder(run, Path("AD_NC")) == run / "evaluation_AD_NC"

@@ -283,6 +283,16 @@ def test_losses_of_an_earlier_version_can_be_read_and_continued(tmp_path):
     history = read_history(tmp_path)
     assert history.steps["d_loss"].tolist() == [0.5, 0.25]
     assert np.isnan(history.steps["g_loss"][1]) and np.isnan(history.steps["ada_p"]).all()
+    (tmp_path / "losses.csv").write_text("nimg,g_loss,d_loss\n100,1.5,0.5\n")
+    truncate_logs(tmp_path, 100)  # nothing is cut
+    append_losses(tmp_path, np.full((1, 1 + len(STATS)), 200.0))
+    assert read_losses(tmp_path)[:, 0].tolist() == [100, 200]
+
+
+def test_a_measurement_that_is_no_longer_made_is_not_judged(tmp_path):
+    for last, found in ((0.8, {"D overfits"}), (None, set())):
+        run = write_run(tmp_path / "run", 7, overfitting=[0.6, 0.6, 0.6, 0.7, 0.7, 0.8, last])
+        assert diagnose(run).keys() == found
 
 
 def test_the_readme_lists_every_rule():

@@ -155,6 +155,23 @@ def test_a_request_that_was_lost_is_made_again(monkeypatch):
                 time.sleep(5)
 
 
+def test_a_stop_while_a_phase_is_first_used_compiled_saves_the_run(
+    config: Config, monkeypatch, capsys
+):
+    def first_call(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return training.g_main(*args)
+
+    def beside(phases, state):
+        phases.processes = type("", (), {"poll": dict, "stop": lambda _: None})()
+        if state.cur_nimg == 3 * config.batch_size:
+            phases.compiled[training.g_main] = first_call
+
+    monkeypatch.setattr(training.Phases, "compile_beside", beside)
+    train(config)
+    assert f"{4 * config.batch_size:010d}.pt" in capsys.readouterr().out
+
+
 def test_a_deferred_request_is_noted_and_an_immediate_one_raises():
     with StopRequest() as stop, stop.deferred():
         os.kill(os.getpid(), signal.SIGTERM)

@@ -422,6 +422,32 @@ def test_the_sizes_of_the_networks_come_from_the_run_to_start_from(config, tmp_p
     assert command("--init-from", tmp_path / "nothing") == 2
 
 
+def test_a_run_is_resumed_wherever_the_run_that_it_started_from_is(config: Config, tmp_path):
+    source = replace(config, epochs=1, z_dim=12, out=tmp_path / "source")
+    train(source)
+    run = replace(source, init_from=source.out, out=config.out)
+    train(run)
+    source.out.rename(tmp_path / "moved")
+    flags = ["--device", "cpu", "--out", str(run.out), "--init-from", str(source.out)]
+    assert training.parse_settings(flags).z_dim == 12
+    train(replace(run, epochs=2))
+    train(replace(run, epochs=3, init_from=tmp_path / "moved"))
+    assert read_log(run.out)[-1]["epoch"] == 3
+    with pytest.raises(UserError, match="was trained with init_from = .*, now None"):
+        train(replace(run, epochs=3, init_from=None))
+
+
+@pytest.mark.parametrize("init_from", [None, Path("run")])
+def test_the_average_of_a_run_that_is_gone_on_from_is_kept(config: Config, init_from):
+    state = TrainingState(replace(config, init_from=init_from), 2, torch.device("cpu"))
+    state.cur_nimg = config.batch_size
+    torch.nn.init.zeros_(state.G.synthesis.const)
+    training.ema_step(state)
+    left = (state.G_ema.synthesis.const.abs().mean() / torch.randn(10**5).abs().mean()).item()
+    half_life = config.batch_size * 10 / 32 * 1000
+    assert left == pytest.approx(0 if init_from is None else 0.5 ** (8 / half_life), abs=0.2)
+
+
 def test_p_does_not_come_with_the_weights(config: Config):
     train(replace(config, epochs=1, augment="ada", ada_p=0.5))
     other = replace(config, init_from=config.out, augment="ada", ada_p=0.2)
@@ -911,6 +937,22 @@ def test_fewer_epochs_than_are_trained_are_refused_and_change_nothing(trained: C
     with pytest.raises(UserError, match="epochs = 1: .* has trained 2.0 epochs already"):
         train(replace(trained, epochs=1))
     assert {p: p.read_bytes() for p in trained.out.rglob("*") if p.is_file()} == before
+
+
+def test_other_data_is_named_before_the_epochs(trained: Config, tmp_path: Path):
+    train(replace(trained, epochs=4))
+    fewer = write_folder(tmp_path / "fewer", {"train": 2, "test": 2})
+    with pytest.raises(UserError, match="was trained on other data"):
+        train(replace(trained, epochs=4, data_root=fewer))
+
+
+def test_a_finished_run_goes_on_without_its_logs(measured: Config):
+    for name in ("losses.csv", "log.jsonl"):
+        (measured.out / name).unlink()
+    train(replace(measured, epochs=2))
+    first, second = read_log(measured.out)
+    assert "img_per_s" not in first and first["d_loss"] is None and second["img_per_s"] > 0
+    assert json.loads((measured.out / "log.jsonl").read_text().splitlines()[0]) == first
 
 
 def test_a_misspelt_setting_in_config_py_is_one_line(monkeypatch):

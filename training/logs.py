@@ -94,15 +94,22 @@ def truncate_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarr
     log, rows = read_log(run), read_losses(run)
     lines, kept = [line for line in log if line["nimg"] <= up_to], rows[rows[:, 0] <= up_to]
     header = ",".join(("nimg", *STATS)) + "\n"
-    for name, whole, count, text in (  # numbers of undamaged and of kept lines, with the header
-        ("log.jsonl", len(log), len(lines), lambda: "".join(json.dumps(x) + "\n" for x in lines)),
-        ("losses.csv", 1 + len(rows), 1 + len(kept), lambda: header + losses_text(kept)),
+    for name, start, whole, count, text in (  # numbers of undamaged and of kept lines, with header
+        (
+            "log.jsonl",
+            "",
+            len(log),
+            len(lines),
+            lambda: "".join(json.dumps(x) + "\n" for x in lines),
+        ),
+        ("losses.csv", header, 1 + len(rows), 1 + len(kept), lambda: header + losses_text(kept)),
     ):
         path = run / name
         content = path.read_bytes() if path.exists() else b""
         if (damaged := content.count(b"\n") - whole) > 0:
             print_once(f"note: {path}: {damaged} lines that cannot be read are left out")
-        if damaged > 0 or count < whole or not content.endswith(b"\n"):
+        sound = content.startswith(start.encode()) and content.endswith(b"\n")
+        if damaged > 0 or count < whole or not sound:
             write_atomically(path, lambda partial, text=text: partial.write_text(text()))
     return lines, kept
 
@@ -114,8 +121,14 @@ class History(NamedTuple):
     steps: dict[str, np.ndarray]
 
     def recent(self, name: str, min_values: int = 1) -> float:
-        """Mean of the last three values of an epoch column; NaN if it has fewer than asked for."""
+        """Mean of the last three values of an epoch column; NaN if it has fewer than asked for.
+
+        NaN, too, if the newest measurement, the newest epoch with an FID, gave none.
+        """
         values = self.measured(name)
+        measured = np.flatnonzero(np.isfinite(self.epochs.get("fid", np.zeros(0))))
+        if len(measured) and not np.isfinite(self.epochs.get(name, [])[measured[-1] :]).any():
+            return math.nan
         return float(values[-3:].mean()) if len(values) >= min_values else math.nan
 
     def measured(self, name: str) -> np.ndarray:

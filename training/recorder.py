@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from evaluation import features, metrics, samples, variety
 from modules import Discriminator, Generator
 from training import logs
 from training.diagnosis import PANELS, diagnose, plot_curves, plot_losses
-from training.process import most_of_ranks
+from training.process import STOP, Stopped, most_of_ranks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -200,6 +201,14 @@ class Recorder:
             self.warned: set[str] = set()
         self.start_clock()
 
+    def prepare_measurements(
+        self, splits: dict[str, Slices], data: str, device: torch.device
+    ) -> None:
+        """Measure the real slices, unless a request to stop comes before or meanwhile."""
+        if self.config.fid_kimg and utils.rank() == 0:
+            with suppress(Stopped), STOP.immediate():
+                self.measurements = Measurements(splits, data, self.config, device)
+
     def start_clock(self) -> None:
         """Start to time training; `waited` sums up the seconds spent waiting for the loader."""
         self.started, self.started_nimg, self.waited = time.perf_counter(), self.cur_nimg, 0.0
@@ -243,12 +252,15 @@ class Recorder:
         """A line of log.jsonl: speed, and the mean of each statistic; None if it has no value."""
         nimg, seconds = self.cur_nimg, time.perf_counter() - self.started
         line: dict[str, float | None] = {"epoch": epoch, "nimg": nimg, "seconds": round(seconds, 2)}
-        line["img_per_s"] = round((nimg - self.started_nimg) / seconds, 2)
-        line["data_wait"] = round(self.waited / seconds, 4)
-        columns = dict(zip(logs.STATS, np.array(self.epoch_rows).T[1:], strict=True))
+        if nimg > self.started_nimg:
+            line["img_per_s"] = round((nimg - self.started_nimg) / seconds, 2)
+            line["data_wait"] = round(self.waited / seconds, 4)
+        rows = np.array(self.epoch_rows).reshape(-1, 1 + len(logs.STATS))
+        columns = dict(zip(logs.STATS, rows.T[1:], strict=True))
         for name, column in columns.items():
             line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
-        return line | {"pl_mean": pl_mean, "d_loss_spread": float(columns["d_loss"].std())}
+        spread = float(columns["d_loss"].std()) if len(rows) else None
+        return line | {"pl_mean": pl_mean, "d_loss_spread": spread}
 
     def write_line(self, line: dict[str, float | None]) -> None:
         """Write a line to log.jsonl and TensorBoard; warn, once per rule, of what looks wrong."""
@@ -258,7 +270,8 @@ class Recorder:
             if value is not None:
                 self.board.add_scalar(f"{GROUPS.get(name, 'Run')}/{name}", value, self.cur_nimg)
         self.lines.append(line)
-        history = logs.history_of(self.lines, np.array(self.epoch_rows))
+        rows = np.array(self.epoch_rows).reshape(-1, 1 + len(logs.STATS))
+        history = logs.history_of(self.lines, rows)
         self.epoch_rows = []
         for name, text in diagnose(history, self.config).items():
             if name not in self.warned:

@@ -172,13 +172,24 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def require_same(saved: dict[str, Any], config: Config, source: Path) -> None:
-    """Raises UserError with every setting that differs and is not in FREE_TO_CHANGE."""
+    """Raises UserError with every setting that differs and is not in FREE_TO_CHANGE.
+
+    Of `init_from` only whether it is set matters: its run may have moved or been deleted.
+    """
     wanted = shared_settings(config)
     names = [n for n in wanted if n not in FREE_TO_CHANGE and saved.get(n, wanted[n]) != wanted[n]]
+    if "init_from" in names and None not in (saved["init_from"], wanted["init_from"]):
+        names.remove("init_from")
     if names:
         changed = "; ".join(f"{n} = {saved[n]}, now {wanted[n]}" for n in names)
         advice = "repeat its settings to resume it, or use another --out"
         raise UserError(f"{source} was trained with {changed}; {advice}")
+
+
+def require_same_data(run: Path, classes: list[str], data: str) -> None:
+    """Raises UserError if a run, where there is one, was trained on other data."""
+    if (run / "config.json").exists() and read_run_config(run)[1:] != (classes, data):
+        raise UserError(f"{run} was trained on other data; use another --out")
 
 
 def open_run(config: Config) -> dict[str, Any] | None:
@@ -215,9 +226,7 @@ def start_run(
     Raises UserError if the run was trained on other data, or another process trains there now, or
     trained there after the checkpoint `saved` was read.
     """
-    if (config.out / "config.json").exists():
-        if read_run_config(config.out)[1:] != (classes, data):
-            raise UserError(f"{config.out} was trained on other data; use another --out")
+    require_same_data(config.out, classes, data)
     lock = utils.lock_folder(config.out)
     try:
         nimg = saved["cur_nimg"] if saved else 0
