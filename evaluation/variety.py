@@ -54,7 +54,8 @@ def some_features(
     if cache is None:
         values = features.compute_features(some.images, extractor, None)
     else:
-        values = features.features_of(some.images, extractor, cache, f"{n} slices")
+        name = f"{n} slices, blurred" if blur else f"{n} slices"
+        values = features.features_of(some.images, extractor, cache, name)
     return Features(values, some.participants, some.labels)
 
 
