@@ -126,7 +126,8 @@ def copies(report: dict[str, Any]) -> str:
     if blind:
         detail += f"; of some kinds of copies hidden as a test only {min(planted):.0%} are found"
     elif planted:
-        detail += f"; of copies hidden as a test, {min(planted):.0%} or more are found"
+        found = "all" if min(planted) == 1 else f"{min(planted):.0%} or more"
+        detail += f"; of copies hidden as a test, {found} are found"
     if many:
         return f"Copies of training slices were found: {detail}), so do not share these samples."
     if not some and blind:

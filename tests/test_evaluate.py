@@ -590,6 +590,9 @@ def test_the_verdict_of_a_memory(share, limits, words):
 def test_an_audit_that_misses_planted_copies_proves_nothing(share, words):
     row = GOOD["memorisation"][0] | {"found_turned": share}
     assert words in sentences(memorisation=[row])[2]
+    found = {name: 1.0 for name in GOOD["memorisation"][0] if name.startswith("found_")}
+    row = GOOD["memorisation"][0] | found
+    assert "of copies hidden as a test, all are found" in sentences(memorisation=[row])[2]
 
 
 @pytest.mark.parametrize("people", [4, 9, 10])

@@ -222,7 +222,7 @@ def test_a_lattice_and_a_blur_are_odd_unless_they_are_on_their_way_out(tmp_path)
 
 
 def test_a_low_fid_of_noise_is_not_the_best(tmp_path):
-    early = {"fid": [0.3, 0.2, 3.0, 2.5, 2.0, 1.5], "vary_noise": [2.0, 2.0, 0.1, 0.1, 0.1, 0.1]}
+    early = {"fid": [0.3, 0.2, 3.0, 2.5, 2.0, 1.5], "vary_noise": [2.0, 0.4, 0.1, 0.1, 0.1, 0.1]}
     assert diagnose(write_run(tmp_path, **early)) == {}
 
 

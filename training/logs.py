@@ -17,6 +17,7 @@ STATS = (
     "g_main_grad", "d_main_grad", "ada_p",
 )  # fmt: skip
 VALUE = r",(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf)?"  # in losses.csv; empty if it was not due
+LEAD = 3  # at least so many times as far as noise must z move a pixel, or FID means nothing
 
 
 def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
@@ -137,14 +138,14 @@ class History(NamedTuple):
         return values[np.isfinite(values)]
 
     def fids(self) -> np.ndarray:
-        """The meaningful FIDs, in order: those of epochs in which z moves pixels more than noise.
+        """The meaningful FIDs, in order: of epochs in which z moves pixels far more than noise.
 
         Before, samples are no slices yet, and the encoder, which has seen nothing but slices, was
         found to take such samples for good ones.
         """
         none = np.full(len(self.epochs.get("nimg", ())), math.nan)
         fid, z, noise = (self.epochs.get(name, none) for name in ("fid", "vary_z", "vary_noise"))
-        return fid[(z > noise) & np.isfinite(fid)]
+        return fid[(z > LEAD * noise) & np.isfinite(fid)]
 
 
 def history_of(log: list[dict[str, Any]], rows: np.ndarray) -> History:
