@@ -226,6 +226,14 @@ def test_a_low_fid_of_noise_is_not_the_best(tmp_path):
     assert diagnose(write_run(tmp_path, **early)) == {}
 
 
+def test_noise_that_fades_needs_no_advice(tmp_path):
+    fading = [0.92, 0.67, 0.6, 0.6, 0.53, 0.46]  # a default run
+    assert "texture comes from noise" not in diagnose(write_run(tmp_path, vary_noise=fading))
+    assert list(diagnose(write_run(tmp_path, vary_noise=fading[2:4] * 3))) == [
+        "texture comes from noise"
+    ]
+
+
 def test_few_measurements_are_no_verdict(tmp_path):
     young = {"leak_rotation": 13.0, "vary_z": 0.01, "agreement": 0.5, "d_loss": 1.386}
     assert diagnose(write_run(tmp_path, epochs=2, real_sign=0.0, **young)) == {}

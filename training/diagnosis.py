@@ -133,8 +133,9 @@ RULES = {
         ),
     ),
     "texture comes from noise": Rule(
-        lambda h: h.recent("vary_noise", MIN_MEASUREMENTS) > NOISE_LIMIT,
-        f"the noise inputs alone make more than {NOISE_LIMIT:.0%} of the variety of real slices",
+        lambda h: stays_above(h.measured("vary_noise"), NOISE_LIMIT),
+        f"noise alone makes more than {NOISE_LIMIT:.0%} of the variety of real slices, and no "
+        "longer less and less",
         ("train longer", (lambda c: c.noise, "set noise = False")),
     ),
     "odd spectrum": Rule(
