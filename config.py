@@ -163,7 +163,7 @@ class Config:
     ema_kimg: NotNegative | None = None
     """Half-life of the averaged generator in thousands of images; None: batch_size * 10 / 32."""
     ema_rampup: NotNegative = 0.05
-    """Upper limit of that half-life, as a share of the images seen so far; not with init_from."""
+    """Without init_from: limit of that half-life, as a share of the images seen so far; 0: none."""
 
     # Snapshots
     snapshot_epochs: Interval = 1

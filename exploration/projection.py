@@ -323,11 +323,8 @@ def groups_of(
     if real is None:
         raise UserError("images: none are named, and the slices of the run are not here")
     groups = []
-    kinds = (
-        ("training people", "test people")
-        if real.trained_on
-        else ("people of train", "people of test")
-    )
+    own, other = ("training people", "test people"), ("people of train", "people of test")
+    kinds = own if real.trained_on else other
     for name, slices in zip(kinds, (real.train, real.test), strict=True):
         some = slices_of_people(slices, options.people)
         names = [str(participant) for participant in some.participants]

@@ -134,8 +134,8 @@ RULES = {
     ),
     "texture comes from noise": Rule(
         lambda h: stays_above(h.measured("vary_noise"), NOISE_LIMIT),
-        f"noise alone makes more than {NOISE_LIMIT:.0%} of the variety of real slices, and no "
-        "longer less and less",
+        f"noise alone makes more than {NOISE_LIMIT:.0%} of the variety of real slices, and its "
+        "share no longer falls",
         ("train longer", (lambda c: c.noise, "set noise = False")),
     ),
     "odd spectrum": Rule(

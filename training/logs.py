@@ -95,14 +95,12 @@ def truncate_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarr
     log, rows = read_log(run), read_losses(run)
     lines, kept = [line for line in log if line["nimg"] <= up_to], rows[rows[:, 0] <= up_to]
     header = ",".join(("nimg", *STATS)) + "\n"
+
+    def log_text() -> str:
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
     for name, start, whole, count, text in (  # numbers of undamaged and of kept lines, with header
-        (
-            "log.jsonl",
-            "",
-            len(log),
-            len(lines),
-            lambda: "".join(json.dumps(x) + "\n" for x in lines),
-        ),
+        ("log.jsonl", "", len(log), len(lines), log_text),
         ("losses.csv", header, 1 + len(rows), 1 + len(kept), lambda: header + losses_text(kept)),
     ):
         path = run / name

@@ -228,6 +228,10 @@ class Recorder:
                     self.not_finite = self.not_finite or (name, n)
         return dict(zip(logs.STATS, values[-1], strict=True))
 
+    def rows_of_epoch(self) -> np.ndarray:
+        """Rows (nimg, *STATS) of the unfinished epoch; none if its losses.csv is gone."""
+        return np.array(self.epoch_rows).reshape(-1, 1 + len(logs.STATS))
+
     def unlogged_epoch(self) -> int:
         """The epoch that ended with the last step, if log.jsonl lacks it, else 0; on all ranks."""
         missed = utils.rank() == 0 and self.logged < self.cur_nimg
@@ -255,7 +259,7 @@ class Recorder:
         if nimg > self.started_nimg:
             line["img_per_s"] = round((nimg - self.started_nimg) / seconds, 2)
             line["data_wait"] = round(self.waited / seconds, 4)
-        rows = np.array(self.epoch_rows).reshape(-1, 1 + len(logs.STATS))
+        rows = self.rows_of_epoch()
         columns = dict(zip(logs.STATS, rows.T[1:], strict=True))
         for name, column in columns.items():
             line[name] = float(np.nanmean(column)) if np.isfinite(column).any() else None
@@ -270,8 +274,7 @@ class Recorder:
             if value is not None:
                 self.board.add_scalar(f"{GROUPS.get(name, 'Run')}/{name}", value, self.cur_nimg)
         self.lines.append(line)
-        rows = np.array(self.epoch_rows).reshape(-1, 1 + len(logs.STATS))
-        history = logs.history_of(self.lines, rows)
+        history = logs.history_of(self.lines, self.rows_of_epoch())
         self.epoch_rows = []
         for name, text in diagnose(history, self.config).items():
             if name not in self.warned:

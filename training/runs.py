@@ -306,8 +306,8 @@ def load_real(
     except UserError as error:
         if data_root is None or table is not None or config.table is None:
             raise
-        utils.print_once(f"note: the table of the run is not used: {error}")
         splits, data = load_slices(replace(here, table=None))
+        utils.print_once(f"note: the table of the run is not used: {error}")
     if (found := splits["train"].classes) != classes:
         raise UserError(f"{root} has classes {found}, the generator {classes}")
     return splits, data
