@@ -127,7 +127,7 @@ def compare_sets(fake: Features, reals: FeatureSets, seed: int) -> Row:
     for split, real in reals.items():
         row[f"n_{split}"] = len(real.values)
         row[f"fid_{split}"] = metrics.frechet_distance(fake.values, real.values)
-        kid = metrics.kernel_distance(fake.values, real.values, seed)
+        kid = metrics.kernel_distance(fake, real, seed)
         row[f"kid_{split}"], row[f"kid_{split}_error"] = kid
     row |= metrics.manifold_metrics(reals["train"], fake)
     smallest, width = min(len(p.values) for p in (fake, *reals.values())), fake.values.shape[1]
@@ -139,21 +139,25 @@ def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
     """FD of each set to the test slices, whose participants G has not seen; equally many slices.
 
     The FD of the training slices is what a perfect memory gets; the FD of fresh subjects, known for
-    the demo brains only, is what a perfect generator gets. The ratio of the samples' FD to the
-    former is below 1 if G generalises, the ratio to the latter is 1 if G is perfect. Ratios have
-    intervals over halves of all participants.
+    the demo brains only, is what a perfect generator gets. The ratio of the samples' FD to either
+    is about 1 if G is perfect, but to the former also if G repeats the training slices. The
+    intervals of ratios have the relative width of those of random halves of all participants.
     """
     whole, halves = metrics.distances_by_halves(test, sets, seed)
     n, rows = min(len(part.values) for part in sets.values()), []
     for name, part in sets.items():
-        people = part.participants[utils.evenly_spaced(len(part.values), n)]
+        people = part.participants[utils.random_rows(len(part.values), n)]
         row = {"set": name, "slices": n, "participants": len(set(people)), "fd_test": whole[name]}
         row["fd_test_of_halves"] = float(np.median(halves[name]))
-        row["fd_infinite"] = metrics.infinite_distance(whole[name], halves[name])
+        enough = min(n, len(test.values)) > part.values.shape[1]  # else it does not fall as 1 / n
+        infinite = metrics.infinite_distance(whole[name], halves[name])
+        row["fd_infinite"] = infinite if enough else math.nan
         for other, title in (("training slices", "memory"), ("fresh subjects", "perfect")):
             if other in sets and other != name:
                 ratios = halves[name] / np.where(halves[other] > 0, halves[other], math.nan)
-                row[f"over_{title}"] = float(np.median(ratios))
+                ratio = whole[name] / (whole[other] or math.nan)
+                ratios *= ratio / np.median(ratios)  # fewer participants bring ratios nearer to 1
+                row[f"over_{title}"] = float(ratio)
                 row[f"over_{title}_interval"] = metrics.interval(ratios)
                 row[f"over_{title}_draws"] = {"values": ratios.tolist()}
         rows.append(row)
@@ -237,7 +241,7 @@ def measure_labels(fakes: Slices, references: References) -> Tables:
         for (k, unit), v in aucs.items()
     ]
     for name in ("TR", "TS"):
-        scores = intensity_scores(*sources[name], unseen)
+        scores = intensity_scores(*sources[name], unseen, len(fakes.classes))
         means, _ = metrics.mean_by_participant(scores, test.participants, test.labels)
         units = {"slices": (test.labels, scores), "participants": (truth, means)}
         row = {"measurement": f"{name}TR, intensity alone"}
@@ -265,7 +269,7 @@ def gain_row(name: str, scores: dict[str, list[np.ndarray]], labels: np.ndarray,
     return row | {"interval_over_participants": limits}
 
 
-def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor) -> np.ndarray:
+def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor, num_classes: int) -> np.ndarray:
     """Class probabilities of unseen slices [m, 1, R, R] from mean grey and fine detail. -> [m, C].
 
     A logistic regression is fitted to slices [n, 1, R, R]; detail is the mean absolute Laplacian.
@@ -279,8 +283,13 @@ def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor) -> np.ndarra
         torch.stack([v.mean((1, 2, 3)), F.conv2d(v, kernel).abs().mean((1, 2, 3))], 1).numpy()
         for v in (x, unseen)
     )
+    scores = np.zeros((len(new), num_classes))
+    if len(np.unique(labels)) < 2:  # so few samples that the rare classes have none
+        scores[:, labels[0]] = 1
+        return scores
     model = make_pipeline(StandardScaler(), LogisticRegression()).fit(known, labels)
-    return model.predict_proba(new)
+    scores[:, model.classes_] = model.predict_proba(new)
+    return scores
 
 
 def measure_anatomy(fakes: Slices, references: References) -> Tables:
@@ -335,7 +344,7 @@ def measure_memorisation(fakes: Slices, references: References) -> Tables:
         found = metrics.copy_audit(
             both["train"], points["test"], points["samples"], test.participants, references.seed
         )
-        in_report = ("share_too_near", "interval_over_participants", "threshold")
+        in_report = "share_too_near", "interval_over_participants", "share_by_chance", "threshold"
         row = {"space": space.name} | {k: found[k] for k in in_report}
         for name in copies:
             gaps, _ = metrics.nearest_neighbour(points[name], both["train"])
@@ -381,7 +390,7 @@ def calibrate(extractor: features.Extractor, references: References) -> Rows:
         return metrics.gaussian_distance(metrics.gaussian(values), target)
 
     images = references.splits["test"].images
-    some = images[utils.evenly_spaced(len(images), NUM_DEGRADED)]
+    some = images[utils.random_rows(len(images), NUM_DEGRADED)]
     base, ladder = distance(some) or math.nan, {}
     for name, (degrade, strengths) in features.DEGRADATIONS.items():
         ladder[name] = {s: distance(degrade(some, s)) / base for s in strengths}
@@ -425,7 +434,7 @@ def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> 
     total, few = sum(len(s.images) for s in splits.values()) + len(fakes.images), test.images[:20]
     found, count = dict.fromkeys(groups, 0.0), 4 * utils.num_cores()
     batches = np.resize(few, (count, *few.shape[1:]))
-    degraded = test.images[utils.evenly_spaced(len(test.images), NUM_DEGRADED)]
+    degraded = test.images[utils.random_rows(len(test.images), NUM_DEGRADED)]
     others = [len(s.images) for s in sets.values() if s is not test]
     n, m = (max(2, k // 2) for k in (min(others), len(test.images)))  # slices of halves
     degrade, (*_, strongest) = list(features.DEGRADATIONS.values())[-1]
@@ -442,7 +451,10 @@ def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> 
         distance = seconds_of(metrics.frechet_distance, x[:n], x[:m])
         new = sum(len(s.images) for s in sets.values() if is_missing(s.images, e))
         if "distribution" in groups and e is not features.PIXELS:
-            kernel = seconds_of(metrics.kernel_distance, x[:500], x[-500:], 0, 2) * 25
+            some = Features(x[:500], np.arange(500).astype(str), np.zeros(500, int))
+            kernel = (
+                seconds_of(metrics.kernel_distance, some, some) * (metrics.MAX_KERNEL / 500) ** 2
+            )
             rows = 2 * (len(train.classes) + 2)
             found["distribution"] += image * (new + 2 * variety.MAX_BLURRED * len(sets))
             found["distribution"] += distance * metrics.NUM_HALVES * (len(sets) - 1)
@@ -576,7 +588,8 @@ def fakes_of(options: Options, G: Generator, references: References) -> tuple[Sl
     images = decoded(files, options.images, train.images.shape[-1], references.cache)
     labels, participants = np.array([f.label for f in files]), np.arange(len(files)).astype(str)
     fakes = Slices(images, labels, participants, train.classes)
-    return fakes, {"images": str(options.images), "kimg": "unknown"}
+    digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+    return fakes, {"images": str(options.images), "images_sha256": digest, "kimg": "unknown"}
 
 
 def counts(sets: dict[str, Slices]) -> dict[str, int]:

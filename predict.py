@@ -275,13 +275,13 @@ def draw_image_embedding(G: Generator, splits: dict[str, Slices], paths: list[Pa
     from sklearn.decomposition import PCA
 
     train, test = splits["train"], splits["test"]
-    fitted = pixels(train.images[utils.evenly_spaced(len(train.images), MAX_FITTED)])
+    fitted = pixels(train.images[utils.random_rows(len(train.images), MAX_FITTED)])
     components = max(1, min(NUM_COMPONENTS, len(fitted) - 1))
     pca = PCA(components, svd_solver="randomized", random_state=0).fit(fitted)
     features = {k: pca.transform(pixels(s.images)) for k, s in splits.items()}
     probe = probe_by_participant((features["train"], train), (features["test"], test))
 
-    chosen = utils.evenly_spaced(len(test.labels), MAX_POINTS)
+    chosen = utils.random_rows(len(test.labels), MAX_POINTS)
     real = test.take(chosen)
     z = latents(list(range(len(chosen))), G.z_dim)
     fake = pca.transform(pixels(sample(G, z, real.conditions())))

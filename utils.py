@@ -168,6 +168,14 @@ def evenly_spaced(n: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
+def random_rows(n: int, most: int) -> np.ndarray:
+    """Up to `most` of the indices 0 to n - 1 in rising order; the same n and most give the same.
+
+    Indices at even distances may all be of one position, where each scan has as many slices.
+    """
+    return np.sort(np.random.default_rng(0).permutation(n)[:most])
+
+
 def one_hot(labels: np.ndarray, c_dim: int) -> Tensor:
     """Class indices [N] -> one-hot float32 [N, c_dim]; c_dim 0 (unconditional) gives [N, 0]."""
     return torch.eye(max(1, c_dim))[torch.as_tensor(labels)][:, :c_dim]

@@ -261,7 +261,8 @@ def trained_encoder(
     another encoder. Raises UserError if the tensors of `own` have other shapes.
     """
     num_classes, resolution = len(train.classes), train.images.shape[-1]
-    key = hashlib.sha256(repr((data, train.classes)).encode()).hexdigest()[:16]
+    pixels = hashlib.sha256(np.ascontiguousarray(train.images).data).hexdigest()
+    key = hashlib.sha256(repr((data, train.classes, pixels)).encode()).hexdigest()[:16]
     path = cache / f"encoder{ENCODER_VERSION}-{key}-{resolution}.safetensors"
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ def trained_encoder(
         targets = [utils.one_hot(train.labels, num_classes), torch.from_numpy(position)[:, None]]
         targets = torch.cat([*targets, principal_components(x)], 1).float()
         encoder = fit_encoder(x, targets, loss, seed=0, apart=1)
-        some = train.images[utils.evenly_spaced(len(x), MAX_BANDS)]
+        some = train.images[utils.random_rows(len(x), MAX_BANDS)]
         encoder.measure_bands(to_tensor(some) / 127.5 - 1)
         path.write_bytes(utils.safetensors_bytes(encoder.state_dict()))
 
@@ -363,7 +364,7 @@ def blurred(images: np.ndarray, pixels: float) -> np.ndarray:
 def mirror_hemispheres(images: np.ndarray, share: float) -> np.ndarray:
     """In a share of the slices, replace the right half by the mirror image of the left half."""
     found, half = images.copy(), images.shape[-1] // 2
-    rows = utils.evenly_spaced(len(images), round(share * len(images)))
+    rows = utils.random_rows(len(images), round(share * len(images)))
     found[rows, :, -half:] = images[rows, :, :half][:, :, ::-1]
     return found
 

@@ -26,13 +26,14 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import evenly_spaced, map_in_chunks, moments, otsu_threshold, rotate_and_centre
+from utils import map_in_chunks, moments, otsu_threshold, random_rows, rotate_and_centre
 
 ROWS = 500  # rows of a distance matrix that are computed at a time
 NUM_DRAWS = 200  # draws of a bootstrap
 NUM_HALVES = 200  # random halves of the participants
 NUM_SHAPES = 20  # principal components along which samples are compared, in three groups
 SHAPES = {"shapes_1_1": slice(1), "shapes_2_6": slice(1, 6), "shapes_7_20": slice(6, NUM_SHAPES)}
+MAX_KERNEL = 2000  # slices of a set that the kernel distance compares
 NUM_PAIRS = 500  # pairs of slices whose similarity is measured
 Measure = Callable[[np.ndarray, np.ndarray], float]  # of values and labels of slices
 Gaussian = tuple[Tensor, Tensor]  # mean and factor of the covariance, see `gaussian`
@@ -86,20 +87,38 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     return gaussian_distance(gaussian(x), gaussian(y))
 
 
-def kernel_distance(
-    x: np.ndarray, y: np.ndarray, seed: int = 0, subsets: int = 50, size: int = 500
-) -> tuple[float, float]:
-    """KID ([2]): unbiased MMD^2, kernel (x.y/F + 1)^3. -> mean, error; NaN if a set has one row."""
-    rng, size = np.random.default_rng(seed), min(size, len(x), len(y))
-    if size < 2:
-        return math.nan, math.nan
-    values = []
-    for _ in range(subsets):
-        a, b = (torch.from_numpy(v[rng.choice(len(v), size, False)]).double() for v in (x, y))
-        kxx, kyy, kxy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
-        within = (kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()) / (size * (size - 1))
-        values.append(float(within - 2 * kxy.mean()))
-    return float(np.mean(values)), float(np.std(values) / math.sqrt(subsets))
+def kernel_distance(x: Features, y: Features, seed: int = 0) -> tuple[float, float]:
+    """KID ([2]): unbiased MMD^2, kernel (x.y/F + 1)^3. -> KID, error; NaN if participants are few.
+
+    Slices of one participant are alike, so their pairs are left out. The error is the deviation
+    over random halves of the participants, up to twice too large where KID is near 0. Of a set,
+    MAX_KERNEL slices are used at most.
+    """
+    sets = [part.take(random_rows(len(part.values), MAX_KERNEL)) for part in (x, y)]
+    values = [torch.from_numpy(part.values).double() for part in sets]
+    whose = [torch.from_numpy(codes_of(part.participants)) for part in sets]
+    counts = [codes.bincount().double() for codes in whose]
+
+    def sums(i: int, j: int) -> Tensor:
+        """The kernel, summed over the slices of each participant of both sets."""
+        kernel = (values[i] @ values[j].T / values[i].shape[1] + 1) ** 3
+        rows = kernel.new_zeros(len(counts[i]), len(whose[j])).index_add_(0, whose[i], kernel)
+        return rows.new_zeros(len(counts[j]), len(rows)).index_add_(0, whose[j], rows.T.clone()).T
+
+    def distance(*chosen: Tensor) -> float:
+        """KID of the participants with a 1 in two vectors."""
+        (a, b), (n, m) = chosen, counts
+        total = -2 * (a @ cross @ b) / ((a @ n) * (b @ m))
+        for c, n, kernel in zip(chosen, counts, within, strict=True):
+            total += (c @ kernel @ c - c @ kernel.diag()) / ((c @ n) ** 2 - c @ n**2)
+        return float(total)
+
+    within, cross = (sums(0, 0), sums(1, 1)), sums(0, 1)
+    rng, draws = np.random.default_rng(seed), []
+    for _ in range(50):
+        halves = (rng.permutation(len(n)) < len(n) // 2 for n in counts)
+        draws.append(distance(*(torch.from_numpy(half).double() for half in halves)))
+    return distance(*map(torch.ones_like, counts)), float(np.std(draws))
 
 
 def main_axes(reference: Gaussian, count: int) -> np.ndarray:
@@ -168,7 +187,7 @@ def manifold_metrics(real: Features, fake: Features) -> dict[str, float]:
     """
     names = ("precision", "recall", "density", "coverage")
     n = min(len(part.values) for part in (real, fake))
-    real, fake = (s.take(evenly_spaced(len(s.values), n)) for s in (real, fake))
+    real, fake = (s.take(random_rows(len(s.values), n)) for s in (real, fake))
     radii, fake_radii = neighbour_radii(real), neighbour_radii(fake)
     if np.isinf(radii).any() or np.isinf(fake_radii).any():
         return dict.fromkeys(names, math.nan)
@@ -196,8 +215,9 @@ def copy_audit(
 ) -> dict[str, Any]:
     """Share of samples that lie nearer to a training slice than 99 % of the real test slices do.
 
-    `participants` are those of the test slices, which set the threshold. The interval comes from
-    drawing samples, and whole test participants, with replacement.
+    `participants` are those of the test slices, which set the threshold. `share_by_chance` is the
+    share of test slices below the threshold that the other test participants set. The interval
+    comes from drawing samples, and whole test participants, with replacement.
     """
     test_gaps, _ = nearest_neighbour(test, train)
     gaps, partners = nearest_neighbour(fake, train)
@@ -209,6 +229,9 @@ def copy_audit(
     threshold = float(np.percentile(test_gaps, 1))
     found = {"threshold": threshold, "test_gaps": test_gaps, "gaps": gaps, "partners": partners}
     found["share_too_near"] = float((gaps < threshold).mean())
+    parts = [(test_gaps[codes == i], test_gaps[codes != i]) for i in range(codes.max() + 1)]
+    near = sum((own < np.percentile(others, 1)).sum() for own, others in parts if len(others))
+    found["share_by_chance"] = float(near / len(test)) if len(parts) > 1 else math.nan
     return found | {"interval_over_participants": interval(draws)}
 
 
@@ -321,7 +344,7 @@ def distances_by_halves(
     those of bootstrap samples, but no slice is repeated, which would add to a distance.
     """
     rng, n = np.random.default_rng(seed), min(len(part.values) for part in sets.values())
-    sets = {name: part.take(evenly_spaced(len(part.values), n)) for name, part in sets.items()}
+    sets = {name: part.take(random_rows(len(part.values), n)) for name, part in sets.items()}
     target = gaussian(real.values)
     whole = {name: gaussian_distance(gaussian(p.values), target) for name, p in sets.items()}
     parts = [(p, codes_of(p.participants)) for p in (real, *sets.values())]

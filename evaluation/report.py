@@ -79,9 +79,9 @@ def as_markdown(report: dict[str, Any]) -> str:
         text += as_narrow_tables(rows)
     return text + (
         "\n'Not measured': there are too few slices or participants, or all are alike. FD to "
-        "unseen participants: samples that generalise have a lower FD than a perfect memory, which "
-        "repeats the training slices; a perfect generator is known for the demo brains only. The "
-        "audit finds whole training slices, also rotated, moved, mirrored, blurred or darkened as "
+        "unseen participants: a memory that repeats the training slices gets about the same FD as "
+        "a perfect generator, which is known for the demo brains only; the audit tells them apart. "
+        "It finds whole training slices, also rotated, moved, mirrored, blurred or darkened as "
         "its planted copies are, but no copied parts: it is no guarantee of privacy. Measurements "
         "of different extractors cannot be compared.\n"
     )
@@ -200,8 +200,8 @@ def draw_nearest(row: Row, fakes: Slices, train: Slices, path: Path) -> None:
     """The 20 samples nearest to a training slice, each above that slice, with distance and name."""
     pairs = {name: np.array(values) for name, values in row["pairs"].items()}
     figure = new_figure(figsize=(13, 8.2), layout="constrained")
-    blocks = np.array_split(np.arange(len(pairs["gap"])), 2)
-    for ax, block in zip(figure.subplots(2, 1), blocks, strict=True):
+    blocks = np.array_split(np.arange(len(pairs["gap"])), min(2, len(pairs["gap"])))
+    for ax, block in zip(figure.subplots(len(blocks), 1, squeeze=False).flat, blocks, strict=True):
         rows = fakes.images[pairs["sample"][block]], train.images[pairs["train"][block]]
         picture = tile(np.concatenate(rows), len(block))
         names = [label(name_of(train, pairs["train"][i]), 22, 5) for i in block]

@@ -14,7 +14,7 @@ import numpy as np
 from dataset import Slices
 from evaluation import features, metrics
 from evaluation.metrics import Features
-from utils import evenly_spaced
+from utils import random_rows
 
 Rows = list[dict[str, Any]]
 MAX_BLURRED = 500  # slices of each set whose recall is measured with and without blur
@@ -48,7 +48,7 @@ def some_features(
     cache: Path | None = None,
 ) -> Features:
     """Features of `n` of the slices, blurred before; without a cache they are computed anew."""
-    some = slices.take(evenly_spaced(len(slices.labels), n))
+    some = slices.take(random_rows(len(slices.labels), n))
     if blur:
         some = replace(some, images=features.blurred(some.images, blur))
     if cache is None:

@@ -6,10 +6,10 @@ from typing import Any
 Row = dict[str, Any]
 MIN_PARTICIPANTS = 10  # in the test set, for a verdict
 LOW_PRECISION = 0.05  # below it, what samples show of classes, people and variety means little
-CHANCE = 0.01  # share of test slices, and of honest samples, below the audit's threshold
+CHANCE = 0.01  # share of test slices below the audit's threshold
 REAL = "real: test against train"  # a row of the distribution
 MIN_FOUND = 0.5  # share of planted copies that an audit must find to say that there are none
-MANY_COPIES = 0.1  # a share that no honest generator had
+MANY_COPIES = 0.1  # a share too near that no honest generator had, with MIN_PARTICIPANTS or more
 LIMITS = (
     "Do not use generated slices for diagnosis, as evidence about any person or disease, or as "
     "proof that data are anonymous."
@@ -30,7 +30,7 @@ def verdict(report: dict[str, Any]) -> str:
         text = answer(report)
         if not text:
             text = f"{question[0].upper()}{question[1:]} was not measured."
-        elif people < MIN_PARTICIPANTS and not text.startswith("Copies"):
+        elif people < MIN_PARTICIPANTS and not text.startswith("Copies of training slices were"):
             text = f"It cannot be said {question}: {few}."
         found.append(text)
     return "".join(f"- {sentence}\n" for sentence in (*found, LIMITS))
@@ -60,8 +60,8 @@ def closeness(report: dict[str, Any]) -> str:
             return (
                 f"The generated slices are {nearness(ratio)} real slices of people whom the "
                 f"generator never saw: their distance is {ratio:.2g} times that of real training "
-                f"slices ({low:.2g} to {high:.2g} between random halves of the people; 1 is as "
-                "close as real slices are)."
+                f"slices ({low:.2g} to {high:.2g}, by random halves of the people; 1 is as close "
+                "as real slices are)."
             )
     return ""
 
@@ -106,21 +106,28 @@ def copies(report: dict[str, Any]) -> str:
         if r["near"] == "samples" and finite(r, "auc_calibrated")
     }
 
+    few = report.get("what", {}).get("participants_test", math.inf) < MIN_PARTICIPANTS
+
+    def by_chance(row: Row) -> float:
+        """The share of slices of test people below the threshold of the other test people."""
+        return max(CHANCE, row["share_by_chance"] if finite(row, "share_by_chance") else 0)
+
     def suspicion(row: Row) -> tuple[bool, bool, float]:
         """Whether too many samples are too near; whether training people are nearer; the share.
 
         Average heads are near to many slices, but no nearer to those of training participants.
         """
         share, (low, _) = row["share_too_near"], row["interval_over_participants"]
-        near = limits[row["space"]] > 0.5 if row["space"] in limits else share >= MANY_COPIES
-        return low > CHANCE, low > CHANCE and near, share
+        many = 0.5 if few else MANY_COPIES
+        near = limits[row["space"]] > 0.5 if row["space"] in limits else share >= many
+        return low > by_chance(row), low > by_chance(row) and near, share
 
     row = max(rows, key=lambda row: suspicion(row)[1:])
     some, many, share = suspicion(row)
     planted = [value for name, value in row.items() if name.startswith("found_")]
     detail = (
         f"{share:.1%} of them are nearer to a training slice than 99 % of unseen real slices are "
-        f"({CHANCE:.0%} by chance"
+        f"({100 * by_chance(row):.2g} % by chance"
     )
     blind = min(planted, default=1.0) < MIN_FOUND
     if blind:

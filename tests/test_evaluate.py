@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ids, make_slices, write_folder
 from impostors import compare, impostors, largest_mix
 from PIL import Image
@@ -127,6 +128,21 @@ def test_the_audit_finds_the_planted_share(share, kind):
     assert low <= found["share_too_near"] <= high and high - low < 0.2
     assert (found["gaps"][rows] < found["threshold"]).all()
     assert (found["partners"][rows] == rows).all()
+
+
+def test_few_test_participants_set_a_threshold_that_others_pass():
+    """Each person's slices lie together; nothing is copied. With few people 1 % means more."""
+    shares = {}
+    for people in (5, 200):
+        train, test, fake = (
+            (rng.normal(size=(n, 1, 6)) + 0.1 * rng.normal(size=(n, 10, 6))).reshape(-1, 6)
+            for rng, n in zip(map(np.random.default_rng, range(3)), (200, people, 200), strict=True)
+        )
+        found = copy_audit(train, test, fake, np.arange(people).repeat(10).astype(str), 0)
+        shares[people] = found["share_by_chance"]
+    assert shares[5] > 0.03 > 0.015 > shares[200] > 0.005
+    alone = copy_audit(train, test[:10], fake, np.full(10, "a"), 0)
+    assert math.isnan(alone["share_by_chance"])
 
 
 def heads(n: int, seed: int, per_id: int = 1) -> Slices:
@@ -427,6 +443,33 @@ def test_samples_are_evaluated_with_the_styles_that_are_asked_for(trained: Confi
     assert (plain.images != mixed.images).any((1, 2)).all() and origin["style_mixing_prob"] == 1
 
 
+def test_a_ratio_is_that_of_the_distances_beside_it():
+    sets = []
+    for n, seed in ((40, 0), (400, 1), (60, 2)):
+        rng = np.random.default_rng(seed)
+        values = (rng.normal(size=(n, 1, 8)) + 0.3 * rng.normal(size=(n, 10, 8))).reshape(-1, 8)
+        names = np.arange(n).repeat(10).astype(str)
+        sets.append(metrics.Features(values, names, np.zeros(len(names), int)))
+    sets[1] = sets[1]._replace(values=sets[1].values + 0.7)
+    test, fake, train = sets
+    row, memory = evaluation.compare_to_unseen(test, {"samples": fake, "training slices": train}, 0)
+    low, high = row["over_memory_interval"]
+    ratio = row["fd_test"] / memory["fd_test"]
+    assert row["over_memory"] == pytest.approx(ratio) and low < ratio < high
+    assert ratio > 1.2 * row["fd_test_of_halves"] / memory["fd_test_of_halves"]
+    wide = [part._replace(values=np.tile(part.values, 60)) for part in sets]
+    (row, _) = evaluation.compare_to_unseen(wide[0], {"samples": wide[1], "train": wide[2]}, 0)
+    assert math.isnan(row["fd_infinite"])  # fewer slices than features
+
+
+@pytest.mark.parametrize("present", [[0, 2], [0]])
+def test_grey_and_detail_score_classes_that_have_no_samples(present):
+    x = torch.rand(20, 1, 16, 16)
+    scores = evaluation.intensity_scores(x, np.resize(present, 20), x[:5], 3)
+    assert scores.shape == (5, 3) and scores.sum(1) == pytest.approx(1)
+    assert (scores[:, [i for i in range(3) if i not in present]] == 0).all()
+
+
 def test_folders_of_images_take_the_place_of_samples(config: Config, tmp_path):
     splits, _ = load_slices(config)
     references, options = (
@@ -436,6 +479,9 @@ def test_folders_of_images_take_the_place_of_samples(config: Config, tmp_path):
     fakes, origin = fakes_of(options, None, references)
     assert (fakes.images == splits["test"].images).all() and len(set(fakes.participants)) == 8
     assert (fakes.labels == splits["test"].labels).all() and origin["kimg"] == "unknown"
+    file = next((config.data_root / "test").rglob("*.*"))
+    Image.open(file).transpose(Image.Transpose.ROTATE_180).save(file)
+    assert fakes_of(options, None, references)[1]["images_sha256"] != origin["images_sha256"]
     (config.data_root / "test" / "NC").rename(config.data_root / "test" / "CN")
     with pytest.raises(UserError, match="has classes .'AD', 'CN'., not .'AD', 'NC'."):
         fakes_of(options, None, references)
@@ -584,6 +630,9 @@ def test_the_verdict_of_a_memory(share, limits, words):
         assert said in found or "No copies" in words and words in found
     other = sentences(memorisation=[row], what={"data": "abc: not the slices of this run"})[2]
     assert "not the slices that the generator was trained on" in other
+    by_chance = {"share_by_chance": 0.04, "share_too_near": 0.06}
+    row |= by_chance | {"interval_over_participants": [0.03, 0.09]}
+    assert "No copies" in (text := sentences(memorisation=[row])[2]) and "(4 % by chance" in text
 
 
 @pytest.mark.parametrize("share, words", [(0.0, "cannot be ruled out"), (0.6, "No copies of")])
@@ -602,6 +651,9 @@ def test_the_verdict_of_few_people(people):
     row = {"space": "pixels", "share_too_near": 0.9, "interval_over_participants": [0.8, 1.0]}
     lines = sentences(what={"participants_test": people}, memorisation=[row])
     assert "Copies of training slices were found" in lines[2]
+    row |= {"share_too_near": 0.2, "interval_over_participants": [0.1, 0.3]}  # no membership
+    found = sentences(what={"participants_test": people}, memorisation=[row])[2]
+    assert ("It cannot be said whether they copy" in found) == (people < 10)
 
 
 def test_the_verdict_says_what_was_not_measured():

@@ -180,6 +180,17 @@ def test_a_short_encoder_sees_noise_and_blur_the_more_the_stronger(tmp_path, mon
         assert found[0] < found[1] < found[2], name
 
 
+def test_an_encoder_is_of_the_pixels_that_it_learned(tmp_path, monkeypatch):
+    """Files of the same names and sizes may hold other images."""
+    monkeypatch.setattr(features, "fit_encoder", partial(features.fit_encoder, steps=2))
+    images = make_slices(), make_slices(seed=1)
+    first, again, other = (
+        trained_encoder(replace(images[0], images=images[i].images), "data", tmp_path)[1]
+        for i in (0, 0, 1)
+    )
+    assert first == again != other
+
+
 def test_an_encoder_of_another_shape_is_named(tmp_path):
     own = tmp_path / "own.safetensors"
     own.write_bytes(save({"head.weight": torch.zeros(2)}))

@@ -266,6 +266,8 @@ def test_the_nearest_training_slices_are_named(figures, tmp_path: Path, config: 
     report.draw_nearest(row, fakes, train_slices, tmp_path / "n.png")
     found = words(figures["n.png"])
     assert "0.25\ntrain/AD/1_0.png" in found and "0.5\ntrain/AD/3_1.png" in found
+    one = {name: values[:1] for name, values in pairs.items()}
+    report.draw_nearest(row | {"pairs": one}, fakes, train_slices, tmp_path / "n.png")
     report.draw_nearest(row, fakes, make_slices(seed=7), tmp_path / "n.png")  # of no files
     assert "0.25\n7-s000" in words(figures["n.png"])
     assert {"generated", "training"} <= set(words(figures["n.png"]))

@@ -91,7 +91,7 @@ def test_distances_equal_those_of_torch_fidelity():
     kernel = {"kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None}
     kernel |= {"kid_kernel": "poly", "kid_kernel_poly_coef0": 1}
     one = kid.kernel_mmd(x[:300].astype(float), y.astype(float), **kernel)
-    assert kernel_distance(x[:300], y, subsets=1, size=300)[0] == pytest.approx(one, rel=1e-4)
+    assert kernel_distance(alone(x[:300]), alone(y))[0] == pytest.approx(one, rel=1e-4)
 
 
 class Passing(torch.nn.Module):
@@ -115,15 +115,28 @@ def test_distances_equal_those_of_torchmetrics():
         theirs.update(images, real=real)
         kernel.update(images[:200], real=real)
     assert frechet_distance(x, y) == pytest.approx(float(theirs.compute()), rel=1e-4)
-    ours = kernel_distance(x[:200], y, subsets=1, size=200)[0]
+    ours = kernel_distance(alone(x[:200]), alone(y))[0]
     assert ours == pytest.approx(float(kernel.compute()[0]), rel=1e-3)
 
 
-def test_kernel_distance_is_unbiased():
-    values = [kernel_distance(gaussians(200, 8, i), gaussians(200, 8, 500 + i), i, 1)[0]
-              for i in range(60)]  # fmt: skip
-    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(60)
-    assert np.min(values) < 0
+@pytest.mark.parametrize("per_person", [1, 10])
+def test_kernel_distance_is_unbiased_and_knows_its_error(per_person):
+    """Slices of a person are alike: counted as independent they would add to the distance."""
+    found = []
+    for seed in range(80):
+        own, others = gaussians(30, 8, seed), gaussians(200, 8, 500 + seed)
+        slices = (own.repeat(per_person, 0) + gaussians(30 * per_person, 8, 900 + seed)) / 2**0.5
+        names = np.arange(30).repeat(per_person).astype(str)
+        people = Features(slices.astype(np.float32), names, np.zeros(len(names), int))
+        found.append(kernel_distance(people, alone(others), seed))
+    values, errors = np.array(found).T
+    assert abs(values.mean()) < 3 * values.std() / math.sqrt(80)
+    assert 1 < errors.mean() / values.std() < 2.5
+
+
+def test_kernel_distance_needs_two_participants():
+    one = Features(gaussians(20, 4, 0), np.full(20, "a"), np.zeros(20, int))
+    assert math.isnan(kernel_distance(one, alone(gaussians(20, 4, 1)))[0])
 
 
 def test_manifold_metrics_equal_those_of_prdc():

@@ -25,7 +25,7 @@ from predict import (
 from train import train
 from training import runs
 from training.runs import load_generator, newest_run, run_folder
-from utils import evenly_spaced, one_hot, read_picture
+from utils import evenly_spaced, one_hot, random_rows, read_picture
 
 ABSENT = "cuda" if not torch.cuda.is_available() else "mps"
 
@@ -268,6 +268,13 @@ def test_the_probe_says_nothing_of_fewer_than_ten_participants(people):
         assert found == f"no probe: {people} test participants are too few"
     else:
         assert found.startswith("linear probe on 10 unseen participants: accuracy")
+
+
+def test_random_rows_mix_the_positions_of_scans():
+    rows = random_rows(10000, 500)  # 20 slices a scan
+    assert (np.diff(rows) > 0).all() and len(rows) == 500 == len(random_rows(500, 900))
+    for half in (rows[:250], rows[250:]):
+        assert (half % 20).mean() == pytest.approx(9.5, abs=1.5)
 
 
 def test_pixels_are_averaged_and_spread_is_even():

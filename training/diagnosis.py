@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from config import Config
-from evaluation.verdict import MIN_PARTICIPANTS, nearness
+from evaluation.verdict import nearness
 from modules import AdaptiveAugment
 from training.logs import History, read_history
 from utils import new_figure, save_figure
@@ -37,6 +37,7 @@ NOISE_LIMIT = 0.2  # largest effect of noise alone, as a share of the variety of
 SPECTRUM_LIMIT = 3  # largest ratio of the finest details in samples and real slices, either way
 LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
 LEAST_SIGNAL = 0.05  # agreement above chance that real slices must reach to show their class
+MIN_PEOPLE = 20  # of the test set: the FID of fewer is so high that samples always look close
 MIN_MEASUREMENTS = 5  # values that a column must have before a rule on D or the samples may hold
 
 
@@ -165,7 +166,10 @@ RULES = {
         ("train longer", "start from weights that have learned many heads (init_from)"),
     ),
     "labels without signal": Rule(
-        lambda h: h.recent("agreement_real") - h.recent("agreement_chance") < LEAST_SIGNAL,
+        lambda h: (
+            h.recent("agreement_real") - h.recent("agreement_chance") < LEAST_SIGNAL
+            and not h.recent("test_participants") < MIN_PEOPLE
+        ),
         "a classifier trained on the training slices cannot tell the classes of test slices",
         ("check the class folders; if their slices are right, slices do not show the class",),
     ),
@@ -197,20 +201,21 @@ def diagnose(history: History, config: Config) -> dict[str, str]:
 
 
 def verdict(history: History) -> str:
-    """How far samples are from real slices by their newest FID, in one sentence."""
-    if history.recent("test_participants") < MIN_PARTICIPANTS:
-        return f"Fewer than {MIN_PARTICIPANTS} test participants cannot tell how good samples are."
+    """How far samples are from real slices by their last three FIDs, in one sentence."""
+    if (people := history.recent("test_participants")) < MIN_PEOPLE:
+        return f"Fewer than {MIN_PEOPLE} test participants cannot tell how good samples are."
     fid, reference = history.recent("fid"), history.recent("fid_real")
     if not math.isfinite(fid + reference) or reference <= 0:
         return "The distance to real slices is not measured yet."
     ratio = fid / reference
     more = ": look for copies of training slices with evaluate.py" if ratio < 1.2 else ""
-    text = f"their FID is {ratio:.1f} times that of unseen slices"
+    of = "" if math.isnan(people) else f" of {people:.0f} people"
+    text = f"their FID is {ratio:.1f} times that of unseen slices{of}"
     return f"Samples are {nearness(ratio)} real slices: {text}{more}."
 
 
 def out_of_range(history: History) -> list[str]:
-    """The newest values that lie outside of the healthy range of their panel of curves.png."""
+    """The means of last three values that lie outside the healthy range of curves.png."""
     found = []
     for title, names, healthy, _ in PANELS:
         for name, label in names.items() if healthy else ():

@@ -83,7 +83,7 @@ class Measurements:
         )
         self.fid_real = metrics.frechet_distance(unseen, self.real)
         self.gaussian = metrics.gaussian(self.real)
-        rows = utils.evenly_spaced(len(self.real), config.fid_images)
+        rows = utils.random_rows(len(self.real), config.fid_images)
         self.some_real = metrics.Features(self.real, train.participants, train.labels).take(rows)
         self.some_blurred = self.blurred(train, config.cache)
         unseen = metrics.Features(unseen, test.participants, test.labels)
@@ -98,7 +98,7 @@ class Measurements:
             for name, part in splits.items()
         }
         rows = [np.flatnonzero(train.labels == i) for i in range(self.num_classes)]
-        rows = [r[utils.evenly_spaced(len(r), MAX_DEVIATION)] for r in rows]
+        rows = [r[utils.random_rows(len(r), MAX_DEVIATION)] for r in rows]
         self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows])) or math.nan
         self.pose = metrics.pose(self.subsets["train"].images)
         self.grain = metrics.grain(self.subsets["train"].images) or math.nan
@@ -134,7 +134,8 @@ class Measurements:
 
     def measure(self, G: Generator, D: Discriminator) -> dict[str, float | None]:
         """All measurements of the averaged generator and of the discriminator."""
-        fakes = samples.sample_fakes(G, self.labels, self.classes, self.config.seed, silent=True)
+        seed = utils.stream_seed("measurements", self.config.seed)  # other latents than evaluate.py
+        fakes = samples.sample_fakes(G, self.labels, self.classes, seed, silent=True)
         values = features.compute_features(fakes.images, self.extractor, None)
         order = np.random.default_rng(0).permutation(len(fakes.labels))
         subsets = (self.subsets["train"], self.subsets["test"], fakes.take(order))
@@ -150,7 +151,7 @@ class Measurements:
             **{f"{name}_real": self.near_real[name] for name in NEARNESS[1:]},
             "spread": metrics.median_deviation(values @ self.axes),
             **metrics.shape_spread(pixels @ self.shapes),
-            "kid": metrics.kernel_distance(values, self.real, subsets=10)[0],
+            "kid": metrics.kernel_distance(some, self.some_real)[0],
             **metrics.leaks(self.pose, metrics.pose(fakes.images)),
             "spectrum": metrics.grain(fakes.images) / self.grain,
             **{f"vary_{name}": value / self.deviation for name, value in moved.items()},
