@@ -103,7 +103,7 @@ class Config:
     label_ramp_kimg: NotNegative = 0.0
     """Thousands of images over which the weight of the label grows from 0 to 1; 0: at once."""
     init_from: Path | None = None
-    """Run, such as an unconditional one, whose newest weights a new run starts with."""
+    """Run whose newest weights a new run starts with, or a checkpoint, such as its best.pt."""
 
     # Augmentation
     augment: Literal["ada", "dataset", "none"] = "ada"
@@ -163,7 +163,7 @@ class Config:
     ema_kimg: NotNegative | None = None
     """Half-life of the averaged generator in thousands of images; None: batch_size * 10 / 32."""
     ema_rampup: NotNegative = 0.05
-    """Without init_from: limit of that half-life, as a share of the images seen so far; 0: none."""
+    """Without init_from: limit of that half-life, as a share of the images seen; 0: no mean."""
 
     # Snapshots
     snapshot_epochs: Interval = 1

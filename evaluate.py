@@ -29,7 +29,6 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import tyro
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -149,15 +148,12 @@ def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
         people = part.participants[utils.random_rows(len(part.values), n)]
         row = {"set": name, "slices": n, "participants": len(set(people)), "fd_test": whole[name]}
         row["fd_test_of_halves"] = float(np.median(halves[name]))
-        enough = min(n, len(test.values)) > part.values.shape[1]  # else it does not fall as 1 / n
-        infinite = metrics.infinite_distance(whole[name], halves[name])
-        row["fd_infinite"] = infinite if enough else math.nan
+        if min(n, len(test.values)) > part.values.shape[1]:  # else it does not fall as 1 / n
+            row["fd_infinite"] = metrics.infinite_distance(whole[name], halves[name])
         for other, title in (("training slices", "memory"), ("fresh subjects", "perfect")):
             if other in sets and other != name:
-                ratios = halves[name] / np.where(halves[other] > 0, halves[other], math.nan)
-                ratio = whole[name] / (whole[other] or math.nan)
-                ratios *= ratio / np.median(ratios)  # fewer participants bring ratios nearer to 1
-                row[f"over_{title}"] = float(ratio)
+                ratio, ratios = metrics.ratio_of_distances(name, other, whole, halves)
+                row[f"over_{title}"] = ratio
                 row[f"over_{title}_interval"] = metrics.interval(ratios)
                 row[f"over_{title}_draws"] = {"values": ratios.tolist()}
         rows.append(row)
@@ -452,9 +448,8 @@ def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> 
         new = sum(len(s.images) for s in sets.values() if is_missing(s.images, e))
         if "distribution" in groups and e is not features.PIXELS:
             some = Features(x[:500], np.arange(500).astype(str), np.zeros(500, int))
-            kernel = (
-                seconds_of(metrics.kernel_distance, some, some) * (metrics.MAX_KERNEL / 500) ** 2
-            )
+            kernel = seconds_of(metrics.kernel_distance, some, some)
+            kernel *= (metrics.MAX_KERNEL / 500) ** 2
             rows = 2 * (len(train.classes) + 2)
             found["distribution"] += image * (new + 2 * variety.MAX_BLURRED * len(sets))
             found["distribution"] += distance * metrics.NUM_HALVES * (len(sets) - 1)
@@ -536,7 +531,7 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
     G, config, classes = runs.load_generator(source)
     device = process.resolve_device(options.device)
     G.to(device)
-    utils.ensure_writable(options.out or runs.report_folder(source, options.images))
+    utils.ensure_writable(options.out or runs.output_folder(source, "evaluation", options.images))
     cache, extractors = options.cache or runs.cache_of(config), []
     for name, (weights, load) in features.PRETRAINED.items():
         if name in options.extractors:
@@ -566,12 +561,10 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
 def identity_of(source: Path) -> dict[str, Any]:
     """File of the weights, its sha256, and the thousands of images seen in training."""
     weights = runs.weights_of(source)
-    if weights.suffix == ".pt":
-        nimg = runs.load_checkpoint(weights)["cur_nimg"]
-    else:
-        with safe_open(weights, "numpy") as file:
-            nimg = (file.metadata() or {}).get("cur_nimg")
-    kimg = "unknown" if nimg is None else int(nimg) / 1000
+    is_checkpoint = weights.suffix == ".pt"
+    state = runs.load_checkpoint(weights) if is_checkpoint else {}
+    nimg = state.get("cur_nimg", utils.images_seen(weights))
+    kimg = "unknown" if nimg is None else nimg / 1000
     return {"weights": str(weights), "sha256": utils.sha256_of(weights), "kimg": kimg}
 
 
@@ -606,7 +599,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     G, references, what = prepare(options)
     fakes, origin = fakes_of(options, G, references)
     tables: dict[str, Any] = {"what": what | origin | counts({**references.splits, "fake": fakes})}
-    out = options.out or runs.report_folder(Path(what["weights"]), options.images)
+    out = options.out or runs.output_folder(Path(what["weights"]), "evaluation", options.images)
     stamp = hashlib.sha256(json.dumps(tables["what"]).encode()).hexdigest()
     tables |= measure(fakes, references, options.metrics, out / "parts", stamp)
     if "diversity" in options.metrics and options.images is None:
@@ -645,7 +638,7 @@ def main() -> None:
     sources = options.runs or (runs.newest_run(),)
     reports = [evaluate(replace(options, runs=(run,))) for run in sources]
     for run in sources:  # a later version of the package may measure otherwise
-        out = options.out or runs.report_folder(run, options.images)
+        out = options.out or runs.output_folder(run, "evaluation", options.images)
         shutil.rmtree(out / "parts", ignore_errors=True)
     if len(reports) > 1 and "distribution" in options.metrics:
         text = report.as_narrow_tables(over_runs(reports))

@@ -88,15 +88,15 @@ class Options:
     """Figures to draw; None: all. Embeddings take longest; positions need condition_position."""
     format: Literal["png", "pdf"] = "png"
     """pdf: figures are also written as PDF, with letters as vectors."""
-    compare: tuple[Path, ...] = ()
+    compare: tuple[Path, ...] | None = None
     """Runs whose last grids and losses are drawn side by side; nothing else is drawn."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.seeds == ():
-            raise UserError("seeds = (): at least one is needed")
-        if self.figures == ():
-            raise UserError(f"figures = (): at least one is needed, of {get_args(Drawing)}")
+        for name in ("classes", "seeds", "figures", "compare"):
+            if getattr(self, name) == ():
+                what = f", of {get_args(Drawing)}" if name == "figures" else ""
+                raise UserError(f"{name} = (): at least one is needed{what}")
 
     def paths(self, folder: Path, name: str) -> list[Path]:
         """The files of a figure: PNG, and PDF if that is asked for."""

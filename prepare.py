@@ -23,7 +23,7 @@ from utils import delete_partials, ensure_writable, print_once, run_command, siz
 # Names of cached files and folders
 CACHED = re.compile(
     r"([0-9a-f]{16}-\d+|features-[a-z0-9]+-[0-9a-f]{16})\.npy(\.lock)?|compiled|demo-\d+"
-    r"|check-[0-9a-f]{16}\.txt"
+    r"|check-[0-9a-f]{16}\.(txt|png)"
     r"|encoder\d*-[0-9a-f]{16}-\d+\.safetensors(\.lock)?|(fresh-\d+|twins)-\d+-\d+"
 )
 

@@ -437,13 +437,13 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
     A request to stop ends the measurements at once. The resumed run then repeats all of this.
     """
     config, last = state.config, epoch == state.config.epochs
-    weight = label_weight(config, state.cur_nimg)
+    weight = label_weight(config, state.cur_nimg) if state.G.mapping.c_dim else 1
     line = recorder.summary(epoch, state.pl_mean.item()) | state.phases.compiled_at
     try:
         with process.STOP.immediate():
-            if recorder.measurements is not None and (last or recorder.comes_due(config.fid_kimg)):
-                if weight == 1:  # before, labels do not have their full effect
-                    line |= recorder.measurements.measure(state.G_ema, state.D)
+            due = recorder.measurements and (last or recorder.comes_due(config.fid_kimg))
+            if due and weight == 1:  # before, labels do not have their full effect
+                line |= recorder.measurements.measure(state.G_ema, state.D)
     except process.Stopped:
         return
     recorder.write_line(line)
@@ -460,11 +460,10 @@ def end_epoch(state: TrainingState, recorder: Recorder, epoch: int) -> None:
 
 
 def save_if_new(state: TrainingState, recorder: Recorder, anew: bool = False) -> None:
-    """Write a checkpoint unless one of this image count exists; `anew` overwrites that one."""
+    """Write checkpoint and generator unless both are of now; `anew` overwrites them."""
     if recorder.pending:
         write_losses(state, recorder)
-    newest = runs.checkpoints(state.config.out)[-1:]
-    if anew or not newest or newest[0].stem != f"{state.cur_nimg:010d}":
+    if anew or not runs.is_saved(state.config.out, state.cur_nimg):
         save_run(state)
 
 
@@ -484,10 +483,13 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
     runs.require_same_data(config.out, splits["train"].classes, data)
     if saved is None and config.init_from is not None:
         runs.source_of_weights(config, splits["train"].c_dim)
-    if saved and saved["cur_nimg"] > total_images(config, splits["train"]):
-        epochs = saved["cur_nimg"] / len(splits["train"].images)
-        text = f"{config.out} has trained {epochs:.1f} epochs already"
-        raise UserError(f"epochs = {config.epochs}: {text}; ask for more, or use another --out")
+    total, ramp = total_images(config, splits["train"]), config.label_ramp_kimg
+    if saved is None and splits["train"].c_dim and ramp * 1000 > total:
+        raise UserError(f"label_ramp_kimg = {ramp}: training ends before, at image {total:,}")
+    if saved and saved["cur_nimg"] > total:
+        done = f"has trained {saved['cur_nimg'] / total * config.epochs:.1f} epochs already"
+        text = f"{config.out} {done}; ask for more, or use another --out"
+        raise UserError(f"epochs = {config.epochs}: {text}")
     return saved, splits, data
 
 
@@ -559,16 +561,15 @@ def train_and_save(
         warn_of_too_little(g_main, config, slices.c_dim, dtype, free)
     recorder = Recorder(config, slices, state.cur_nimg, device)
     missed = recorder.unlogged_epoch()
-    if state.cur_nimg >= state.total and not missed:
-        recorder.close()
+    if finished := state.cur_nimg >= state.total and not missed:
         print_once(f"{config.out} has its {config.epochs} epochs; a larger --epochs continues it")
-        return
     with process.STOP.deferred():
         try:
-            recorder.prepare_measurements(splits, data, device)
+            if not finished:
+                recorder.prepare_measurements(splits, data, device)
             if missed and rank() == 0 and not process.STOP.name:
                 end_epoch(state, recorder, missed)
-            if not process.most_of_ranks(bool(process.STOP.name)):
+            if not finished and not process.most_of_ranks(bool(process.STOP.name)):
                 with process.lost_workers_named(config):
                     loop(state, slices, recorder)
             if rank() == 0:
@@ -618,15 +619,14 @@ def parse_settings(args: list[str] | None = None) -> Config:
         print_once(f"warning: {reason}. Until then the small settings of a CPU apply")
     if unknown := sorted(named.keys() - vars(Config())):
         raise UserError(f"config.py: CPU or GPU names no setting {unknown[0]!r}")
-    default = Config(**named)
+    default = usual = Config(**named)
     if given.init_from != "None":
         resumed = (given.out / "config.json").exists()
         source = runs.read_run_config(given.out if resumed else Path(given.init_from))[0]
         default = replace(default, **{name: getattr(source, name) for name in runs.NETWORK})
     how = {"description": __doc__, "console_outputs": rank() == 0}
     config = tyro.cli(Config, default=default, args=args, **how)
-    usual = vars(Config(**named))
-    changed = "".join(f", {k}={v}" for k, v in vars(config).items() if v != usual[k])
+    changed = "".join(f", {k}={v}" for k, v in vars(config).items() if v != vars(usual)[k])
     print_once(f"settings: {'GPU' if cuda else 'CPU'} of config.py{changed}")
     return config
 

@@ -31,6 +31,7 @@ import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
@@ -436,6 +437,15 @@ def write_safetensors(path: Path, state: dict[str, Tensor], cur_nimg: int) -> No
     """Write tensors and the number of images seen in training, readable to all users."""
     content = safetensors_bytes(state, cur_nimg=str(cur_nimg))
     write_atomically(path, lambda partial: partial.write_bytes(content))
+
+
+def images_seen(path: Path) -> int | None:
+    """The number of images that a safetensors file was written with; None without it, or a file."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return int(file.metadata()["cur_nimg"])
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+        return None
 
 
 def crc_of_tensors(state: dict[str, Tensor]) -> str:

@@ -356,6 +356,18 @@ def distances_by_halves(
     return whole, dict(zip(sets, np.array(draws).T, strict=True))
 
 
+def ratio_of_distances(
+    name: str, other: str, whole: dict[str, float], halves: dict[str, np.ndarray]
+) -> tuple[float, np.ndarray]:
+    """Ratio of two of the `distances_by_halves`, and draws whose median it is.
+
+    The ratios of halves are nearer to 1, as fewer participants add to both distances.
+    """
+    ratio = whole[name] / (whole[other] or math.nan)
+    draws = halves[name] / np.where(halves[other] > 0, halves[other], math.nan)
+    return float(ratio), draws * ratio / np.median(draws)
+
+
 def without_participants(part: Features, share: float, target: Gaussian, seed: int) -> float:
     """FD to a Gaussian after a share of the participants is left out, the mean of 20 draws."""
     rng, names, found = np.random.default_rng(seed), np.unique(part.participants), []

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import dataset
 import utils
 from assets.demo_brains import write_twins
-from config import Range
+from config import Range, UserError
 from evaluation import features, metrics
 from evaluation.samples import images_of
 from exploration import model as models
@@ -118,6 +118,18 @@ def true_change(model: Model, first: int, classifier: features.Encoder) -> Refer
     scores = np.stack([models.class_score(classifier, x, 1 - first) for x in pair])
     name = f"the same {len(pair[0])} demo subjects drawn as both classes"
     return Reference(name, mean, values.mean(1), change, change - half, change + half, scores)
+
+
+def near_position(real: Real, position: float | None) -> Real:
+    """The slices that lie half a step of positions or less from one; all of them for None."""
+    if position is None:
+        return real
+    reach, parts = 0.5 / (utils.NUM_POSITIONS - 1), []
+    for part in (real.train, real.test):
+        parts.append(part.take(np.flatnonzero(np.abs(part.positions - position) <= reach)))
+        if len(set(parts[-1].labels)) < len(part.classes):
+            raise UserError(f"position = {position}: a class has no real slices there")
+    return real._replace(train=parts[0], test=parts[1])
 
 
 def real_change(
@@ -281,9 +293,10 @@ def counterfactual(options: Options) -> Path:
     changes = measure_changes(model, first, second, options.count, classifier)
     reference = None
     if real is not None:
-        both = real.is_demo and set(names) == {"AD", "NC"}
+        both = real.is_demo and set(names) == {"AD", "NC"} and model.position is None
         reference = true_change(model, first, classifier) if both else None
-        reference = reference or real_change(real, first, second, classifier)
+        some = near_position(real, model.position)
+        reference = reference or real_change(some, first, second, classifier)
     draw_summary(names, changes, reference, model.out / "counterfactual_mean.png")
     tables: dict[str, Any] = {"summary": sentences(names, changes, reference)}
     tables["minimality: what changes"] = table_of(changes, reference)

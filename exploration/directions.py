@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import utils
-from config import Range, Share
+from config import Range, Seed, Share, UserError
 from evaluation import features
 from evaluation.samples import images_of
 from exploration import model as models
@@ -44,12 +44,19 @@ SWEEP = (-3, -2, -1, 0, 1, 2, 3)  # deviations
 class Options(models.RealOptions):
     """Options of `explore.py directions`."""
 
+    seeds: tuple[Seed, ...] = (0,)
+    """Seed of the image that is drawn: one, 0 or more."""
     axes: Annotated[int, Range(1)] = 3
     """Number of principal axes, and of factors of the style weights; 1 or more."""
     samples: Annotated[int, Range(100)] = NUM_SAMPLES
     """Samples that the supervised directions are fitted to, 100 or more."""
     truncation_psi: Share = 0.7
     """Truncation of the images that are drawn, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.seeds) > 1:
+            raise UserError(f"seeds = {self.seeds}: the directions of one image are drawn")
 
 
 class Direction(NamedTuple):

@@ -43,6 +43,14 @@ class Options(models.RealOptions):
     """Leave out samples nearer to a training slice than 99 % of the real test slices are."""
     onnx: Path | None = None
     """Write the generator as this ONNX file in place of images."""
+    out: Path | None = None
+    """Folder for the images; it is needed, but with --onnx."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("out", "style_mixing_prob", "reject_copies") if self.onnx else ():
+            if value := getattr(self, name):
+                raise UserError(f"{name} = {value}: --onnx writes a generator and no images")
 
 
 class Copies:
@@ -130,6 +138,9 @@ def write_images(
         report.write_text(json.dumps(settings, indent=2) + "\n", out / SETTINGS)
         rows = read_journal(out / JOURNAL)
         kept = [seed for seed, row in enumerate(rows) if row["kept"] == "yes"]
+        if len(kept) > options.count:
+            text = f"{out} holds {len(kept)} images; ask for as many or more, or use another --out"
+            raise UserError(f"count = {options.count}: {text}")
         with tqdm(total=options.count, initial=len(kept), desc="exporting", unit="image") as bar:
             while (missing := options.count - len(kept)) > 0:
                 if len(rows) - max(kept, default=-1) > MAX_COPIES:
@@ -242,7 +253,7 @@ To be filled in: that of the training data, if it allows derived data to be hand
 
 def evaluation_of(source: Path, digest: str) -> str:
     """The headline of the evaluation of these very weights, as a table, or what measures it."""
-    path = runs.report_folder(source) / "evaluation.json"
+    path = runs.output_folder(source, "evaluation") / "evaluation.json"
     tables = runs.read_json(path) if path.exists() else {}
     same = tables.get("what", {}).get("sha256") == digest
     found = tables.get("distribution", []) if same else []

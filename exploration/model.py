@@ -134,7 +134,7 @@ class Model:
         """The number of a class. Raises UserError that lists the known names."""
         if name not in self.classes:
             known = ", ".join(self.classes)
-            raise UserError(f"classes: no class {name!r}; this generator knows {known}")
+            raise UserError(f"no class {name!r}; this generator knows {known}")
         return self.classes.index(name)
 
 

@@ -55,6 +55,9 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 def stops(model: Model, options: Options) -> list[tuple[Tensor, Tensor]]:
     """z and c of the images that the movie passes through. Raises UserError."""
+    for name, value in (("class", options.label), ("position", options.position)):
+        if value is not None and options.between in (f"{name}es", f"{name}s"):
+            raise UserError(f"{name} = {value}: a movie between {options.between} shows them all")
     label = model.index(options.label) if options.label else 0
     seeds, first = list(options.seeds), list(options.seeds[:1])
     if options.between == "classes":

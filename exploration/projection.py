@@ -357,8 +357,12 @@ def memory(errors: dict[str, np.ndarray]) -> str:
 def project_command(options: Options) -> Path:
     """Project slices, change their class, write figures and errors. -> the folder."""
     model = models.open_model(options)
+    if options.label is not None and not options.images:
+        raise UserError(f"class = {options.label}: is that of images, and none is named")
     if options.target is not None:
         model.index(options.target)
+        if len(model.classes) < 2 or options.target == options.label:
+            raise UserError(f"to = {options.target}: is no other class than that of the images")
     chosen = Group("images", *read_images(options, model)) if options.images else None
     extractor, device = None, next(model.G.parameters()).device
     if options.features == "dinov2":

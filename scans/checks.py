@@ -365,7 +365,7 @@ def check(
     root: tyro.conf.Positional[Path],
     table: Path | None = None,
     columns: dict[str, str] = {},  # noqa: B006
-    out: Path = Path("check.png"),
+    out: Path | None = None,
     cache: Path = Config.cache,
 ) -> None:
     """List the contents of a folder and look for leaks and bad files; exit code 2 if there are any.
@@ -374,19 +374,21 @@ def check(
         root: folder that holds train/ and test/, or the class folders.
         table: CSV or TSV with the participant of each scan, and age and sex.
         columns: other names of columns, such as: participant RID age AGE.
-        out: PNG of the contact sheet.
+        out: PNG of the contact sheet; None: check-....png in the cache.
         cache: folder that keeps the result, which training then prints.
     """
-    utils.ensure_writable(out.parent)
+    if out and (out.suffix.lower() != ".png" or out.is_dir()):
+        raise UserError(f"out = {out}: must be a file that ends with .png")
+    utils.ensure_writable(out.parent if out else cache)
     folder = read_folder(root, table, columns)
+    files = [seen.file for seen in folder.slices]
+    kept = dataset.check_result(dataset.names_and_sizes(files, root), cache)
     if folder.slices:
         report_duplicates(folder)
         report_confounds(folder)
-        draw_sheet(folder, out)
-        utils.print_once(f"contact sheet: {out}")
-    files = [seen.file for seen in folder.slices]
+        draw_sheet(folder, sheet := out or kept.with_suffix(".png"))
+        utils.print_once(f"contact sheet: {sheet}")
     result = "".join(f"{utils.printable(line)}\n" for line in folder.problems)
-    kept = dataset.check_result(dataset.names_and_sizes(files, root), cache)
     utils.write_atomically(kept, lambda path: path.write_text(result))
     if folder.problems:
         lines = "\n  ".join(folder.problems)

@@ -1,6 +1,7 @@
 """What check finds in a folder: leaks planted in every way, confounds, bad files."""
 
 import csv
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def test_an_honest_folder_passes(root: Path, capsys):
     ):  # fmt: skip
         assert line in out
     assert (root.parent / "check.png").exists()
+    for name in ("sheet", "folder.png"):
+        (root.parent / "folder.png").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=f"{name}: must be a file that ends with .png"):
+            check(root, out=root.parent / name)
+    with suppress(UserError):
+        check(root, cache=root.parent / "own")
+    assert [p.name for p in (root.parent / "own").glob("*.png")] == [
+        p.with_suffix(".png").name for p in (root.parent / "own").glob("*.txt")
+    ]
 
 
 @pytest.mark.parametrize(

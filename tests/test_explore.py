@@ -239,6 +239,22 @@ def real_of(seed: int = 0, num: int = 3) -> models.Real:
     return models.Real(*parts, None, False)
 
 
+def test_a_position_is_compared_with_real_slices_near_it():
+    real = real_of()
+    real = real._replace(**{
+        name: replace(part, positions=np.resize([0.0, 0.45, 1.0, 0.6], len(part.labels)))
+        for name, part in (("train", real.train), ("test", real.test))
+    })  # fmt: skip
+    assert cf.near_position(real, None) is real
+    some = cf.near_position(real, 0.5)
+    for part, whole in ((some.train, real.train), (some.test, real.test)):
+        assert 0.375 <= part.positions.min() <= part.positions.max() <= 0.625
+        assert len(part.labels) == (np.abs(whole.positions - 0.5) <= 0.125).sum()
+    one = real._replace(test=real.test.take(np.arange(2)))
+    with pytest.raises(UserError, match="position = 1.0: a class has no real slices there"):
+        cf.near_position(one, 1.0)
+
+
 @pytest.mark.parametrize("first, second", [(2, 0), (0, 1)])
 def test_the_reference_of_real_slices_is_the_difference_of_people(first, second):
     real, means, maps = real_of(), [], []
@@ -1178,8 +1194,13 @@ def test_the_order_of_classes_and_one_line_for_each_mistake(tmp_path):
         (movies.interpolate, lambda: movies.Options(two, label="x"), "no class 'x'"),
         (movies.interpolate, lambda: movies.Options(one, between="classes"), "has one class"),
         (movies.interpolate, lambda: movies.Options(two, between="positions"), "without"),
+        (movies.interpolate, lambda: movies.Options(two, between="classes", label="AD"), "all"),
         (ex.export, lambda: ex.Options(two, tmp_path / "o", truncation_psi=1.5), "psi = 1.5"),
         (ex.export, lambda: ex.Options(two, tmp_path / "o", count=0), "count = 0"),
+        (ex.export, lambda: ex.Options(two, reject_copies=True, onnx=Path("x")), "no images"),
+        (dirs.explore_directions, lambda: dirs.Options(two, seeds=(1, 2)), "seeds = .1, 2.: the"),
+        (pj.project_command, lambda: pj.Options(two, label="AD"), "class = AD: is that of images"),
+        (pj.project_command, lambda: pj.Options(one, target="all"), "to = all: is no other class"),
         (dirs.explore_directions, lambda: dirs.Options(two, axes=0), "axes = 0"),
         (dirs.explore_directions, lambda: dirs.Options(two, samples=99), "samples = 99"),
         (pj.project_command, lambda: pj.Options(two, steps=9), "steps = 9"),

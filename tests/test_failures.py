@@ -1,5 +1,6 @@
 """Failures that are really caused: kills, full disks, damaged and foreign files, lost memory."""
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from config import Config, UserError
 from dataset import load_slices, make_loader
 from predict import Options, predict
 from train import train
-from training import logs
+from training import logs, runs
 from training.logs import STATS, losses_text, read_log, read_losses
 from training.runs import checkpoints, load_checkpoint, load_generator, read_run_config
 from utils import append_checksum, has_checksum, make_array_once
@@ -132,6 +134,30 @@ def fill(disk: Path, left: int) -> Path:
     path = disk / "filler"
     path.write_bytes(bytes(shutil.disk_usage(disk).free - left))
     return path
+
+
+@pytest.mark.parametrize("lost", ["the write", "the file", "its end"])
+def test_a_finished_run_whose_generator_was_not_written_gets_it(config: Config, monkeypatch, lost):
+    """A full disk or a kill after the last checkpoint leaves an old generator, or none."""
+    path, write = config.out / "generator.safetensors", runs.save_generator
+    train(replace(config, out=config.out.with_name("whole")))
+    whole = (config.out.with_name("whole") / "generator.safetensors").read_bytes()
+
+    def no_room(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if lost == "the write":
+        monkeypatch.setattr(runs, "save_generator", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            train(config)
+        monkeypatch.setattr(runs, "save_generator", write)
+    else:
+        train(config)
+        path.unlink() if lost == "the file" else path.write_bytes(whole[:-100])
+    (config.out / "README.md").unlink(missing_ok=True)
+    assert not path.exists() or path.read_bytes() != whole
+    train(config)
+    assert path.read_bytes() == whole and (config.out / "README.md").exists()
 
 
 @pytest.mark.parametrize(

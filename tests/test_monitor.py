@@ -259,6 +259,11 @@ def test_the_verdict_is_the_distance_to_real_slices(tmp_path, fid, words):
     assert words in verdict(read_history(write_run(tmp_path, fid=fid)))
 
 
+def test_the_verdict_is_of_the_newest_measurement(tmp_path):
+    run = write_run(tmp_path, fid=[9.0, 8.0, 7.0, 3.0, 1.5, 0.4], test_participants=40)
+    assert "4.0 times that of unseen slices of 40 people." in verdict(read_history(run))
+
+
 def test_few_test_participants_give_no_verdict(tmp_path):
     few = {"test_participants": 19} | ILL["labels without signal"]
     assert diagnose(write_run(tmp_path, **few)) == {}
@@ -271,7 +276,7 @@ def test_what_lies_outside_of_its_green_range_is_named(tmp_path):
     run = write_run(tmp_path, leak_border=[0, 0, 0, 6.0, 6.0, 7.5], vary_z=0.1, vary_noise=0.5)
     assert out_of_range(read_history(run)) == [
         "What moves a pixel, z: 0.1, healthy from 0.3 to 1.2",
-        "Leaks, border, grey levels: 6.5, healthy from -1 to 2",
+        "Leaks, border, grey levels: 7.5, healthy from -1 to 2",
     ]
 
 

@@ -175,6 +175,8 @@ def test_without_a_run_the_demo_generator_is_drawn(tmp_path, monkeypatch, capsys
     ("options", "words"),
     [
         ({"classes": ("CN",)}, "no class 'CN'; this generator knows AD, NC"),
+        ({"classes": ()}, "classes = .*at least one"),
+        ({"compare": ()}, "compare = .*at least one"),
         ({"data_root": Path("nowhere")}, "data_root = nowhere"),
         ({"device": ABSENT}, f"device = {ABSENT}"),
         ({"position": 0.3}, "position = 0.3: a generator without condition_position"),

@@ -456,10 +456,32 @@ def test_p_does_not_come_with_the_weights(config: Config):
     assert read_losses(other.out)[-1, 1 + STATS.index("ada_p")] == pytest.approx(0.2)
 
 
+def test_a_label_that_never_gets_its_full_weight_is_refused(config: Config):
+    """Sampling gives the label its full weight, so training must have reached it."""
+    with pytest.raises(UserError, match="label_ramp_kimg = 0.1: training ends before, at image"):
+        train(replace(config, label_ramp_kimg=0.1))
+    assert not config.out.exists()
+    alone = replace(config, conditional=False, label_ramp_kimg=0.1, fid_kimg=0.001)
+    train(alone)  # it has no label
+    assert "fid" in json.loads((alone.out / "log.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_run_starts_from_a_checkpoint_that_is_no_longer_the_newest(config: Config, tmp_path):
+    train(config)
+    best = config.out / "best.pt"
+    shutil.copy(next((config.out / "checkpoints").glob("*.pt")), best)
+    shutil.rmtree(config.out / "checkpoints")
+    other = replace(config, out=tmp_path / "other", init_from=best, epochs=1)
+    train(other)
+    assert runs.read_run_config(best) == runs.read_run_config(config.out)
+    found = training.parse_settings(["--init-from", str(best), "--out", str(tmp_path / "third")])
+    assert found.img_resolution == config.img_resolution
+
+
 @pytest.mark.parametrize("name", ["inception", "dinov2"])
 def test_a_missing_network_is_said_before_anything_is_written(config, name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(UserError, match=f"{name}_weights = None: no such file"):
+    with pytest.raises(UserError, match=f"weights of {name}: no such file"):
         train(replace(config, fid_kimg=1, fid_extractor=name))
     assert not config.out.exists() and not config.cache.exists()
 

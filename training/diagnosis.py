@@ -201,10 +201,10 @@ def diagnose(history: History, config: Config) -> dict[str, str]:
 
 
 def verdict(history: History) -> str:
-    """How far samples are from real slices by their last three FIDs, in one sentence."""
+    """How far samples are from real slices by their newest FID, in one sentence."""
     if (people := history.recent("test_participants")) < MIN_PEOPLE:
         return f"Fewer than {MIN_PEOPLE} test participants cannot tell how good samples are."
-    fid, reference = history.recent("fid"), history.recent("fid_real")
+    fid, reference = (history.recent(name, last=1) for name in ("fid", "fid_real"))
     if not math.isfinite(fid + reference) or reference <= 0:
         return "The distance to real slices is not measured yet."
     ratio = fid / reference
@@ -215,11 +215,11 @@ def verdict(history: History) -> str:
 
 
 def out_of_range(history: History) -> list[str]:
-    """The means of last three values that lie outside the healthy range of curves.png."""
+    """The newest values that lie outside of the healthy range of their panel of curves.png."""
     found = []
     for title, names, healthy, _ in PANELS:
         for name, label in names.items() if healthy else ():
-            value = math.nan if name in NO_RANGE else history.recent(name)
+            value = math.nan if name in NO_RANGE else history.recent(name, last=1)
             if math.isfinite(value) and not healthy[0] <= value <= healthy[1]:
                 low, high = (f"{limit:.2g}" for limit in healthy)
                 found.append(f"{title}, {label}: {value:.3g}, healthy from {low} to {high}")

@@ -119,8 +119,8 @@ class History(NamedTuple):
     epochs: dict[str, np.ndarray]
     steps: dict[str, np.ndarray]
 
-    def recent(self, name: str, min_values: int = 1) -> float:
-        """Mean of the last three values of an epoch column; NaN if it has fewer than asked for.
+    def recent(self, name: str, min_values: int = 1, last: int = 3) -> float:
+        """Mean of the last values of an epoch column; NaN if it has fewer than asked for.
 
         NaN, too, if the newest measurement, the newest epoch with an FID, gave none.
         """
@@ -128,7 +128,7 @@ class History(NamedTuple):
         measured = np.flatnonzero(np.isfinite(self.epochs.get("fid", np.zeros(0))))
         if len(measured) and not np.isfinite(self.epochs.get(name, [])[measured[-1] :]).any():
             return math.nan
-        return float(values[-3:].mean()) if len(values) >= min_values else math.nan
+        return float(values[-last:].mean()) if len(values) >= min_values else math.nan
 
     def measured(self, name: str) -> np.ndarray:
         """The finite values of an epoch column, in order."""

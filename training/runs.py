@@ -51,20 +51,18 @@ def cache_of(config: Config) -> Path:
 def run_folder(path: Path) -> Path:
     """The run that a folder, a generator.safetensors or a checkpoints/*.pt belongs to."""
     folder = path if path.is_dir() else path.parent
-    return folder.parent if folder.name == "checkpoints" else folder
+    return folder.absolute().parent if folder.absolute().name == "checkpoints" else folder
 
 
-def output_folder(path: Path, name: str) -> Path:
-    """Where output about a run goes: into the run; for the demo generator, under runs/."""
-    run = run_folder(path)
+def output_folder(path: Path, name: str, images: Path | None = None) -> Path:
+    """Where output about a run goes: into the run; for the demo generator, under runs/.
+
+    Output about older weights, or about `images` in place of samples, has a folder of its own.
+    """
+    run, weights = run_folder(path), weights_of(path)
+    if other := images or (None if weights == weights_of(weights.parent) else weights):
+        name = f"{name}_{other.stem}"
     return (RUNS / run.name if run.resolve() == DEMO_GENERATOR.resolve() else run) / name
-
-
-def report_folder(source: Path, images: Path | None = None) -> Path:
-    """Where `evaluate.py` reports on a run; other images and older weights have their own."""
-    weights = weights_of(source)
-    other = images or (None if weights == weights_of(weights.parent) else weights)
-    return output_folder(source, f"evaluation_{other.stem}" if other else "evaluation")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -144,7 +142,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_run_config(run: Path) -> tuple[Config, list[str], str]:
-    """Settings, class names and data identity of a run. Raises UserError naming the file."""
+    """Settings, class names and data identity of a run, or of the run that a file belongs to.
+
+    Raises UserError naming the file.
+    """
+    run = run_folder(run) if run.is_file() else run
     path, local = run / "config.json", run / "paths.json"
     try:
         saved = read_json(path)
@@ -169,6 +171,13 @@ def read_run_config(run: Path) -> tuple[Config, list[str], str]:
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first. Files with other names do not count."""
     return sorted((run / "checkpoints").glob("[0-9]" * 10 + ".pt"))
+
+
+def is_saved(run: Path, cur_nimg: int) -> bool:
+    """Whether both the newest checkpoint and the generator are of this number of images."""
+    newest = [path.stem for path in checkpoints(run)[-1:]]
+    written = utils.images_seen(run / "generator.safetensors")
+    return newest == [f"{cur_nimg:010d}"] and written == cur_nimg
 
 
 def require_same(saved: dict[str, Any], config: Config, source: Path) -> None:
@@ -327,11 +336,12 @@ def real_slices(
 def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]]:
     """Weights of G, D and G_ema from the newest checkpoint of `init_from`. Raises UserError.
 
-    Without a checkpoint they come from its generator.safetensors and discriminator.safetensors.
-    They may have other classes than this run, or none, but this run must have classes if they do.
+    `init_from` may also be a checkpoint, such as best.pt. Without a checkpoint they come from its
+    generator.safetensors and discriminator.safetensors. They may have other classes than this run,
+    or none, but this run must have classes if they do.
     """
     source, D = config.init_from, config.init_from / "discriminator.safetensors"
-    if found := checkpoints(source):
+    if found := [source] if source.is_file() else checkpoints(source):
         state = load_checkpoint(found[-1])
         settings = state["settings"]
     elif D.exists():
