@@ -32,7 +32,7 @@ import utils
 from assets.demo_brains import write_demo
 from config import Config, UserError
 from participants.matching import PARTICIPANTS, find_entries
-from participants.names import participants_of
+from participants.names import number_of, participants_of
 from participants.tables import MANIFEST, Entry
 
 SPLITS = ("train", "test")
@@ -176,7 +176,7 @@ def list_slices(folder: Path, label: int) -> list[SliceFile]:
         raise UserError(f"class folder {folder} holds no image files")
     files = [SliceFile(p, "", label) for p in paths]
     files = [f._replace(participant=f.scan) for f in files]
-    return sorted(files, key=lambda f: (f.participant, len(f.path.stem), f.path.name))
+    return sorted(files, key=lambda f: (f.scan, number_of(f.path.stem), f.path.name))
 
 
 def split_by_participant(files: list[SliceFile]) -> Splits:
@@ -331,6 +331,8 @@ def decode(path: Path) -> Tensor:
         raise ValueError("not a regular file")  # reading from a pipe could wait forever
     if not (content := path.read_bytes()):
         raise ValueError("empty file")
+    if content[1:4] == b"PNG" and content[24:26] in (b"\x10\2", b"\x10\4", b"\x10\6"):
+        raise ValueError("16 bits of each colour cannot be read: save it as grey")
     # Pillow 13.0 rotates an uncompressed TIFF wrongly when it maps the file: decode from memory
     with Image.open(BytesIO(content), formats=FORMATS) as image:
         if max(image.size) > MAX_SIDE:  # checked before `load` takes memory

@@ -9,13 +9,18 @@ from pathlib import Path
 
 from config import UserError
 from participants.names import keys_in, simplified, spellings
-from participants.tables import Entry, read_manifest, read_table
+from participants.tables import MANIFEST, Entry, read_manifest, read_table
 from utils import print_once
 
 PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie beside the slices
 BASELINE = {"bl", "m0"}  # ADNI's VISCODE, and its month in BIDS
 MAX_LISTED = 5  # names in a hint
-VISIT = re.compile(r"(?:ses|session|visit|timepoint|tp|wave|mr)[-_ ]?(\d+)", re.IGNORECASE)
+VISIT = re.compile(
+    r"(?:ses|session|visit|timepoint|tp|wave)[-_ ]?(\d+)|(?<![a-z0-9])v(\d{1,2})(?![a-z0-9])"
+    r"|miriad_\d+_[a-z]+_[mf]_(\d+)",
+    re.IGNORECASE,
+)
+SCAN_OF_DAY = re.compile(r"mr[-_ ]?(\d+)", re.IGNORECASE)  # a visit if there is no other number
 DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
 
 
@@ -68,6 +73,8 @@ class EntryFinder:
         labels, ages = {r.label for r in labelled}, {r.age for r in labelled}
         label = labelled[-1 if self.pick == "last" else 0].label
         if len(labels) > 1:
+            if self.pick != "none" and len({visit_order(row) for row in labelled}) < len(labelled):
+                raise ValueError("rows of its participant have no dates or ages to sort them by")
             self.picked += 1
             label = "" if self.pick == "none" else label
         age = labelled[0].age if len(ages) == 1 else math.nan
@@ -101,7 +108,8 @@ def rows_of_visit(rows: list[Entry], path: str) -> list[Entry]:
     """The rows whose date, or else whose visit, a path shows; empty if it shows none of them."""
     dates = {"-".join(found) for found in DATE.findall(path)}
     visits = {simplified(word) for word in re.split(r"[\W_]+", path) if not word.isdigit()}
-    visits |= {str(int(number)) for number in VISIT.findall(path)}
+    numbers = ["".join(found) for found in VISIT.findall(path)] or SCAN_OF_DAY.findall(path)
+    visits |= {str(int(number)) for number in numbers}
     if visits & BASELINE:
         visits |= BASELINE
     return [r for r in rows if r.date and r.date in dates] or [
@@ -116,7 +124,11 @@ def find_entries(
 
     Raises UserError if one of these files is damaged, or the given table names none of the scans.
     """
-    entries = {k: entry for k, entry in read_manifest(root).items() if k in scans}
+    listed = read_manifest(root)
+    entries = {k: entry for k, entry in listed.items() if k in scans}
+    if missing := sorted(listed.keys() - entries):
+        text = f"lists {len(listed)} scans, {len(missing)} have no slices, such as {missing[0]}"
+        print_once(f"note: {root / MANIFEST} {text}: was the import interrupted?")
     beside = next(filter(Path.exists, (root / name for name in PARTICIPANTS)), None)
     if (source := table or beside) is None:
         return entries
@@ -129,5 +141,6 @@ def find_entries(
     if hint := finder.hint(sorted(scans - found.keys())):
         print_once(f"note: {hint}")
     if table and not found:
-        raise UserError(f"{table} names none of the scans: their participants are unknown")
+        whole = "plain numbers and short names must be a whole name"
+        raise UserError(f"{table} names none of the scans; {whole}")
     return entries | found if table else found | entries

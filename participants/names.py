@@ -1,5 +1,6 @@
 """Names of scans and participants: which parts of a path can name one."""
 
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,7 +38,17 @@ def participant_in(name: str) -> str:
 def participants_of(scans: Iterable[str]) -> dict[str, str]:
     """The participant of each scan whose name shows one; none if all scans show the same."""
     found = {scan: name for scan in scans if (name := participant_in(scan))}
+    found = dict(zip(found, one_spelling(found.values()), strict=True))
     return found if len(set(found.values())) > 1 else {}
+
+
+def one_spelling(names: Iterable[str]) -> list[str]:
+    """The names, with the first of several ways to write a participant in the place of all.
+
+    Such ways are 002_S_0295 and sub-ADNI002S0295, or sub-OAS30001 and OAS30001.
+    """
+    first: dict[str, str] = {}
+    return [first.setdefault(simplified(adni_name(name) or name), name) for name in names]
 
 
 def adni_name(name: str) -> str:
@@ -70,7 +81,7 @@ def keys_in(path: Path | str) -> list[str]:
     """All parts of a path that could name a scan or a participant, the longest first.
 
     Plain numbers, which may be dates or counts, and short parts must be a whole file or folder
-    name; BIDS's "sub-" may precede them.
+    name; BIDS's "sub-" may precede them. A short name such as P01 may also begin the file's name.
     """
     path = Path(path)
     parts = re.split(r"([^A-Za-z0-9]+)", str(path))
@@ -78,8 +89,15 @@ def keys_in(path: Path | str) -> list[str]:
     found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
     whole = {part.removeprefix("sub-") for part in path.parts} | set(path.parts)
     telling = {key for key in found if len(key) > 3 and not key.isdigit()} | whole
+    telling |= set(re.findall(r"^[A-Za-z]+\d+(?![A-Za-z0-9])", path.name))
     telling |= {kind(str(path)) for kind in (participant_in, adni_name, roster_name)}
     return sorted(telling - {""}, key=lambda key: (-len(key), key))
+
+
+def number_of(name: str) -> float:
+    """The number at the end of a slice's name: _-3 and _z-3 mean -3, but _slice-3 means 3."""
+    found = re.search(r"(?:_[a-z]?(-))?(\d+)$", name, re.IGNORECASE)
+    return -math.inf if found is None else -int(found[2]) if found[1] else int(found[2])
 
 
 def simplified(name: str) -> str:

@@ -9,6 +9,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,15 +131,19 @@ def sex_of(value: str, column: str) -> str:
     return next((sex for sex, words in SEXES.items() if value.lower() in words), "")
 
 
-def date_of(value: str) -> str:
+def date_of(value: str, day_first: bool = False) -> str:
     """A date as YYYY-MM-DD, "" if there is none; ADNI writes 10/12/2005 for the 12th of October."""
-    if found := re.match(r"(\d{4})-(\d{1,2})-(\d{1,2})", value):
-        year, month, day = found.groups()
-    elif found := re.match(r"(\d{1,2})/(\d{1,2})/(\d{4})", value):
-        month, day, year = found.groups()
-    else:
-        return ""
-    return f"{year}-{int(month):02}-{int(day):02}"
+    slashes = "%d/%m/%" if day_first else "%m/%d/%"
+    for form in ("%Y-%m-%d", "%Y/%m/%d", "%d.%m.%", "%d-%b-%", slashes):
+        for year in "Yy" if form[-1] == "%" else ("",):
+            with suppress(ValueError, IndexError):
+                return str(datetime.strptime(re.split(r"[ T]", value)[0], form + year).date())
+    return ""
+
+
+def day_comes_first(values: Sequence[str]) -> bool:
+    """Whether a column of dates with slashes has the day before the month: some are above 12."""
+    return any(int(v.partition("/")[0]) > 12 for v in values if re.match(r"\d{1,2}/\d", v))
 
 
 def participant_of(value: str, column: str) -> str:
@@ -188,9 +194,10 @@ def choose_columns(
             raise UserError(f"{path} has several columns {name}: rename all but one")
         if len(alike) > 1 and what not in given:
             text = f"columns {' and '.join(alike)} may both be the {what}"
-            raise UserError(f"{path}: {text}; add --columns {what} NAME")
+            raise UserError(f"{path}: {text}; rename one, or give prepare.py --columns {what} NAME")
     if not {"scan", "participant"} & found.keys():
-        raise UserError(f"{path}: no column names scans or participants; add --columns scan NAME")
+        text = "rename one to scan or participant, or give prepare.py --columns scan NAME"
+        raise UserError(f"{path}: no column names scans or participants; {text}")
     return found
 
 
@@ -231,7 +238,8 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
     header, rows = read_rows(path)
     cells = dict(zip(header, zip(*rows, strict=True), strict=False))
     column = choose_columns(path, header, cells, given, names)
-    entries, name = [], column.get("class", "")
+    entries, name, unnamed = [], column.get("class", ""), []
+    day_first = "date" in column and day_comes_first(cells[column["date"]])
     for row in zip(*(cells[c] for c in column.values()), strict=True):
         cell = defaultdict(str, zip(column, row, strict=True))
         scan, label = stem(cell["scan"]), class_of(cell["class"], name)
@@ -240,9 +248,11 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
         if label and not plain_name(label):
             raise UserError(f"{path}: {label[:40]!r} in column {name!r} is no valid name")
         participant = participant_of(cell["participant"], column.get("participant", ""))
+        if scan and not participant and not participant_in(scan):
+            unnamed.append(scan)
         if participant := participant or participant_in(scan) or scan:
             sex = sex_of(cell["sex"], column.get("sex", ""))
-            told = age_of(cell["age"]), sex, cell["visit"], date_of(cell["date"])
+            told = age_of(cell["age"]), sex, cell["visit"], date_of(cell["date"], day_first)
             entries.append(Entry(scan, participant, label, *told))
     print_once(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
     for what, count in count_known(entries).items():
@@ -250,6 +260,17 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
             unread = [v for v in unreadable(cells[column[what]], column[what], what) if v]
             such = f", such as {unread[0][:20]!r}" if unread else ""
             print_once(f"note: {path}: {without} of {len(rows)} rows have no readable {what}{such}")
+    if "date" in column:
+        dates = [
+            v for v in cells[column["date"]] if not is_missing(v) and not date_of(v, day_first)
+        ]
+        if dates:
+            print_once(
+                f"note: {path}: {len(dates)} dates cannot be read, such as {dates[0][:20]!r}"
+            )
+    if unnamed:
+        text = f"{len(unnamed)} of {len(rows)} rows have no participant, such as {unnamed[0]}"
+        print_once(f"note: {path}: {text}: each counts as a participant of its own")
     for old, new in RENAMED.items():
         if "class" in column and old in cells[column["class"]]:
             print_once(f"{path}: class {old} is called {new}")

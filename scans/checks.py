@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import dataset
 import utils
 from config import Config, UserError
+from participants.names import participant_in
 from participants.tables import RENAMED, Entry
 
 SIDE = 96  # pixels of the small pictures whose edges are compared
@@ -109,6 +110,12 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Chec
     read = utils.map_on_cores(lambda job: read_scan(*job), of_scans, utils.printable(root), "scan")
     slices = [seen for part, _, _ in read for seen in part]
     problems += [line for _, _, bad in read for line in bad]
+    seen = defaultdict(set)
+    for file in itertools.chain(*splits.values()):
+        seen[file.participant].add(file.label)
+    if several := sorted(name for name, labels in seen.items() if len(labels) > 1):
+        text = f"{len(several)} participants have slices of several classes, such as {several[0]}"
+        utils.print_once(f"note: {text}: if these are other people, rename their files")
     if doubt := dataset.doubtful_classes(classes, splits["train"]):
         utils.print_once(f"note: {doubt}: training will need --any-classes")
     print_kinds(slices, [ranges for _, ranges, _ in read if ranges])
@@ -129,6 +136,7 @@ def wrong_classes(
     return [
         f"class {own} in the table, folder {folder}: {len(scans)} scans, "
         + ", ".join(sorted(scans)[:MAX_LISTED])
+        + " (--columns class '' leaves the table's class out)"
         for (own, folder), scans in wrong.items()
     ]
 
@@ -394,4 +402,7 @@ def check(
         lines = "\n  ".join(folder.problems)
         raise UserError(f"{root}: training would fail or its evaluation would mislead:\n  {lines}")
     text = "no participant and no picture is in both train and test; every file can be read"
+    whose = {s.file.scan for s in folder.slices if s.file.participant == s.file.scan}
+    if unknown := [scan for scan in whose if not participant_in(scan)]:
+        text += f"; {len(unknown)} scans count as a participant each, by their names alone"
     utils.print_once(text)

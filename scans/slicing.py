@@ -33,12 +33,17 @@ import utils
 from config import UserError
 from dataset import LEFT_OUT, SPLITS
 from participants.matching import EntryFinder
-from participants.names import participant_in, plain_name, stem
+from participants.names import one_spelling, participant_in, plain_name, stem
 from participants.tables import MANIFEST, RENAMED, Entry, count_known, manifest_rows
 from scans.finding import Reasons, find_volumes
 from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
 
 UNNAMED = "no row of the table names it"
+VISIT_FOLDER = re.compile(
+    r"bl|baseline|screening|follow[-_ ]?up[-_ ]?\d*|(ses|session|visit|timepoint|wave|month|year)"
+    r"[-_ ]?\w{1,4}",
+    re.IGNORECASE,
+)
 MAX_LETTERS = 80  # of a scan's id
 MAX_NAMES, MAX_REASONS = 5, 30  # that are printed
 MANIFEST_SECONDS = 5  # from one writing of the manifest to the next; a kill may cost this much work
@@ -79,7 +84,8 @@ def entry_of_volume(inside: Path, finder: EntryFinder | None) -> Entry:
     elif len(inside.parts) < 2:
         raise ValueError("lies in no class folder, and there is no --table")
     else:
-        own = inside.parts[1] if len(inside.parts) > 2 else stem(inside.name)
+        folders = [part for part in inside.parts[1:-1] if not VISIT_FOLDER.fullmatch(part)]
+        own = folders[0] if folders else stem(inside.name)
         participant = participant_in(str(inside)) or own.strip()
         entry = Entry("", participant, inside.parts[0], math.nan, "")
     if not plain_name(entry.label):
@@ -116,11 +122,25 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
             found.append(Scan(path, id_of(entry.scan or own), entry))
     if finder and not labels:
         text = "no volume has a class; --columns class NAME names its column"
+        if set(problems.values()) == {UNNAMED}:
+            text = "it names no volume; plain numbers and short names must be a whole name"
         raise UserError(f"{options.table}: {text}{counts_of(problems)}")
     if missing := sorted(wanted - labels):
         raise UserError(f"classes: no {', '.join(missing)}; there are {', '.join(sorted(labels))}")
     if finder:
         print_matches(finder, [scan.entry for scan in found], problems)
+    else:
+        names = one_spelling(scan.entry.participant for scan in found)
+        found = [
+            scan._replace(entry=scan.entry._replace(participant=name))
+            for scan, name in zip(found, names, strict=True)
+        ]
+        alone = [s.name for s in found if s.entry.participant == stem(s.path.name)]
+        if alone := sorted(name for name in alone if not participant_in(name)):
+            text = (
+                f"{len(alone)} scans are named after no folder, and no table shows whose they are"
+            )
+            utils.print_once(f"note: {text}: their file names count as participants")
     counts = Counter(scan.name for scan in found)
     for scan in found:
         if counts[scan.name] > 1:

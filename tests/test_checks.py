@@ -58,6 +58,22 @@ def load(root: Path, name: str) -> Image.Image:
     return Image.open(next(root.rglob(name)))
 
 
+def test_what_is_not_known_about_people_is_said(tmp_path, capsys):
+    """Files that show no scan, and numbers that begin anew in each class."""
+    root, number = tmp_path / "data", 0
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("AD", "NC"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                number += 1
+                file = root / split / name / f"{split} {i}.png"
+                Image.fromarray(textured(number)[0]).save(file)
+    check(root, out=tmp_path / "s.png", cache=tmp_path / "cache")
+    out = capsys.readouterr().out
+    assert "every file can be read; 5 scans count as a participant each" in out
+    assert "5 participants have slices of several classes, such as test 0" in out
+
+
 def save(image: Image.Image, root: Path, name: str = "99_0.png") -> None:
     image.save(root / "test" / "NC" / name)
 

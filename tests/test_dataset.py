@@ -6,6 +6,7 @@ import pickle
 import platform
 import struct
 import subprocess
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -478,6 +479,47 @@ def test_all_bad_files_are_reported_in_one_table(data_root: Path, config: Config
     with pytest.raises(UserError) as checked:
         check(data_root, out=config.out / "check.png")
     assert all(line in str(checked.value) for line in lines[1:])
+
+
+@pytest.mark.parametrize("form", ["z-10 z-2 z+0 z+4 z+11", "z_-10 z_-2 z_0 z_4 z_11",
+                                  "slice-0 slice-2 slice-4 slice-10 slice-011"])  # fmt: skip
+def test_slices_come_in_the_order_of_their_numbers(tmp_path: Path, form):
+    names = [f"sub-00_{name}.png" for name in form.split()]
+    for name in names[::-1]:
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
+    assert [file.path.name for file in dataset.list_slices(tmp_path, 0)] == names
+
+
+@pytest.mark.parametrize("colour", [2, 4, 6])
+def test_16_bits_of_each_colour_are_refused(tmp_path: Path, colour):
+    """Pillow reads them as 8 bits: 12-bit values would become nearly black."""
+    channels = {2: 3, 4: 2, 6: 4}[colour]
+    rows = (b"\0" + bytes(2 * channels * 4)) * 4
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)),
+             (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]  # fmt: skip
+    chunks = [
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts
+    ]
+    path = tmp_path / "x.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(ValueError, match="16 bits of each colour"):
+        dataset.decode(path)
+
+
+def test_an_interrupted_import_is_noticed(config: Config, capsys):
+    rows = "".join(f"{i},{i}\n" for i in range(1, 20))
+    (config.data_root / "manifest.csv").write_text(f"id,participant\n{rows}")
+    load_slices(config)
+    text = "lists 19 scans, 7 have no slices, such as 13: was the import interrupted?"
+    assert text in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_where_its_slices_are(config: Config, tmp_path: Path):
+    flat = write_folder(tmp_path / "flat", {"": 4})
+    for root, out in ((config.data_root, config.data_root), (flat, flat / "runs" / "a")):
+        with pytest.raises(UserError, match="lies in data_root, where folders are classes"):
+            runs.open_run(replace(config, data_root=root, out=out))
+    assert runs.open_run(replace(config, out=config.data_root / "runs")) is None
 
 
 def test_a_full_disk_is_said_before_anything_is_written(config: Config, monkeypatch):

@@ -213,6 +213,37 @@ def test_a_folder_of_a_patient_is_the_participant(options: ImportOptions, tmp_pa
         import_scans(replace(options, scans=root, table=None, pattern="*T1w*"))
 
 
+def test_folders_of_visits_are_no_participants_and_lone_names_are_said(tmp_path: Path, capsys):
+    values, affine = head()
+    for label, people in (("AD", "ab"), ("HC", "cd")):
+        for visit in ("baseline", "Follow-up"):
+            for person in people:
+                write(tmp_path / "s" / label / visit / f"{person}1.nii", values, affine)
+    import_scans(ImportOptions(tmp_path / "s", tmp_path / "out", slices=1, size=64))
+    rows = manifest(tmp_path / "out")
+    assert {row["participant"] for row in rows} == {"a1", "b1", "c1", "d1"} and len(rows) == 8
+    assert "8 scans are named after no folder, and no table shows whose" in capsys.readouterr().out
+
+
+def test_two_spellings_in_names_of_volumes_are_one_participant(tmp_path: Path):
+    values, affine = head()
+    for label, site in (("AD", 2), ("HC", 3)):
+        for i in range(2):
+            for name in (f"{site:03}_S_000{i}", f"sub-ADNI{site:03}S000{i}"):
+                write(tmp_path / "s" / label / f"{name}.nii", values, affine)
+    import_scans(ImportOptions(tmp_path / "s", tmp_path / "out", slices=1, size=64))
+    assert len({row["participant"] for row in manifest(tmp_path / "out")}) == 4
+
+
+def test_a_table_that_names_no_volume_is_said(options: ImportOptions, tmp_path: Path):
+    table = tmp_path / "other.csv"
+    table.write_text("subject,dx\n1001,AD\n1002,CN\n")
+    with pytest.raises(
+        UserError, match="it names no volume; plain numbers and short names must be"
+    ):
+        import_scans(replace(options, table=table))
+
+
 def test_classes_may_be_called_as_in_the_table(options: ImportOptions, capsys):
     import_scans(replace(options, classes=("AD", "CN")))
     assert {row["class"] for row in manifest(options.out)} == {"AD", "NC"}

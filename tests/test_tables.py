@@ -297,6 +297,62 @@ def test_numbers_of_visits_need_their_word(tmp_path: Path):
     assert [finder.named_in(path).label for path in paths] == ["AD", "NC", ""]
 
 
+def test_a_visit_in_a_name_beats_the_number_of_the_scan_of_a_day(tmp_path: Path):
+    text = "subject,visit,dx\nmiriad_201,1,MCI\nmiriad_201,2,AD\nHC001,1,CN\nHC001,2,AD\n"
+    paths = ["miriad_201_AD_M_02_MR_1", "HC001_V1", "HC001_V2_T1w", "HC001/MR1/ses-2", "HC001_MR2"]
+    finder = EntryFinder(write(tmp_path, text), {}, paths)
+    assert [finder.named_in(path).label for path in paths] == ["AD", "NC", "AD", "AD", "AD"]
+
+
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        ("12.10.2005", "14.11.2009"), ("12.10.05", "2.1.09"), ("12-Oct-05", "14-Nov-2009"),
+        ("10/02/2005", "05/08/2006"), ("25/12/2005", "02/01/2006"), ("2005/10/12", "2009-11-14"),
+        ("2009-11-14T10:00", "2009-11-15 09:00:00"),
+    ],
+)  # fmt: skip
+def test_rows_are_sorted_by_dates_as_people_write_them(tmp_path: Path, early, late):
+    table = write(tmp_path, f"subject;examdate;dx\nHC001;{late};AD\nHC001;{early};CN\n")
+    for pick, label in (("first", "NC"), ("last", "AD")):
+        assert EntryFinder(table, {}, ["HC001"], pick).named_in("HC001").label == label
+
+
+def test_rows_without_dates_have_no_last_one(tmp_path: Path, capsys):
+    table = write(tmp_path, "subject,examdate,dx\nHC001,spring,AD\nHC001,,CN\n")
+    assert EntryFinder(table, {}, ["HC001"]).named_in("HC001").label == ""
+    assert "note: " in (out := capsys.readouterr().out) and "1 dates cannot be read" in out
+    with pytest.raises(ValueError, match="no dates or ages to sort them by"):
+        EntryFinder(table, {}, ["HC001"], "last").named_in("HC001")
+
+
+def test_gaps_in_a_column_of_participants_are_said(tmp_path: Path, capsys):
+    text = "subject;imageid;dx\nHC001;I1001;AD\n;I1002;AD\nHC002;I1003;CN\n"
+    read_table(write(tmp_path, text), {}, {"I1001", "I1002", "I1003"})
+    assert "1 of 3 rows have no participant, such as I1002" in capsys.readouterr().out
+    read_table(write(tmp_path, "image,dx\nOAS1_0001_MR1,AD\nOAS1_0002_MR1,CN\n"), {"scan": "image"})
+    assert "have no participant" not in capsys.readouterr().out
+
+
+def test_a_short_name_may_begin_the_name_of_a_file(tmp_path: Path):
+    finder = EntryFinder(write(tmp_path, "subject,dx\nP01,AD\nP02,CN\n"), {})
+    found = [finder.named_in(path) for path in ("P01", "P01_V2", "x/P02-T1.nii", "XP01_2", "P0_1")]
+    assert [entry and entry.participant for entry in found] == ["P01", "P01", "P02", None, None]
+
+
+def test_two_spellings_of_a_participant_are_one(tmp_path: Path):
+    names = [
+        "002_S_0002_1",
+        "sub-ADNI002S0002_2",
+        "sub-OAS30001_x",
+        "OAS30001_MR",
+        "sub-a",
+        "sub-A",
+    ]
+    found = list(participants_of(names).values())
+    assert found == ["002_S_0002"] * 2 + ["sub-OAS30001"] * 2 + ["sub-a"] * 2
+
+
 def test_rows_of_a_participant_agree_on_sex(tmp_path: Path, capsys):
     table = write(tmp_path, "subject,visit,sex\na1,1,F\na1,2,\nb1,1,F\nb1,2,M\n")
     assert [e.sex for e in read_table(table, {})] == ["F", "F", "", ""]
@@ -343,7 +399,7 @@ def test_a_column_that_stands_twice_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="table.csv has several columns dx: rename all but one"):
         read_table(table, {})
     table = write(tmp_path, "subject,DX,dx\np1,AD,CN\n")
-    with pytest.raises(UserError, match="DX and dx may both be the class; add --columns class"):
+    with pytest.raises(UserError, match="DX and dx may both be the class; rename one"):
         read_table(table, {})
     assert read_table(table, {"class": "dx"})[0].label == "NC"
     table = write(tmp_path, "subject,dx,x,x\np1,AD,1,2\n")

@@ -206,6 +206,9 @@ def open_run(config: Config) -> dict[str, Any] | None:
 
     Raises UserError if settings changed, all checkpoints are damaged, or all were deleted.
     """
+    root, out = config.data_root and config.data_root.resolve(), config.out.resolve()
+    if root and (out == root or root in out.parents and not (root / "train").is_dir()):
+        raise UserError(f"out = {config.out}: lies in data_root, where folders are classes")
     utils.ensure_writable(config.out)
     if (config.out / "config.json").exists():
         require_same(shared_settings(read_run_config(config.out)[0]), config, config.out)
