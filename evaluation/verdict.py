@@ -126,8 +126,8 @@ def copies(report: dict[str, Any]) -> str:
     some, many, share = suspicion(row)
     planted = [value for name, value in row.items() if name.startswith("found_")]
     detail = (
-        f"{share:.1%} of them are nearer to a training slice than 99 % of unseen real slices are "
-        f"({100 * by_chance(row):.2g} % by chance"
+        f"{share:.1%} of the generated slices are nearer to a training slice than 99 % of unseen "
+        f"real slices are ({100 * by_chance(row):.2g} % by chance"
     )
     blind = min(planted, default=1.0) < MIN_FOUND
     if blind:

@@ -78,6 +78,7 @@ ILL = {
     "odd spectrum": {"spectrum": 11.0},
     "few samples look real": {"precision": 0.05},
     "too little variety": {"spread": 0.3},
+    "only blurred": {"recall": 0.01, "recall_blurred": 0.5},
     "few shapes": {"shapes_2_6": 0.2},
     "labels without signal": {"agreement": 0.52, "agreement_real": 0.52},
     "class ignored": {"agreement": 0.51},

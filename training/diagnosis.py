@@ -160,6 +160,15 @@ RULES = {
         "samples vary less than half as much as real slices, in the ways in which those vary most",
         ("train longer, with a lower learning_rate at the end", "raise r1_gamma"),
     ),
+    "only blurred": Rule(
+        lambda h: (
+            h.recent("recall", MIN_MEASUREMENTS) < 0.1 * h.recent("recall_real")
+            and h.recent("recall_blurred") > 0.25 * h.recent("recall_blurred_real")
+        ),
+        "samples have the shapes of real slices, but not their fine detail: after a blur of all "
+        "images recall is high",
+        ("train longer, with a lower learning_rate at the end", "lower r1_gamma"),
+    ),
     "few shapes": Rule(
         lambda h: any(h.recent(f"shapes_{r}", MIN_MEASUREMENTS) < 0.4 for r in ("1_1", "2_6")),
         "along the main components of real pixels, samples have less than 0.4 of the real spread",
