@@ -45,10 +45,12 @@ def participants_of(scans: Iterable[str]) -> dict[str, str]:
 def one_spelling(names: Iterable[str]) -> list[str]:
     """The names, with the first of several ways to write a participant in the place of all.
 
-    Such ways are 002_S_0295 and sub-ADNI002S0295, or sub-OAS30001 and OAS30001.
+    Such ways are 002_S_0295 and sub-ADNI002S0295, or sub-OAS30001 and OAS30001. Names of no known
+    study stay as they are.
     """
     first: dict[str, str] = {}
-    return [first.setdefault(simplified(adni_name(name) or name), name) for name in names]
+    keys = ((simplified(adni_name(n) or n) if participant_in(n) else n, n) for n in names)
+    return [first.setdefault(key, name) for key, name in keys]
 
 
 def adni_name(name: str) -> str:

@@ -137,7 +137,7 @@ def date_of(value: str, day_first: bool = False) -> str:
     for form in ("%Y-%m-%d", "%Y/%m/%d", "%d.%m.%", "%d-%b-%", slashes):
         for year in "Yy" if form[-1] == "%" else ("",):
             with suppress(ValueError, IndexError):
-                return str(datetime.strptime(re.split(r"[ T]", value)[0], form + year).date())
+                return str(datetime.strptime(re.split(r" |(?<=\d)T", value)[0], form + year).date())
     return ""
 
 
@@ -239,7 +239,8 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
     cells = dict(zip(header, zip(*rows, strict=True), strict=False))
     column = choose_columns(path, header, cells, given, names)
     entries, name, unnamed = [], column.get("class", ""), []
-    day_first = "date" in column and day_comes_first(cells[column["date"]])
+    dates = cells[column["date"]] if "date" in column else ()
+    day_first = day_comes_first(dates)
     for row in zip(*(cells[c] for c in column.values()), strict=True):
         cell = defaultdict(str, zip(column, row, strict=True))
         scan, label = stem(cell["scan"]), class_of(cell["class"], name)
@@ -260,14 +261,8 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
             unread = [v for v in unreadable(cells[column[what]], column[what], what) if v]
             such = f", such as {unread[0][:20]!r}" if unread else ""
             print_once(f"note: {path}: {without} of {len(rows)} rows have no readable {what}{such}")
-    if "date" in column:
-        dates = [
-            v for v in cells[column["date"]] if not is_missing(v) and not date_of(v, day_first)
-        ]
-        if dates:
-            print_once(
-                f"note: {path}: {len(dates)} dates cannot be read, such as {dates[0][:20]!r}"
-            )
+    if odd := [date for date in dates if not is_missing(date) and not date_of(date, day_first)]:
+        print_once(f"note: {path}: {len(odd)} dates cannot be read, such as {odd[0][:20]!r}")
     if unnamed:
         text = f"{len(unnamed)} of {len(rows)} rows have no participant, such as {unnamed[0]}"
         print_once(f"note: {path}: {text}: each counts as a participant of its own")

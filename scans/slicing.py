@@ -40,8 +40,8 @@ from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_vo
 
 UNNAMED = "no row of the table names it"
 VISIT_FOLDER = re.compile(
-    r"bl|baseline|screening|follow[-_ ]?up[-_ ]?\d*|(ses|session|visit|timepoint|wave|month|year)"
-    r"[-_ ]?\w{1,4}",
+    r"bl|baseline|screening|follow[-_ ]?up[-_ ]?\d*"
+    r"|(ses|session|visit|timepoint|wave|month|year)[-_ ]?([mv]?\d\w{0,3}|bl)",
     re.IGNORECASE,
 )
 MAX_LETTERS = 80  # of a scan's id
@@ -137,9 +137,7 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
         ]
         alone = [s.name for s in found if s.entry.participant == stem(s.path.name)]
         if alone := sorted(name for name in alone if not participant_in(name)):
-            text = (
-                f"{len(alone)} scans are named after no folder, and no table shows whose they are"
-            )
+            text = f"{len(alone)} scans lie in no folder of a person, and there is no table"
             utils.print_once(f"note: {text}: their file names count as participants")
     counts = Counter(scan.name for scan in found)
     for scan in found:

@@ -222,7 +222,7 @@ def test_folders_of_visits_are_no_participants_and_lone_names_are_said(tmp_path:
     import_scans(ImportOptions(tmp_path / "s", tmp_path / "out", slices=1, size=64))
     rows = manifest(tmp_path / "out")
     assert {row["participant"] for row in rows} == {"a1", "b1", "c1", "d1"} and len(rows) == 8
-    assert "8 scans are named after no folder, and no table shows whose" in capsys.readouterr().out
+    assert "8 scans lie in no folder of a person, and there is no table" in capsys.readouterr().out
 
 
 def test_two_spellings_in_names_of_volumes_are_one_participant(tmp_path: Path):

@@ -7,7 +7,7 @@ import pytest
 
 from config import UserError
 from participants.matching import EntryFinder
-from participants.names import participant_in, participants_of, plain_name, simplified
+from participants.names import one_spelling, participant_in, participants_of, plain_name, simplified
 from participants.tables import class_of, read_manifest, read_table
 
 ADNI = """"Image Data ID","Subject","Group","Sex","Age","Visit","Modality","Description"
@@ -307,7 +307,7 @@ def test_a_visit_in_a_name_beats_the_number_of_the_scan_of_a_day(tmp_path: Path)
 @pytest.mark.parametrize(
     ("early", "late"),
     [
-        ("12.10.2005", "14.11.2009"), ("12.10.05", "2.1.09"), ("12-Oct-05", "14-Nov-2009"),
+        ("12.10.2005", "14.11.2009"), ("12.10.05", "2.1.09"), ("12-OCT-05", "14-Nov-2009"),
         ("10/02/2005", "05/08/2006"), ("25/12/2005", "02/01/2006"), ("2005/10/12", "2009-11-14"),
         ("2009-11-14T10:00", "2009-11-15 09:00:00"),
     ],
@@ -351,6 +351,7 @@ def test_two_spellings_of_a_participant_are_one(tmp_path: Path):
     ]
     found = list(participants_of(names).values())
     assert found == ["002_S_0002"] * 2 + ["sub-OAS30001"] * 2 + ["sub-a"] * 2
+    assert one_spelling(["1-12", "11-2", "a", "A"]) == ["1-12", "11-2", "a", "A"]
 
 
 def test_rows_of_a_participant_agree_on_sex(tmp_path: Path, capsys):
