@@ -412,7 +412,7 @@ def test_impostors_come_out_in_the_order_known_before(config: Config, tmp_path, 
     order = ["perfect", "copied", "dropped", "degraded", "samples"]
     assert sorted(distance, key=distance.get) == order
     low, high = rows["perfect"]["over_perfect_interval, encoder"]
-    assert low < 1 < high and rows["perfect"]["over_memory, encoder"] < 1
+    assert low < 1 < high and rows["perfect"]["over_memory, encoder"] < 1.2
     assert rows["dropped"]["over_perfect_interval, encoder"][0] > 1
     caught = {name: row["too_near, pixels"] for name, row in rows.items()}
     assert min(caught["copied"], caught["dropped"]) > 0.9 > 0.1 > caught["perfect"]
