@@ -139,8 +139,8 @@ def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
 
     The FD of the training slices is what a perfect memory gets; the FD of fresh subjects, known for
     the demo brains only, is what a perfect generator gets. The ratio of the samples' FD to either
-    is about 1 if G is perfect, but to the former also if G repeats the training slices. The
-    intervals of ratios have the relative width of those of random halves of all participants.
+    is about 1 if G is perfect, but to the former also if G repeats the training slices. Intervals
+    of ratios come from the deviations of distances between random halves of all participants.
     """
     whole, halves = metrics.distances_by_halves(test, sets, seed)
     n, rows = min(len(part.values) for part in sets.values()), []

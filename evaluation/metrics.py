@@ -359,13 +359,13 @@ def distances_by_halves(
 def ratio_of_distances(
     name: str, other: str, whole: dict[str, float], halves: dict[str, np.ndarray]
 ) -> tuple[float, np.ndarray]:
-    """Ratio of two of the `distances_by_halves`, and draws whose median it is.
+    """Ratio of two of the `distances_by_halves`, and draws around it.
 
-    The ratios of halves are nearer to 1, as fewer participants add to both distances.
+    Fewer participants add to both distances, which brings the ratios of halves nearer to 1. So
+    each draw adds the deviations of both distances of halves from their means to the whole ones.
     """
-    ratio = whole[name] / (whole[other] or math.nan)
-    draws = halves[name] / np.where(halves[other] > 0, halves[other], math.nan)
-    return float(ratio), draws * ratio / np.median(draws)
+    a, b = (whole[k] + halves[k] - halves[k].mean() for k in (name, other))
+    return float(whole[name] / (whole[other] or math.nan)), a / np.where(b > 0, b, math.nan)
 
 
 def without_participants(part: Features, share: float, target: Gaussian, seed: int) -> float:
