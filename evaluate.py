@@ -561,9 +561,10 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
 def identity_of(source: Path) -> dict[str, Any]:
     """File of the weights, its sha256, and the thousands of images seen in training."""
     weights = runs.weights_of(source)
-    is_checkpoint = weights.suffix == ".pt"
-    state = runs.load_checkpoint(weights) if is_checkpoint else {}
-    nimg = state.get("cur_nimg", utils.images_seen(weights))
+    if weights.suffix == ".pt":
+        nimg = runs.load_checkpoint(weights)["cur_nimg"]
+    else:
+        nimg = utils.images_seen(weights)
     kimg = "unknown" if nimg is None else nimg / 1000
     return {"weights": str(weights), "sha256": utils.sha256_of(weights), "kimg": kimg}
 
@@ -581,7 +582,7 @@ def fakes_of(options: Options, G: Generator, references: References) -> tuple[Sl
     images = decoded(files, options.images, train.images.shape[-1], references.cache)
     labels, participants = np.array([f.label for f in files]), np.arange(len(files)).astype(str)
     fakes = Slices(images, labels, participants, train.classes)
-    digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+    digest = features.digest_of(images)
     return fakes, {"images": str(options.images), "images_sha256": digest, "kimg": "unknown"}
 
 

@@ -440,7 +440,7 @@ def write_safetensors(path: Path, state: dict[str, Tensor], cur_nimg: int) -> No
 
 
 def images_seen(path: Path) -> int | None:
-    """The number of images that a safetensors file was written with; None without it, or a file."""
+    """The number of images that a safetensors file was written with; None if it tells none."""
     try:
         with safe_open(path, "numpy") as file:
             return int(file.metadata()["cur_nimg"])

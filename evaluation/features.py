@@ -261,9 +261,6 @@ def trained_encoder(
     another encoder. Raises UserError if the tensors of `own` have other shapes.
     """
     num_classes, resolution = len(train.classes), train.images.shape[-1]
-    pixels = hashlib.sha256(np.ascontiguousarray(train.images).data).hexdigest()
-    key = hashlib.sha256(repr((data, train.classes, pixels)).encode()).hexdigest()[:16]
-    path = cache / f"encoder{ENCODER_VERSION}-{key}-{resolution}.safetensors"
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         parts = [num_classes, 1, COMPONENTS]
@@ -282,6 +279,8 @@ def trained_encoder(
         path.write_bytes(utils.safetensors_bytes(encoder.state_dict()))
 
     if own is None or not utils.is_whole(own):
+        key = digest_of(train.images, repr((data, train.classes)))[:16]
+        path = cache / f"encoder{ENCODER_VERSION}-{key}-{resolution}.safetensors"
         utils.make_once(path, write, utils.is_whole)
         if own is not None:
             utils.make_once(own, lambda copy: copy.write_bytes(path.read_bytes()), utils.is_whole)
@@ -317,11 +316,17 @@ def compute_features(
     return torch.cat(utils.map_on_cores(work, range(0, len(images), batch), bar, "batch")).numpy()
 
 
+def digest_of(images: np.ndarray, text: str = "") -> str:
+    """The sha256 of a text and uint8 images [n, R, R]."""
+    key = hashlib.sha256(text.encode())
+    key.update(np.ascontiguousarray(images).data)
+    return key.hexdigest()
+
+
 def cached_path(images: np.ndarray, extractor: Extractor, cache: Path) -> Path:
     """The file that keeps the features of uint8 images [n, R, R], named by their content."""
-    key = hashlib.sha256(extractor.identity.encode())
-    key.update(np.ascontiguousarray(images).data)
-    return cache / f"features-{extractor.name}-{key.hexdigest()[:16]}.npy"
+    key = digest_of(images, extractor.identity)[:16]
+    return cache / f"features-{extractor.name}-{key}.npy"
 
 
 def features_of(images: np.ndarray, extractor: Extractor, cache: Path, name: str) -> np.ndarray:

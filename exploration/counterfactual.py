@@ -294,9 +294,11 @@ def counterfactual(options: Options) -> Path:
     reference = None
     if real is not None:
         both = real.is_demo and set(names) == {"AD", "NC"} and model.position is None
-        reference = true_change(model, first, classifier) if both else None
-        some = near_position(real, model.position)
-        reference = reference or real_change(some, first, second, classifier)
+        if both:
+            reference = true_change(model, first, classifier)
+        else:
+            some = near_position(real, model.position)
+            reference = real_change(some, first, second, classifier)
     draw_summary(names, changes, reference, model.out / "counterfactual_mean.png")
     tables: dict[str, Any] = {"summary": sentences(names, changes, reference)}
     tables["minimality: what changes"] = table_of(changes, reference)

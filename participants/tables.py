@@ -239,8 +239,7 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
     cells = dict(zip(header, zip(*rows, strict=True), strict=False))
     column = choose_columns(path, header, cells, given, names)
     entries, name, unnamed = [], column.get("class", ""), []
-    dates = cells[column["date"]] if "date" in column else ()
-    day_first = day_comes_first(dates)
+    odd, day_first = [], "date" in column and day_comes_first(cells[column["date"]])
     for row in zip(*(cells[c] for c in column.values()), strict=True):
         cell = defaultdict(str, zip(column, row, strict=True))
         scan, label = stem(cell["scan"]), class_of(cell["class"], name)
@@ -249,11 +248,14 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
         if label and not plain_name(label):
             raise UserError(f"{path}: {label[:40]!r} in column {name!r} is no valid name")
         participant = participant_of(cell["participant"], column.get("participant", ""))
+        date = date_of(cell["date"], day_first)
+        if not date and not is_missing(cell["date"]):
+            odd.append(cell["date"])
         if scan and not participant and not participant_in(scan):
             unnamed.append(scan)
         if participant := participant or participant_in(scan) or scan:
             sex = sex_of(cell["sex"], column.get("sex", ""))
-            told = age_of(cell["age"]), sex, cell["visit"], date_of(cell["date"], day_first)
+            told = age_of(cell["age"]), sex, cell["visit"], date
             entries.append(Entry(scan, participant, label, *told))
     print_once(f"{path}: {', '.join(f'{what} = {name}' for what, name in column.items())}")
     for what, count in count_known(entries).items():
@@ -261,7 +263,7 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
             unread = [v for v in unreadable(cells[column[what]], column[what], what) if v]
             such = f", such as {unread[0][:20]!r}" if unread else ""
             print_once(f"note: {path}: {without} of {len(rows)} rows have no readable {what}{such}")
-    if odd := [date for date in dates if not is_missing(date) and not date_of(date, day_first)]:
+    if odd:
         print_once(f"note: {path}: {len(odd)} dates cannot be read, such as {odd[0][:20]!r}")
     if unnamed:
         text = f"{len(unnamed)} of {len(rows)} rows have no participant, such as {unnamed[0]}"
