@@ -38,7 +38,7 @@ def demo(root: tyro.conf.Positional[Path], /) -> None:
         raise UserError(f"{root} is not empty")
     ensure_writable(root)
     write_demo(root)
-    print_once(f"demo brains in {root}; {root / 'subjects.csv'} lists the drawn properties")
+    print_once(f"demo brains in {root}; {root / 'manifest.csv'} lists the drawn properties")
 
 
 def clean(cache: Path = Config.cache, days: float = 30) -> None:

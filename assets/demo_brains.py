@@ -186,7 +186,8 @@ def write_subject(
     for i, image in enumerate(render(subject, load_template(), rng, levels).byte().numpy(), first):
         Image.fromarray(image).save(folder / f"{1000 + number}_{78 + i}.jpeg", quality=95)
     values = {k: round(v, 4) for k, v in subject.items()}
-    return {"subject": 1000 + number, "class": label, "split": split, **values}
+    name = str(1000 + number)
+    return {"id": name, "participant": name, "class": label, "split": split, **values}
 
 
 def write_fresh(root: Path, count: int, seed: int = 0) -> None:
@@ -214,13 +215,13 @@ def write_twins(root: Path, count: int, seed: int = 0) -> None:
 
 
 def write_demo(root: Path, num_train: int = 160, num_test: int = 40, seed: int = 0) -> None:
-    """Write slices of num_train + num_test subjects, half AD, and last root/subjects.csv."""
+    """Write slices of num_train + num_test subjects, half AD, and last root/manifest.csv."""
 
     def write(number: int) -> dict[str, str | float]:
         return write_subject(root, number, seed, "train" if number < num_train else "test")
 
     rows = map_on_cores(write, range(num_train + num_test), "demo brains", "subject")
-    with open(root / "subjects.csv", "w", newline="") as file:
+    with open(root / "manifest.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -885,7 +885,7 @@ def demo(tmp_path_factory) -> Path:
 
 
 def manifest(root: Path) -> list[dict[str, str]]:
-    with open(root / "subjects.csv", newline="") as file:
+    with open(root / "manifest.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -897,7 +897,7 @@ def test_demo_brains_have_the_layout_of_the_real_set(demo: Path):
     assert (image.size, image.mode, image.format) == ((256, 240), "L", "JPEG")
     rows = manifest(demo)
     people = {f.participant: (classes[f.label], s) for s, files in splits.items() for f in files}
-    assert people == {row["subject"]: (row["class"], row["split"]) for row in rows}
+    assert people == {row["participant"]: (row["class"], row["split"]) for row in rows}
 
 
 def test_a_demo_subject_depends_on_its_number_only(demo: Path, tmp_path: Path):
@@ -966,8 +966,9 @@ def test_demo_never_writes_into_a_folder_in_use(
         prepare.demo(data_root)
     monkeypatch.setattr(prepare, "write_demo", lambda root: write_demo(root, 2, 2))
     prepare.demo(tmp_path / "brains")
-    assert "subjects.csv" in capsys.readouterr().out
+    assert "manifest.csv" in capsys.readouterr().out
     assert len(find_slices(tmp_path / "brains")[1]["train"]) == 40
+    assert capsys.readouterr().out == ""  # the manifest says whose each scan is
 
 
 @pytest.mark.slow

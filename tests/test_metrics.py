@@ -278,8 +278,8 @@ def test_ventricle_areas_follow_the_drawn_volumes_of_demo_brains(
     demo_brains.write_demo(tmp_path / "demo", num_train=people, num_test=2)
     config = replace(config, data_root=tmp_path / "demo", img_resolution=64)
     slices = load_slices(config)[0]["train"]
-    with open(tmp_path / "demo" / "subjects.csv", newline="") as file:
-        volume = {row["subject"]: float(row["ventricle_ml"]) for row in csv.DictReader(file)}
+    with open(tmp_path / "demo" / "manifest.csv", newline="") as file:
+        volume = {row["participant"]: float(row["ventricle_ml"]) for row in csv.DictReader(file)}
     measured = np.array([segment(image)[1].mean() for image in slices.images])
     pairs = np.array([
         (measured[slices.participants == name].mean(), volume[name])

@@ -350,13 +350,18 @@ def test_an_unconditional_run_goes_on_with_labels(config: Config):
     assert load_generator(labelled.out)[0].c_dim == 2
 
 
-def test_weights_that_do_not_fit_are_named_before_anything_is_written(trained, tmp_path):
+def test_weights_that_do_not_fit_are_named_before_anything_is_written(
+    trained, tmp_path, monkeypatch
+):
     config = trained
     other = replace(config, init_from=config.out, out=config.out.with_name("other"))
-    with pytest.raises(UserError, match="init_from = .*: has w_dim = 8, now 4"):
-        train(replace(other, w_dim=4))
-    with pytest.raises(UserError, match="init_from = .*: holds no checkpoint"):
-        train(replace(other, init_from=tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_slices", lambda _: pytest.fail("images were decoded"))
+        with pytest.raises(UserError, match="init_from = .*: has w_dim = 8, now 4"):
+            train(replace(other, w_dim=4))
+        for nothing in (tmp_path, config.out / "nothing"):
+            with pytest.raises(UserError, match=f"init_from = {nothing}: holds no checkpoint"):
+                train(replace(other, init_from=nothing))
     with pytest.raises(UserError, match="init_from = .*: has classes, this run has none"):
         train(replace(other, conditional=False))
     assert not other.out.exists()
@@ -474,8 +479,11 @@ def test_a_run_starts_from_a_checkpoint_that_is_no_longer_the_newest(config: Con
     other = replace(config, out=tmp_path / "other", init_from=best, epochs=1)
     train(other)
     assert runs.read_run_config(best) == runs.read_run_config(config.out)
-    found = training.parse_settings(["--init-from", str(best), "--out", str(tmp_path / "third")])
-    assert found.img_resolution == config.img_resolution
+    for source in (best, other.out / "checkpoints"):
+        flags = ["--init-from", str(source), "--out", str(tmp_path / "third")]
+        assert training.parse_settings(flags).img_resolution == config.img_resolution
+    folder = runs.source_of_weights(replace(other, init_from=other.out / "checkpoints"), 2)
+    assert folder["G"].keys() == load_generator(other.out / "checkpoints")[0].state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["inception", "dinov2"])

@@ -146,7 +146,7 @@ def read_run_config(run: Path) -> tuple[Config, list[str], str]:
 
     Raises UserError naming the file.
     """
-    run = run_folder(run) if run.is_file() else run
+    run = run_folder(run) if run.exists() else run
     path, local = run / "config.json", run / "paths.json"
     try:
         saved = read_json(path)
@@ -204,7 +204,8 @@ def require_same_data(run: Path, classes: list[str], data: str) -> None:
 def open_run(config: Config) -> dict[str, Any] | None:
     """The newest undamaged checkpoint of a run, or None for a new run. Writes nothing.
 
-    Raises UserError if settings changed, all checkpoints are damaged, or all were deleted.
+    Raises UserError if settings changed, all checkpoints are damaged, or all were deleted, or a
+    new run cannot start from `init_from`.
     """
     root, out = config.data_root and config.data_root.resolve(), config.out.resolve()
     if root and (out == root or root in out.parents and not (root / "train").is_dir()):
@@ -227,6 +228,8 @@ def open_run(config: Config) -> dict[str, Any] | None:
     if (generator := config.out / "generator.safetensors").exists():
         advice = "use another --out, or delete the folder to start at image 0"
         raise UserError(f"{generator} exists, but no checkpoint to resume from; {advice}")
+    if config.init_from is not None:
+        source_of_weights(config, c_dim=1)  # wrong sizes show before the images are decoded
     return None
 
 
@@ -264,8 +267,8 @@ def save_generator(run: Path, G_ema: Generator, cur_nimg: int) -> None:
 
 
 def weights_of(path: Path) -> Path:
-    """The file of weights that a run folder, or a path to a file, means."""
-    return path / "generator.safetensors" if path.is_dir() else path
+    """The file of weights that a run folder, its folder checkpoints, or a path to a file means."""
+    return run_folder(path) / "generator.safetensors" if path.is_dir() else path
 
 
 def trained_on(path: Path, data: str) -> bool:
@@ -343,12 +346,14 @@ def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]
     generator.safetensors and discriminator.safetensors. They may have other classes than this run,
     or none, but this run must have classes if they do.
     """
-    source, D = config.init_from, config.init_from / "discriminator.safetensors"
-    if found := [source] if source.is_file() else checkpoints(source):
+    source = config.init_from
+    run = run_folder(source) if source.exists() else source
+    D = run / "discriminator.safetensors"
+    if found := [source] if source.is_file() else checkpoints(run):
         state = load_checkpoint(found[-1])
         settings = state["settings"]
     elif D.exists():
-        settings = vars(read_run_config(source)[0])
+        settings = vars(read_run_config(run)[0])
         G = utils.read_safetensors(D.with_stem("generator"))
         state = {"G": G, "D": utils.read_safetensors(D), "G_ema": G}
     else:
