@@ -15,8 +15,9 @@ from utils import print_once
 PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie beside the slices
 BASELINE = {"bl", "m0"}  # ADNI's VISCODE, and its month in BIDS
 MAX_LISTED = 5  # names in a hint
+VISIT_WORDS = r"ses|session|visit|timepoint|tp|wave"
 VISIT = re.compile(
-    r"(?:ses|session|visit|timepoint|tp|wave)[-_ ]?(\d+)|(?<![a-z0-9])v(\d{1,2})(?![a-z0-9])"
+    rf"(?:{VISIT_WORDS})[-_ ]?(\d+)|(?<![a-z0-9])v(\d{{1,2}})(?![a-z0-9])"
     r"|miriad_\d+_[a-z]+_[mf]_(\d+)",
     re.IGNORECASE,
 )

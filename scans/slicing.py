@@ -32,7 +32,7 @@ import tyro
 import utils
 from config import UserError
 from dataset import LEFT_OUT, SPLITS
-from participants.matching import EntryFinder
+from participants.matching import VISIT_WORDS, EntryFinder
 from participants.names import one_spelling, participant_in, plain_name, stem
 from participants.tables import MANIFEST, RENAMED, Entry, count_known, manifest_rows
 from scans.finding import Reasons, find_volumes
@@ -41,7 +41,7 @@ from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_vo
 UNNAMED = "no row of the table names it"
 VISIT_FOLDER = re.compile(
     r"bl|baseline|screening|follow[-_ ]?up[-_ ]?\d*"
-    r"|(ses|session|visit|timepoint|wave|month|year)[-_ ]?([mv]?\d\w{0,3}|bl)",
+    rf"|({VISIT_WORDS}|month|year)[-_ ]?([mv]?\d\w{{0,3}}|bl)",
     re.IGNORECASE,
 )
 MAX_LETTERS = 80  # of a scan's id
