@@ -145,7 +145,9 @@ class Config:
     ada_cutout: Share = 0.5
     """ada: side of the blackened square as a share of the side of the image, 0 to 1."""
 
-    # Regularization
+    # Loss and regularization
+    relativistic: bool = False
+    """D compares each real image with a generated one, and R2 is added to R1; or as in StyleGAN2."""
     r1_gamma: NotNegative | None = None
     """Weight of the R1 penalty, 0 or more; None: 0.0002 * img_resolution^2 / batch_size."""
     r1_gamma_end: Positive | None = None

@@ -15,6 +15,8 @@ References:
         arXiv:1801.04406
     [4] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
     [5] Shahbazi et al. 2022, Collapse by Conditioning, arXiv:2201.06578
+    [6] Huang et al. 2024, The GAN is dead; long live the GAN! A Modern Baseline GAN,
+        arXiv:2501.05441
 """
 
 import argparse
@@ -72,11 +74,20 @@ Stats = dict[str, Tensor]
 Loss = tuple[Tensor, Stats]
 
 
-def g_main(G: Generator, D: Discriminator, c: Tensor, config: Config) -> Loss:
-    """Non-saturating loss of G ([2])."""
+def generate(G: Generator, c: Tensor, config: Config) -> Tensor:
+    """Images of new latents, with style mixing. c [N, c_dim] -> [N, C, H, W]."""
     z = torch.randn(len(c), config.z_dim, device=c.device)
-    fake = G.synthesis(mixed_ws(G, z, c, config.style_mixing_prob))
-    loss = F.softplus(-D(D.augment(fake), c)).mean()
+    return G.synthesis(mixed_ws(G, z, c, config.style_mixing_prob))
+
+
+def g_main(G: Generator, D: Discriminator, real: Tensor, c: Tensor, config: Config) -> Loss:
+    """Loss of G: non-saturating ([2]), or relativistic ([6]), with real images of the classes c."""
+    logits = D(D.augment(generate(G, c, config)), c)
+    if config.relativistic:
+        with torch.no_grad():
+            real_logits = D(D.augment(real), c)
+        logits = logits - real_logits
+    loss = F.softplus(-logits).mean()
     return loss, {"g_loss": loss}
 
 
@@ -93,12 +104,14 @@ def g_path(G: Generator, c: Tensor, pl_mean: Tensor, config: Config) -> Loss:
 def d_main(
     G: Generator, D: Discriminator, real: Tensor, c: Tensor, c_fake: Tensor, config: Config
 ) -> Loss:
-    """Logistic loss of D ([2])."""
+    """Logistic loss of D ([2]), or relativistic: twice that of [6], so that a guess is 2 ln 2."""
     with torch.no_grad():
-        z = torch.randn(len(real), config.z_dim, device=real.device)
-        fake = G.synthesis(mixed_ws(G, z, c_fake, config.style_mixing_prob))
+        fake = generate(G, c_fake, config)
     both = D.augment(torch.cat([real, fake]))
     real_logits, fake_logits = D(both, torch.cat([c, c_fake]), batches=2).chunk(2)
+    if config.relativistic:  # D compares the two images of a pair
+        real_logits = real_logits - fake_logits
+        fake_logits = -real_logits
     loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
     stats = {"d_loss": loss}
     for name, logits in (("real", real_logits), ("fake", fake_logits)):
@@ -106,10 +119,19 @@ def d_main(
     return loss, stats
 
 
-def d_r1(D: Discriminator, real: Tensor, c: Tensor, gamma: Tensor, config: Config) -> Loss:
-    """R1 penalty ([3]) of weight `gamma` at the augmented images, the ones that D sees."""
-    penalty = r1_penalty(D, D.augment(real), c).mean()
-    return penalty * (gamma / 2 * config.r1_interval), {"r1": penalty}
+def d_r1(
+    G: Generator, D: Discriminator, real: Tensor, c: Tensor, gamma: Tensor, config: Config
+) -> Loss:
+    """R1 penalty ([3]) of weight `gamma` at the augmented images, the ones that D sees.
+
+    Relativistic, R2 is added, the same at generated images ([6]), and both count twice, as the loss.
+    """
+    penalty = r1 = r1_penalty(D, D.augment(real), c).mean()
+    if config.relativistic:
+        with torch.no_grad():
+            fake = generate(G, c, config)
+        penalty = 2 * (r1 + r1_penalty(D, D.augment(fake), c).mean())
+    return penalty * (gamma / 2 * config.r1_interval), {"r1": r1}
 
 
 PHASES = (g_main, g_path, d_main, d_r1)
@@ -327,15 +349,17 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
     drawn = torch.randint(len(label_pool), [3, N], device=real.device)
     labels = torch.cat([label_pool[drawn], c[None]]) * label_weight(config, state.cur_nimg)
     c_g, c_path, c_d, c = labels  # each [N, c_dim]
+    if config.relativistic:  # the two images of a pair have the same class
+        c_g = c_d = c
     D.requires_grad_(False)
-    stats = run(g_main, state.g_opt, G, D, c_g)
+    stats = run(g_main, state.g_opt, G, D, real, c_g)
     D.requires_grad_(True)
     if due["path_length"]:
         stats |= run(g_path, state.g_opt, G, c_path[: max(1, N // 2)], state.pl_mean)
         state.pl_mean = stats.pop("pl_mean")
     stats |= run(d_main, state.d_opt, G, D, real, c, c_d)
     if due["r1"]:
-        stats |= run(d_r1, state.d_opt, D, real, c, torch.full([], gamma, device=real.device))
+        stats |= run(d_r1, state.d_opt, G, D, real, c, torch.full([], gamma, device=real.device))
     state.cur_nimg += config.batch_size
     ema_step(state)
     if config.augment == "ada":

@@ -195,10 +195,10 @@ def phase_arguments(
     real = torch.randn(N, 1, config.img_resolution, config.img_resolution, device=device)
     c = torch.eye(2, device=device)[torch.arange(N, device=device) % 2]
     return {
-        "g_main": (G, D, c, config),
+        "g_main": (G, D, real, c, config),
         "g_path": (G, c[: max(1, N // 2)], torch.zeros([], device=device), config),
         "d_main": (G, D, real, c, c, config),
-        "d_r1": (D, real, c, torch.ones([], device=device), config),
+        "d_r1": (G, D, real, c, torch.ones([], device=device), config),
     }
 
 

@@ -253,10 +253,10 @@ def step_inputs(config: Config) -> tuple[TrainingState, torch.Tensor, torch.Tens
 def phase_calls(G: Generator, D: Discriminator, real, c, config: Config) -> dict:
     """Each phase with the network that it trains and its arguments."""
     return {
-        g_main: (G, (G, D, c, config)),
+        g_main: (G, (G, D, real, c, config)),
         g_path: (G, (G, c, torch.full([], 0.3, device=c.device), config)),
         d_main: (D, (G, D, real, c, c, config)),
-        d_r1: (D, (D, real, c, torch.full([], 2.0, device=c.device), config)),
+        d_r1: (D, (G, D, real, c, torch.full([], 2.0, device=c.device), config)),
     }
 
 

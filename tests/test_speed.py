@@ -158,15 +158,21 @@ def one_block(config: Config):
     return state, real[:, :, :8, :8].contiguous(), c
 
 
-SLOW_PHASES = [pytest.param(phase, marks=pytest.mark.slow) for phase in PHASES if phase != d_r1]
+SLOW = pytest.mark.slow
+FORMS = [  # one of them quickly
+    pytest.param(phase, relativistic, marks=[] if phase is d_r1 and not relativistic else SLOW)
+    for phase in PHASES
+    for relativistic in ((False,) if phase is g_path else (False, True))
+]
 
 
-@pytest.mark.parametrize("phase", [d_r1, *SLOW_PHASES])
+@pytest.mark.parametrize(("phase", "relativistic"), FORMS)
 def test_every_phase_is_one_graph_with_the_gradients_it_has_uncompiled(
-    config, fresh_compiler, phase
+    config, fresh_compiler, phase, relativistic
 ):
     """Traced and differentiated by the compiler's front end, run by its reference backend."""
-    state, real, c = one_block(replace(config, augment="ada", ada_p=0.5))
+    config = replace(config, augment="ada", ada_p=0.5, relativistic=relativistic)
+    state, real, c = one_block(config)
     expected = phase_gradients(state, real, c, Phases("off").backward, (phase,))
     traced = Phases("off")
     options = {"backend": "aot_eager", "fullgraph": True, "dynamic": False}
@@ -181,7 +187,7 @@ def first_call_of_r1(config: Config) -> tuple[list[torch.Tensor], dict[str, int]
     tune(torch.device("cpu"), config.cache)
     state, real, c = one_block(config)
     phases = Phases("on")
-    phases.first_call(d_r1, state.d_opt, 1, state.D, real, c, torch.tensor(1.0), config)
+    phases.first_call(d_r1, state.d_opt, 1, state.G, state.D, real, c, torch.tensor(1.0), config)
     assert d_r1 in phases.compiled and Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).exists()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in state.D.parameters()]
     counters = torch._dynamo.utils.counters
@@ -304,7 +310,7 @@ def test_a_compiled_phase_has_its_gradients_and_a_second_start_compiles_nothing(
     """The default backend, on R1 alone: the others take minutes on a CPU."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     state, real, c = one_block(config)
-    Phases("off").backward(d_r1, 1, state.D, real, c, torch.tensor(1.0), config)
+    Phases("off").backward(d_r1, 1, state.G, state.D, real, c, torch.tensor(1.0), config)
     plain = [torch.zeros_like(p) if p.grad is None else p.grad for p in state.D.parameters()]
     found = []
     for _ in range(2):
@@ -364,7 +370,7 @@ def test_bfloat16_gradients_stay_close(config: Config):
 def test_what_ran_once_is_not_blamed_on_the_compiler_later(config: Config):
     state, real, c = step_inputs(config)
     state.phases.compiled = {d_r1: d_r1}
-    args = (state.d_opt, 0, state.D, real, c, torch.tensor(1.0), config)
+    args = (state.d_opt, 0, state.G, state.D, real, c, torch.tensor(1.0), config)
     state.phases(d_r1, *args)
 
     def out_of_memory(*_args):

@@ -125,12 +125,54 @@ def test_the_logistic_losses_start_at_their_known_values(config: Config):
     with torch.no_grad():
         for p in state.D.parameters():
             p.zero_()  # D says 0: its loss is 2 ln 2, that of G is ln 2
-    assert g_main(state.G, state.D, c, config)[0].item() == pytest.approx(math.log(2))
+    assert g_main(state.G, state.D, real, c, config)[0].item() == pytest.approx(math.log(2))
     loss, _ = d_main(state.G, state.D, real, c, c, config)
     assert loss.item() == pytest.approx(2 * math.log(2))
 
 
-def test_each_phase_moves_its_own_network_only(config: Config):
+def relativistic_terms(state: TrainingState, real, c, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Given images in the place of generated ones, and the logits of D on them and on `real`."""
+    fake = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    monkeypatch.setattr(training, "generate", lambda *_: fake)
+    return fake, torch.stack([state.D(real, c), state.D(fake, c)])
+
+
+def test_the_relativistic_losses_compare_the_images_of_a_pair(config: Config, monkeypatch):
+    config = replace(config, relativistic=True, augment="none")
+    state, real, c = step_inputs(config)
+    _, (D_real, D_fake) = relativistic_terms(state, real, c, monkeypatch)
+    loss, _ = g_main(state.G, state.D, real, c, config)
+    torch.testing.assert_close(loss, (1 + (D_real - D_fake).exp()).log().mean())
+    loss, stats = d_main(state.G, state.D, real, c, c, config)
+    torch.testing.assert_close(loss, 2 * (1 + (D_fake - D_real).exp()).log().mean())
+    torch.testing.assert_close(stats["real_sign"], (D_real - D_fake).sign().mean())
+    torch.testing.assert_close(stats["fake_logit"], (D_fake - D_real).mean())
+
+
+def test_relativistic_r2_is_r1_at_generated_images(config: Config, monkeypatch):
+    config = replace(config, relativistic=True, augment="none", r1_interval=3)
+    state, real, c = step_inputs(config)
+    fake, _ = relativistic_terms(state, real, c, monkeypatch)
+    loss, stats = d_r1(state.G, state.D, real, c, torch.tensor(0.5), config)
+    r1, r2 = (r1_penalty(state.D, img, c).mean() for img in (real, fake))
+    torch.testing.assert_close(loss, 2 * (0.5 / 2) * 3 * (r1 + r2))  # twice, as the loss of D
+    torch.testing.assert_close(stats["r1"], r1)
+
+
+def test_the_images_of_a_relativistic_pair_have_one_class(config: Config, monkeypatch):
+    state, real, c = step_inputs(replace(config, relativistic=True))
+    labels = []
+    generate = training.generate
+    monkeypatch.setattr(
+        training, "generate", lambda G, c, config: labels.append(c) or generate(G, c, config)
+    )
+    train_step(state, real, c, torch.eye(2))
+    assert len(labels) == 3 and all(torch.equal(label, c) for label in labels)  # of G, D and R2
+
+
+@pytest.mark.parametrize("relativistic", [False, True])
+def test_each_phase_moves_its_own_network_only(config: Config, relativistic: bool):
+    config = replace(config, relativistic=relativistic)
     state, real, c = step_inputs(config)
     G, D = state.G, state.D
 
@@ -143,7 +185,7 @@ def test_each_phase_moves_its_own_network_only(config: Config):
     for phase, optimizer, args in (
         (g_path, state.g_opt, (G, c, state.pl_mean)),
         (d_main, state.d_opt, (G, D, real, c, c)),
-        (d_r1, state.d_opt, (D, real, c, torch.tensor(1.0))),
+        (d_r1, state.d_opt, (G, D, real, c, torch.tensor(1.0))),
     ):
         before_G, before_D = snapshot(G), snapshot(D)
         state.phases(phase, optimizer, 0, *args, config)
@@ -260,7 +302,7 @@ def test_path_length_mean_follows_the_lengths(config: Config):
 def test_r1_is_taken_where_d_looks(config: Config):
     state, real, c = step_inputs(replace(config, augment="ada", ada_p=1.0))
     torch.manual_seed(1)
-    loss, stats = d_r1(state.D, real, c, torch.tensor(1.0), state.config)
+    loss, stats = d_r1(state.G, state.D, real, c, torch.tensor(1.0), state.config)
     torch.manual_seed(1)
     seen = state.D.augment(real)
     assert not torch.equal(seen, real)

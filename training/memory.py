@@ -52,7 +52,8 @@ def bytes_of_step(
         G, D = (net(config, c_dim, dtype=dtype) for net in (Generator, Discriminator))
         nets = [net.to(memory_format=MEMORY_FORMAT) for net in (G, D.requires_grad_(False))]
         with MemoryCounter() as counter:
-            g_main(*nets, torch.zeros(share, c_dim), config)[0].backward()
+            real = torch.zeros(share, 1, *[config.img_resolution] * 2)
+            g_main(*nets, real, torch.zeros(share, c_dim), config)[0].backward()
     fixed = sum(p.numel() * p.element_size() for net in nets for p in net.parameters()) * COPIES
     return fixed + SPARE, counter.peak // share
 
