@@ -147,7 +147,7 @@ class Config:
 
     # Loss and regularization
     relativistic: bool = False
-    """D compares each real image with a generated one, and R2 is added to R1; or as in StyleGAN2."""
+    """Losses compare a real and a generated image, and R2 joins R1; False: those of StyleGAN2."""
     r1_gamma: NotNegative | None = None
     """Weight of the R1 penalty, 0 or more; None: 0.0002 * img_resolution^2 / batch_size."""
     r1_gamma_end: Positive | None = None
@@ -155,7 +155,7 @@ class Config:
     r1_interval: Interval = 16
     """Number of steps between R1 penalties, 1 or more."""
     pl_weight: NotNegative = 2.0
-    """Weight of path length regularization, 0 or more; 0: off, but Adam's steps stay as with it."""
+    """Weight of path length regularization, 0 or more; 0: off; Adam keeps its correction."""
     pl_interval: Interval = 4
     """Number of steps between path length penalties, 1 or more."""
     pl_decay: Annotated[float, Range(0, 1, above=True)] = 0.01

@@ -7,8 +7,8 @@
     python evaluate.py runs/seed0 runs/seed1 runs/seed2      # each run, and a summary of all
 
 Writes evaluation.json, evaluation.md, evaluation.png and the nearest pairs into RUN/evaluation or
---out. The unit is the participant: halves, bootstraps and neighbours never mix slices of one
-participant. Samples are untruncated (psi = 1), of one latent each unless --style-mixing-prob says
+--out. The unit is the participant: halves and bootstraps draw whole ones, neighbours
+are of others. Samples are untruncated (psi = 1), of one latent each unless --style-mixing-prob says
 otherwise, have the class proportions of the training slices, and get new noise for each image.
 
 References:
@@ -74,7 +74,7 @@ class Options:
     num_fake: Annotated[int, Range(100)] = 2000
     """Number of samples, 100 or more."""
     style_mixing_prob: Share = 0.0
-    """Share of samples with styles of two latents; most are so in training. 0 to 1."""
+    """Share of samples with style mixing; in training most have it. 0 to 1."""
     metrics: tuple[Group, ...] = get_args(Group)
     """Groups of measurements to compute."""
     extractors: tuple[Literal["inception", "dinov2", "encoder"], ...] = ("inception", "encoder")

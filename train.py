@@ -43,7 +43,7 @@ from dataset import Slices, load_slices, make_loader, normalize
 from evaluation.features import PRETRAINED, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork, mixed_ws
 from training import logs, process, reports, runs
-from training.compiler import CompilerProcesses, most_processes
+from training.compiler import Phases, Stats
 from training.memory import warn_of_too_little
 from training.recorder import FLUSH_STEPS, Recorder
 from utils import first_line, num_ranks, print_once, rank, run_command, stream_seed, work_alone
@@ -70,7 +70,6 @@ def path_lengths(synthesis: SynthesisNetwork, ws: Tensor) -> Tensor:
 
 # Phases: each returns one weighted loss, and statistics to record
 
-Stats = dict[str, Tensor]
 Loss = tuple[Tensor, Stats]
 
 
@@ -124,7 +123,7 @@ def d_r1(
 ) -> Loss:
     """R1 penalty ([3]) of weight `gamma` at the augmented images, the ones that D sees.
 
-    Relativistic, R2 is added, the same at generated images ([6]), and both count twice, as the loss.
+    Relativistic, R2, the same at generated images ([6]), is added; both count twice, as the loss.
     """
     penalty = r1 = r1_penalty(D, D.augment(real), c).mean()
     if config.relativistic:
@@ -137,107 +136,13 @@ def d_r1(
 PHASES = (g_main, g_path, d_main, d_r1)
 
 
-class Phases:
-    """Runs phases, each compiled into a forward and a backward graph or, with mode "off", as it is.
-
-    `mode` is a value of config.compile. With "on" and "graphs" each phase is compiled at its first
-    call, with "auto" in processes of their own while it runs uncompiled. If compiling fails, a
-    warning says why, once, and all phases run uncompiled from then on.
-    """
-
-    def __init__(self, mode: str) -> None:
-        self.graphs = mode == "graphs"
-        self.proven: set[Callable] = set()  # phases that ran once
-        self.compiled: dict[Callable, Callable] = {}
-        self.beside = mode == "auto"  # compilation beside training has yet to start
-        self.processes: CompilerProcesses | None = None
-        self.compiled_at: dict[str, int] = {}  # from which image on a phase runs compiled
-        for phase in PHASES if mode in ("on", "graphs") else ():
-            self.compile(phase)
-
-    def compile(self, phase: Callable) -> None:
-        """Let the next call of a phase compile it, or find it in the cache."""
-        mode = "reduce-overhead" if self.graphs else None
-        self.compiled[phase] = torch.compile(phase, dynamic=False, fullgraph=True, mode=mode)
-
-    def compile_beside(self, state: "TrainingState") -> None:
-        """After a step in mode "auto": start to compile, or use what has been compiled by now.
-
-        The memory of a GPU may not do for another process; then this process compiles.
-        """
-        if self.beside:
-            self.beside = False
-            if not (most := most_processes(state.device)):
-                for phase in PHASES:
-                    self.compile(phase)
-                return
-            args, names = (state.config, state.G.mapping.c_dim), [p.__name__ for p in PHASES]
-            self.processes = CompilerProcesses(compile_phase, names, args, most)
-            text = f"{min(most, len(names))} processes; training goes on meanwhile"
-            print_once(f"compiling {', '.join(names)} in {text}")
-        ended = self.processes.poll() if self.processes else {}
-        for phase in PHASES:
-            if phase.__name__ in ended:
-                self.compile(phase)
-                text = f"compiled in {ended[phase.__name__]:.0f} s, used from image"
-                print_once(f"{phase.__name__}: {text} {state.cur_nimg:,} on")
-                self.compiled_at[f"{phase.__name__}_compiled_at"] = state.cur_nimg
-
-    def close(self) -> None:
-        """End the processes that still compile."""
-        if self.processes:
-            self.processes.stop()
-
-    def __call__(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
-        """One update by a phase, on its own random stream. -> statistics, averaged over ranks."""
-        if phase in self.compiled and phase not in self.proven:
-            stats = self.first_call(phase, optimizer, seed, *args)
-        else:
-            stats = self.backward(phase, seed, *args)
-        parameters = optimizer.param_groups[0]["params"]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        process.average_over_ranks(gradients + list(stats.values()))
-        stats[f"{phase.__name__}_grad"] = torch.nn.utils.get_total_norm(gradients)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return stats
-
-    def first_call(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
-        """`backward` of a phase that is compiled now; without other processes it raises Stopped."""
-        told = print_once if self.processes is None else lambda _: None
-        told(f"compiling {phase.__name__} ...")
-        started = time.perf_counter()
-        try:
-            with process.STOP.immediate() if self.processes is None else nullcontext():
-                stats = self.backward(phase, seed, *args)
-            told(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
-        except Exception as error:  # the compiler raises many types
-            reason = f"{phase.__name__} cannot be compiled: {first_line(error)}"
-            print_once(f"warning: training goes on uncompiled, because {reason}")
-            self.compiled = {}
-            self.close()
-            optimizer.zero_grad(set_to_none=True)
-            stats = self.backward(phase, seed, *args)
-        self.proven.add(phase)
-        return stats
-
-    def backward(self, phase: Callable, seed: int, *args: Any) -> Stats:
-        """Leave the gradients of a phase in the parameters. -> its statistics."""
-        torch.manual_seed(seed)
-        if self.graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # earlier graphs' outputs may be overwritten
-        loss, stats = self.compiled.get(phase, phase)(*args)
-        loss.backward()
-        return {name: value.detach().clone() for name, value in stats.items()}
-
-
 def compile_phase(name: str, config: Config, c_dim: int) -> None:
     """Compile a phase into the cache of compiled code, in a process of its own, by a step."""
     device = process.resolve_device(config.device)
     process.tune(device, config.cache)
     state = TrainingState(config, c_dim, device)
     state.phases = Phases("off")
-    state.phases.compile(next(phase for phase in PHASES if phase.__name__ == name))
+    state.phases.compile({phase.__name__: phase for phase in PHASES}[name])
     images = torch.zeros(config.batch_size, *[config.img_resolution] * 2, dtype=torch.uint8)
     labels = torch.eye(max(1, c_dim), c_dim, device=device)
     c = labels[torch.zeros(config.batch_size, dtype=torch.long, device=device)]
@@ -270,7 +175,7 @@ class TrainingState:
         mode = config.compile
         if mode == "auto":  # several ranks compile at the same step, as they wait for each other
             mode = "off" if device.type != "cuda" else "on" if num_ranks() > 1 else "auto"
-        self.phases = Phases(mode)
+        self.phases = Phases(mode, PHASES, compile_phase)
         print_once(f"computing on {device} in {str(dtype).removeprefix('torch.')}, compile {mode}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -530,7 +435,7 @@ def start_state(config: Config, slices: Slices, device: torch.device, saved: Any
         state.load_state_dict(saved)
         print_once(f"resuming {config.out} at {state.cur_nimg:,} images")
         if (before := saved.get("num_ranks", 1)) != num_ranks():
-            print_once(f"note: {before} processes before, {num_ranks()} now: last bits will differ")
+            print_once(f"note: {before} processes before, {num_ranks()} now: other random numbers")
     elif config.init_from is not None:
         for name, weights in runs.source_of_weights(config, slices.c_dim).items():
             runs.load_fitting_weights(getattr(state, name), weights)
@@ -578,7 +483,7 @@ def train_and_save(
     if not slices.c_dim:
         print_once(f"one class, {slices.classes[0]}: training without a condition")
     if saved is None and device.type == "cpu" and config.data_root and not config.init_from:
-        text = "needs far fewer images without a GPU (64 pixels; leave out other sizes)"
+        text = "needs far fewer images without a GPU (64 pixels; set no other sizes)"
         print_once(f"hint: --init-from assets/demo_generator {text}")
     if device.type == "cuda":
         free, dtype = torch.cuda.mem_get_info(device)[0], process.feature_dtype(config, device)

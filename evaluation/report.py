@@ -79,9 +79,9 @@ def as_markdown(report: dict[str, Any]) -> str:
         text += as_narrow_tables(rows)
     return text + (
         "\n'Not measured': there are too few slices or participants, or all are alike. FD to "
-        "unseen participants: a memory that repeats the training slices gets about the same FD as "
-        "a perfect generator, which is known for the demo brains only; the audit tells them apart. "
-        "It finds whole training slices, also rotated, moved, mirrored, blurred or darkened as "
+        "unseen participants: a generator that copies the training slices scores like a perfect "
+        "one, whose FD only the demo brains show; the audit tells them apart. It finds "
+        "whole training slices, also rotated, moved, mirrored, blurred or darkened as "
         "its planted copies are, but no copied parts: it is no guarantee of privacy. Measurements "
         "of different extractors cannot be compared.\n"
     )

@@ -82,7 +82,7 @@ def sample_fakes(
 ) -> dataset.Slices:  # fmt: skip
     """Untruncated samples with new noise, one for each label, each a participant of its own.
 
-    A share `style_mixing_prob` has styles of two latents.
+    A share `style_mixing_prob` is made with style mixing.
     """
     device, images = next(G.parameters()).device, []
     positions = np.random.default_rng(seed).random(len(labels)) if G.by_position else None

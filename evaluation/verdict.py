@@ -141,7 +141,7 @@ def copies(report: dict[str, Any]) -> str:
         return f"Copies of training slices cannot be ruled out: {detail})."
     if not some:
         return f"No copies of training slices were found: {detail})."
-    why = ", but those whose slices trained it are no nearer to them than other people"
+    why = ", but training participants are no nearer to the samples than other people"
     return f"Look for copies among the nearest pairs: {detail}){why * (row['space'] in limits)}."
 
 

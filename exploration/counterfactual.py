@@ -227,9 +227,9 @@ def sentences(names: tuple[str, str], changes: Changes, reference: Reference | N
     if reference is not None:
         real = in_percent(reference.change[0], reference.attributes[0, 0])
         text += f"; in the reference ({reference.name}) {real}"
-    text += f". The class moves a pixel by {changes.moved:.1f} grey levels in the mean, another "
-    text += f"latent by {changes.moved_by_z:.1f}: the nearer the former to the latter, the less of "
-    text += "the person is kept. "
+    text += f". A pixel changes by {changes.moved:.1f} grey levels on average with the class, by "
+    text += f"{changes.moved_by_z:.1f} with the latent: the closer these, the less of the person "
+    text += "is kept. "
     rest = np.nan_to_num(np.abs(in_deviations(change, changes.attributes[0])))[1:]
     most = list(ATTRIBUTES)[1 + int(rest.argmax())]
     text += f"Of the rest, {most} changes most, by {rest.max():.2f} deviations. "

@@ -38,7 +38,7 @@ class Options(models.RealOptions):
     truncation_psi: Share = 1.0
     """1: full variety; closer to 0: more like the mean image of the class. 0 to 1."""
     style_mixing_prob: Share = 0.0
-    """Share of images with styles of two latents: more variety, see the README. 0 to 1."""
+    """Share of images with style mixing: more variety, see the README. 0 to 1."""
     reject_copies: bool = False
     """Leave out samples nearer to a training slice than 99 % of the real test slices are."""
     onnx: Path | None = None

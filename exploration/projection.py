@@ -337,7 +337,7 @@ def memory(errors: dict[str, np.ndarray]) -> str:
     train, test = errors["training people"], errors["test people"]
     if min(len(train), len(test)) < MIN_PEOPLE:
         few = f"{len(train)} training and {len(test)} test people"
-        return f"Memory: not judged on {few}; --people {MIN_PEOPLE} or more would do."
+        return f"Memorisation: not judged on {few}; --people {MIN_PEOPLE} or more would do."
     better = np.repeat([0, 1], [len(test), len(train)])
     scores = -np.concatenate([test, train])
     auc = metrics.auc(better, np.stack([-scores, scores], 1))
@@ -349,7 +349,7 @@ def memory(errors: dict[str, np.ndarray]) -> str:
     if limits[0] > 0.5 and ratio < MEMORY_RATIO:
         return (
             f"Training slices project far better than those of unseen people ({text}): a sign "
-            f"of memory. The median error is {ratio:.2f} of theirs."
+            f"of memorisation. The median error is {ratio:.2f} of theirs."
         )
     return f"Training slices do not project far better than those of unseen people ({text})."
 
@@ -397,7 +397,7 @@ def project_command(options: Options) -> Path:
     if "test people" in errors:
         tables["memory"] = memory(errors)
     elif "people of test" in errors:
-        tables["memory"] = f"Memory: {runs.OTHER_DATA}."
+        tables["memory"] = f"Memorisation: {runs.OTHER_DATA}."
     write_report("Projection of slices", tables, model.out, "project")
     return model.out
 

@@ -142,6 +142,6 @@ def find_entries(
     if hint := finder.hint(sorted(scans - found.keys())):
         print_once(f"note: {hint}")
     if table and not found:
-        whole = "plain numbers and short names must be a whole name"
+        whole = "numbers and short ids match only whole parts of a path"
         raise UserError(f"{table} names none of the scans; {whole}")
     return entries | found if table else found | entries

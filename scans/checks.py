@@ -283,7 +283,8 @@ def report_duplicates(folder: CheckedFolder) -> None:
     exact_duplicates(folder)
     same, most = near_duplicates(folder)
     if most > 0:
-        text = f"edges of all other test and training slices correlate by at most {most:.2f}"
+        text = "edges of all other test slices and the training slices nearest to them correlate"
+        text += f" by at most {most:.2f}"
         utils.print_once(text)
     of_scans = defaultdict(list)
     for pair in sorted(same, key=lambda pair: -pair.score):
@@ -292,10 +293,10 @@ def report_duplicates(folder: CheckedFolder) -> None:
         score, *both, mirrored = pairs[0]
         how = f"{len(pairs)} slices{', mirrored' * mirrored}, correlation up to {score:.2f}"
         paths = " and ".join(str(s.file.path.relative_to(folder.root)) for s in both)
-        folder.problems.append(f"one picture in test and train ({how}): {paths}")
+        folder.problems.append(f"the same image in test and train ({how}): {paths}")
     if len(of_scans) > MAX_PAIRS:
         more = len(of_scans) - MAX_PAIRS
-        folder.problems.append(f"one picture in test and train: {more} more pairs of scans")
+        folder.problems.append(f"the same image in test and train: {more} more pairs of scans")
 
 
 # Confounds

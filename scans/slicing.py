@@ -123,7 +123,7 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
     if finder and not labels:
         text = "no volume has a class; --columns class NAME names its column"
         if set(problems.values()) == {UNNAMED}:
-            text = "it names no volume; plain numbers and short names must be a whole name"
+            text = "it names no volume; numbers and short ids match only whole parts of a path"
         raise UserError(f"{options.table}: {text}{counts_of(problems)}")
     if missing := sorted(wanted - labels):
         raise UserError(f"classes: no {', '.join(missing)}; there are {', '.join(sorted(labels))}")

@@ -86,7 +86,7 @@ class ImportOptions:
     seed: Seed = 0
     """Seed of the split."""
     unoriented: bool = False
-    """Also import volumes whose left and right are unknown, such as Analyze, taking the usual."""
+    """Also import volumes whose left and right are unknown, such as Analyze, as is usual."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -118,15 +118,24 @@ def test_an_honest_folder_passes(root: Path, capsys):
     [
         (lambda image: image, "the same file in train and test, 1 times"),
         (lambda image: Image.merge("RGB", [image] * 3), "the same pixels in train and test"),
-        (lambda image: jpeg(image, 60), "one picture in test and train (1 slices, correlation"),
-        (lambda image: jpeg(moved(image, 2), 80), "one picture in test and train"),
-        (lambda image: jpeg(mirrored(image), 80), "one picture in test and train (1 slices, mirr"),
-        (lambda image: image.rotate(2, Image.Resampling.BILINEAR), "one picture in test and train"),
-        (lambda image: image.point(lambda v: int(0.8 * v)), "one picture in test and train"),
-        (lambda image: image.resize((96, 105)), "one picture in test and train"),
-        (lambda image: image.rotate(9, Image.Resampling.BICUBIC), "one picture in test and train"),
-        (lambda image: image.crop((6, 2, 104, 118)), "one picture in test and train"),
-        (lambda image: ImageOps.expand(image, 12), "one picture in test and train"),
+        (lambda image: jpeg(image, 60), "the same image in test and train (1 slices, correlation"),
+        (lambda image: jpeg(moved(image, 2), 80), "the same image in test and train"),
+        (
+            lambda image: jpeg(mirrored(image), 80),
+            "the same image in test and train (1 slices, mirr",
+        ),
+        (
+            lambda image: image.rotate(2, Image.Resampling.BILINEAR),
+            "the same image in test and train",
+        ),
+        (lambda image: image.point(lambda v: int(0.8 * v)), "the same image in test and train"),
+        (lambda image: image.resize((96, 105)), "the same image in test and train"),
+        (
+            lambda image: image.rotate(9, Image.Resampling.BICUBIC),
+            "the same image in test and train",
+        ),
+        (lambda image: image.crop((6, 2, 104, 118)), "the same image in test and train"),
+        (lambda image: ImageOps.expand(image, 12), "the same image in test and train"),
     ],
     ids=[
         "file",

@@ -654,7 +654,7 @@ def test_memory_is_named_only_where_it_is():
     assert "do not project far better" in said["alike"] and "AUC 0.0" in said["the reverse"]
     assert "do not project far better" in said["the reverse"]
     assert "do not project far better" in said["a little"]
-    assert said["few"].startswith("Memory: not judged on 9 training and 15 test people")
+    assert said["few"].startswith("Memorisation: not judged on 9 training and 15 test people")
 
 
 def test_a_hundred_rows_fit_into_a_figure(tmp_path, monkeypatch):

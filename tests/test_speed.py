@@ -186,7 +186,7 @@ def first_call_of_r1(config: Config) -> tuple[list[torch.Tensor], dict[str, int]
     """In a process of its own: gradients of R1 by the default compiler, what its cache counted."""
     tune(torch.device("cpu"), config.cache)
     state, real, c = one_block(config)
-    phases = Phases("on")
+    phases = Phases("on", (d_r1,))
     phases.first_call(d_r1, state.d_opt, 1, state.G, state.D, real, c, torch.tensor(1.0), config)
     assert d_r1 in phases.compiled and Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).exists()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in state.D.parameters()]
@@ -263,11 +263,10 @@ def test_training_goes_on_while_another_process_compiles(
     config: Config, monkeypatch, capsys, fresh_compiler
 ):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setattr(training, "PHASES", (d_r1,))
     tune(torch.device("cpu"), config.cache)
     state, real, c = one_block(replace(config, r1_interval=1))
     plain = phase_gradients(state, real, c, Phases("off").backward, (d_r1,))
-    state.phases = Phases("auto")
+    state.phases = Phases("auto", (d_r1,), training.compile_phase)
     steps = 0
     with closing(state.phases):
         while not state.phases.compiled_at and steps < 100_000:
@@ -276,7 +275,7 @@ def test_training_goes_on_while_another_process_compiles(
             steps += 1
     assert steps > 10 and state.phases.compiled_at == {"d_r1_compiled_at": state.cur_nimg}
     state, real, c = one_block(replace(config, r1_interval=1))
-    phases = Phases("on")
+    phases = Phases("on", (d_r1,))
     found = phase_gradients(state, real, c, phases.backward, (d_r1,))
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
     counters = torch._dynamo.utils.counters
@@ -452,7 +451,7 @@ def test_compiled_gradients_on_cuda_are_those_of_the_plain_phase(
     real = torch.rand(4, 1, 16, 16, device="cuda") * 2 - 1
     c = torch.eye(2, device="cuda")[[0, 1, 1, 0]]
     expected = phase_gradients(state, real, c, Phases("off").backward, (phase,))
-    compiled = Phases(compile)
+    compiled = Phases(compile, PHASES)
     for _ in range(3):  # graphs are recorded at the second call and replayed at the third
         found = phase_gradients(state, real, c, compiled.backward, (phase,))
         cosine = torch.cosine_similarity(*found.values(), *expected.values(), dim=0)

@@ -130,7 +130,9 @@ def test_the_logistic_losses_start_at_their_known_values(config: Config):
     assert loss.item() == pytest.approx(2 * math.log(2))
 
 
-def relativistic_terms(state: TrainingState, real, c, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
+def relativistic_terms(
+    state: TrainingState, real, c, monkeypatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Given images in the place of generated ones, and the logits of D on them and on `real`."""
     fake = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     monkeypatch.setattr(training, "generate", lambda *_: fake)

@@ -1,4 +1,4 @@
-"""Compile phases in processes of their own while training goes on.
+"""Run the phases of training, and compile them, beside training in processes of their own.
 
 torch.compile keeps what it made in a cache on disk. A process that runs a phase of the same sizes
 fills the cache; the process that trains then finds everything there, and needs seconds.
@@ -10,11 +10,114 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Adam
 
-from utils import SIGNALS, num_cores
+from training import process
+from utils import SIGNALS, first_line, num_cores, print_once
+
+Stats = dict[str, Tensor]
+
+
+class Phases:
+    """Runs phases, each compiled into a forward and a backward graph or, with mode "off", as it is.
+
+    `mode` is a value of config.compile. With "on" and "graphs" each phase is compiled at its first
+    call, with "auto" in processes of their own, by `compile_one(name, config, c_dim)`, while it
+    runs uncompiled. If compiling fails, a warning says why, once, and all phases run uncompiled
+    from then on.
+    """
+
+    def __init__(
+        self, mode: str, phases: Sequence[Callable] = (), compile_one: Callable | None = None
+    ) -> None:
+        self.phases, self.compile_one, self.graphs = phases, compile_one, mode == "graphs"
+        self.proven: set[Callable] = set()  # phases that ran once
+        self.compiled: dict[Callable, Callable] = {}
+        self.beside = mode == "auto"  # compilation beside training has yet to start
+        self.processes: CompilerProcesses | None = None
+        self.compiled_at: dict[str, int] = {}  # from which image on a phase runs compiled
+        for phase in phases if mode in ("on", "graphs") else ():
+            self.compile(phase)
+
+    def compile(self, phase: Callable) -> None:
+        """Let the next call of a phase compile it, or find it in the cache."""
+        mode = "reduce-overhead" if self.graphs else None
+        self.compiled[phase] = torch.compile(phase, dynamic=False, fullgraph=True, mode=mode)
+
+    def compile_beside(self, state: Any) -> None:
+        """After a step in mode "auto": start to compile, or use what has been compiled by now.
+
+        The memory of a GPU may not do for another process; then this process compiles.
+        """
+        if self.beside:
+            self.beside = False
+            if not (most := most_processes(state.device)):
+                for phase in self.phases:
+                    self.compile(phase)
+                return
+            args, names = (state.config, state.G.mapping.c_dim), [p.__name__ for p in self.phases]
+            self.processes = CompilerProcesses(self.compile_one, names, args, most)
+            text = f"{min(most, len(names))} processes; training goes on meanwhile"
+            print_once(f"compiling {', '.join(names)} in {text}")
+        ended = self.processes.poll() if self.processes else {}
+        for phase in self.phases:
+            if phase.__name__ in ended:
+                self.compile(phase)
+                text = f"compiled in {ended[phase.__name__]:.0f} s, used from image"
+                print_once(f"{phase.__name__}: {text} {state.cur_nimg:,} on")
+                self.compiled_at[f"{phase.__name__}_compiled_at"] = state.cur_nimg
+
+    def close(self) -> None:
+        """End the processes that still compile."""
+        if self.processes:
+            self.processes.stop()
+
+    def __call__(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
+        """One update by a phase, on its own random stream. -> statistics, averaged over ranks."""
+        if phase in self.compiled and phase not in self.proven:
+            stats = self.first_call(phase, optimizer, seed, *args)
+        else:
+            stats = self.backward(phase, seed, *args)
+        parameters = optimizer.param_groups[0]["params"]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        process.average_over_ranks(gradients + list(stats.values()))
+        stats[f"{phase.__name__}_grad"] = torch.nn.utils.get_total_norm(gradients)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return stats
+
+    def first_call(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
+        """`backward` of a phase that is compiled now; without other processes it raises Stopped."""
+        told = print_once if self.processes is None else lambda _: None
+        told(f"compiling {phase.__name__} ...")
+        started = time.perf_counter()
+        try:
+            with process.STOP.immediate() if self.processes is None else nullcontext():
+                stats = self.backward(phase, seed, *args)
+            told(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
+        except Exception as error:  # the compiler raises many types
+            reason = f"{phase.__name__} cannot be compiled: {first_line(error)}"
+            print_once(f"warning: training goes on uncompiled, because {reason}")
+            self.compiled = {}
+            self.close()
+            optimizer.zero_grad(set_to_none=True)
+            stats = self.backward(phase, seed, *args)
+        self.proven.add(phase)
+        return stats
+
+    def backward(self, phase: Callable, seed: int, *args: Any) -> Stats:
+        """Leave the gradients of a phase in the parameters. -> its statistics."""
+        torch.manual_seed(seed)
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # earlier graphs' outputs may be overwritten
+        loss, stats = self.compiled.get(phase, phase)(*args)
+        loss.backward()
+        return {name: value.detach().clone() for name, value in stats.items()}
 
 
 class CompilerProcesses:

@@ -117,7 +117,7 @@ RULES = {
     ),
     "augmentation leaks": Rule(
         lambda h: any(stays_above(h.measured(name), limit) for name, limit in LEAK_LIMITS.items()),
-        "unlike the real slices, samples are rotated, mirrored, or lit in their background",
+        "unlike the real slices, samples are rotated, mirrored, or have a bright background",
         (
             (augments("dataset"), "set augment = ada, or lower flip_prob, rotation or brightness"),
             (augments("ada"), "lower ada_flip, ada_rotation, ada_brightness or ada_noise"),
@@ -316,7 +316,7 @@ PANELS = (
 
 
 def plot_curves(run: Path, path: Path, config: Config) -> None:
-    """Draw all columns of the logs that have values, with healthy ranges shaded green."""
+    """Draw the PANELS whose columns have values, with healthy ranges shaded green."""
     history = read_history(run)
     panels = [p for p in PANELS if any(len(history.measured(name)) for name in p[1])]
     if not panels:
