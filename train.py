@@ -125,11 +125,13 @@ def d_r1(
 
     Relativistic, R2, the same at generated images ([6]), is added; both count twice, as the loss.
     """
-    penalty = r1 = r1_penalty(D, D.augment(real), c).mean()
+    r2 = torch.zeros([], device=real.device)
     if config.relativistic:
         with torch.no_grad():
             fake = generate(G, c, config)
-        penalty = 2 * (r1 + r1_penalty(D, D.augment(fake), c).mean())
+        r2 = r1_penalty(D, D.augment(fake), c).mean()
+    r1 = r1_penalty(D, D.augment(real), c).mean()
+    penalty = 2 * (r1 + r2) if config.relativistic else r1
     return penalty * (gamma / 2 * config.r1_interval), {"r1": r1}
 
 
