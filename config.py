@@ -149,7 +149,7 @@ class Config:
     relativistic: bool = False
     """Losses compare a real and a generated image, and R2 joins R1; False: those of StyleGAN2."""
     r1_gamma: NotNegative | None = None
-    """Weight of the R1 penalty, 0 or more; None: 0.0002 * img_resolution^2 / batch_size."""
+    """Weight of R1 (and R2), 0 or more; None: 0.0002 * img_resolution^2 / batch_size."""
     r1_gamma_end: Positive | None = None
     """Weight of the R1 penalty at the end of the cooldown, above 0; None: r1_gamma."""
     r1_interval: Interval = 16
@@ -236,7 +236,7 @@ CPU: dict[str, Any] = {  # twelve epochs of demo brains take about ten minutes o
     "w_dim": 64,
     "channel_base": 512,
     "channel_max": 64,
-    "relativistic": True,  # in 38,400 images: two thirds of the FID, three times the coverage
+    "relativistic": True,
     "r1_gamma": 1.0,  # far above the default formula: shapes vary after fewer images
     "r1_gamma_end": 0.05,
     "checkpoint_kimg": 3.0,

@@ -318,6 +318,7 @@ def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
 
 def plot_comparison(folders: Sequence[Path], paths: list[Path]) -> None:
     """A column for each run with its last grid and its losses; below, FIDs and other settings."""
+    folders = [runs.run_folder(run) for run in folders]
     settings = [runs.read_run_config(run)[:2] for run in folders]  # and the names of the classes
     differing = differences([config for config, _ in settings])
     names = [run.name for run in folders]

@@ -50,6 +50,8 @@ from utils import first_line, num_ranks, print_once, rank, run_command, stream_s
 
 # Losses
 
+DRIFT = 0.01  # weight of the squared mean of the two logits of a pair
+
 
 def r1_penalty(D: Discriminator, real: Tensor, c: Tensor) -> Tensor:
     """Squared gradient norm of D at each real image ([3], section 4.1). [N, C, H, W] -> [N]."""
@@ -103,15 +105,20 @@ def g_path(G: Generator, c: Tensor, pl_mean: Tensor, config: Config) -> Loss:
 def d_main(
     G: Generator, D: Discriminator, real: Tensor, c: Tensor, c_fake: Tensor, config: Config
 ) -> Loss:
-    """Logistic loss of D ([2]), or relativistic: twice that of [6], so that a guess is 2 ln 2."""
+    """Logistic loss of D ([2]), or relativistic: twice that of [6], so that a guess is 2 ln 2.
+
+    The latter compares the two images of a pair, and leaves their level free; `DRIFT` pulls it to 0
+    (as [4], appendix A.1), where the sign of a logit tells D's guess.
+    """
     with torch.no_grad():
         fake = generate(G, c_fake, config)
     both = D.augment(torch.cat([real, fake]))
     real_logits, fake_logits = D(both, torch.cat([c, c_fake]), batches=2).chunk(2)
-    if config.relativistic:  # D compares the two images of a pair
-        real_logits = real_logits - fake_logits
-        fake_logits = -real_logits
-    loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    if config.relativistic:
+        level = (real_logits + fake_logits) / 2
+        loss = 2 * F.softplus(fake_logits - real_logits).mean() + DRIFT * level.square().mean()
+    else:
+        loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
     stats = {"d_loss": loss}
     for name, logits in (("real", real_logits), ("fake", fake_logits)):
         stats |= {f"{name}_logit": logits.mean(), f"{name}_sign": logits.sign().mean()}
@@ -239,8 +246,9 @@ def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor
     """One step of both networks on this rank's share of a batch; it never waits for a GPU.
 
     It updates `state`; its random numbers depend on (seed, rank, cur_nimg) only. The labels of
-    fakes are drawn from the training labels, `label_pool` [n, c_dim]. Images `real` [N, C, H, W]
-    in [-1, 1], labels `c` [N, c_dim] -> [len(STATS)], NaN for a penalty that was not due.
+    fakes are those of the real images of a pair, or drawn from `label_pool` [n, c_dim]. Images
+    `real` [N, C, H, W] in [-1, 1], labels `c` [N, c_dim] -> [len(STATS)], NaN for a penalty that
+    was not due.
     """
     config, G, D = state.config, state.G, state.D
     N, due = len(real), logs.due_statistics(config, state.cur_nimg)

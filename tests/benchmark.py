@@ -548,7 +548,7 @@ def main() -> None:
              "channel_max": options.channel_max, "z_dim": options.w_dim,
              "w_dim": options.w_dim}  # fmt: skip
     config = Config(**(GPU if on_cuda else CPU))
-    given |= {"noise": True}  # the peer has it
+    given |= {"noise": True, "relativistic": False}  # as the peer
     config = replace(config, **{k: v for k, v in given.items() if v is not None})
     print(f"torch {torch.__version__}, {device_name(device)}, {date.today()}", flush=True)
     found = {

@@ -446,7 +446,10 @@ def test_a_diagnosis_is_printed(config: Config, tmp_path, monkeypatch, capsys, c
     assert "No rule finds a problem." in said and "need 5 measurements, and there are" in said
     write_run(config.out)
     assert command("--diagnose", config.out) == 0
-    assert "measurements, and there are" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "measurements, and there are" not in said
+    assert command("--diagnose", config.out / "checkpoints") == 0  # which means its run
+    assert capsys.readouterr().out == said
     assert command("--diagnose", tmp_path) == 2
     assert "is no run: it has no config.json" in capsys.readouterr().err
     assert command("--diagnose", config.out, "--epochs", "3") == 2

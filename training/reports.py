@@ -7,7 +7,7 @@ from config import Config
 from dataset import Slices
 from training.diagnosis import MIN_MEASUREMENTS, diagnose, out_of_range, plot_curves, verdict
 from training.logs import read_history
-from training.runs import PATHS, read_run_config
+from training.runs import PATHS, read_run_config, run_folder
 from utils import print_once, write_atomically
 
 OWN = "<!-- train.py replaces this file as long as this line is here -->"
@@ -95,6 +95,7 @@ def end_run(config: Config, slices: Slices) -> None:
 
 def print_diagnosis(run: Path) -> None:
     """Print what looks wrong in a run, and draw its curves. Raises UserError if it is no run."""
+    run = run_folder(run)
     config, _, _ = read_run_config(run)
     history = read_history(run)
     found = [*diagnose(history, config).values(), *out_of_range(history)]

@@ -50,8 +50,11 @@ def cache_of(config: Config) -> Path:
 
 def run_folder(path: Path) -> Path:
     """The run that a folder, a generator.safetensors or a checkpoints/*.pt belongs to."""
+    if not path.exists():
+        return path
     folder = path if path.is_dir() else path.parent
-    return folder.absolute().parent if folder.absolute().name == "checkpoints" else folder
+    inside = folder.absolute().name == "checkpoints" and not (folder / "config.json").exists()
+    return folder.absolute().parent if inside else folder
 
 
 def output_folder(path: Path, name: str, images: Path | None = None) -> Path:
@@ -146,7 +149,7 @@ def read_run_config(run: Path) -> tuple[Config, list[str], str]:
 
     Raises UserError naming the file.
     """
-    run = run_folder(run) if run.exists() else run
+    run = run_folder(run)
     path, local = run / "config.json", run / "paths.json"
     try:
         saved = read_json(path)
@@ -186,7 +189,8 @@ def require_same(saved: dict[str, Any], config: Config, source: Path) -> None:
     Of `init_from` only whether it is set matters: its run may have moved or been deleted.
     """
     wanted = shared_settings(config)
-    names = [n for n in wanted if n not in FREE_TO_CHANGE and saved.get(n, wanted[n]) != wanted[n]]
+    saved = shared_settings(Config()) | saved  # older runs lack newer settings
+    names = [n for n in wanted if n not in FREE_TO_CHANGE and saved[n] != wanted[n]]
     if "init_from" in names and None not in (saved["init_from"], wanted["init_from"]):
         names.remove("init_from")
     if names:
@@ -229,7 +233,8 @@ def open_run(config: Config) -> dict[str, Any] | None:
         advice = "use another --out, or delete the folder to start at image 0"
         raise UserError(f"{generator} exists, but no checkpoint to resume from; {advice}")
     if config.init_from is not None:
-        source_of_weights(config, c_dim=1)  # wrong sizes show before the images are decoded
+        labelled = config.conditional or config.condition_position  # if all is well with the data
+        source_of_weights(config, int(labelled))  # wrong sizes show before the images are decoded
     return None
 
 
@@ -346,8 +351,7 @@ def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]
     generator.safetensors and discriminator.safetensors. They may have other classes than this run,
     or none, but this run must have classes if they do.
     """
-    source = config.init_from
-    run = run_folder(source) if source.exists() else source
+    source, run = config.init_from, run_folder(config.init_from)
     D = run / "discriminator.safetensors"
     if found := [source] if source.is_file() else checkpoints(run):
         state = load_checkpoint(found[-1])
