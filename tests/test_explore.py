@@ -650,7 +650,7 @@ def test_memory_is_named_only_where_it_is():
         "a little": pj.memory({"training people": train - 1.5, "test people": test}),
         "few": pj.memory({"training people": train[:9] - 5, "test people": test}),
     }
-    assert "a sign of memory" in said["memorised"] and "AUC 1.00" in said["memorised"]
+    assert "a sign of memorisation" in said["memorised"] and "AUC 1.00" in said["memorised"]
     assert "do not project far better" in said["alike"] and "AUC 0.0" in said["the reverse"]
     assert "do not project far better" in said["the reverse"]
     assert "do not project far better" in said["a little"]
