@@ -7,9 +7,9 @@
     python evaluate.py runs/seed0 runs/seed1 runs/seed2      # each run, and a summary of all
 
 Writes evaluation.json, evaluation.md, evaluation.png and the nearest pairs into RUN/evaluation or
---out. The unit is the participant: halves and bootstraps draw whole ones, neighbours
-are of others. Samples are untruncated (psi = 1), of one latent each unless --style-mixing-prob says
-otherwise, have the class proportions of the training slices, and get new noise for each image.
+--out. The unit is the participant: halves and bootstraps draw whole participants, and neighbours
+belong to others. Samples are untruncated (psi = 1), of one latent each unless --style-mixing-prob
+says otherwise, have the class proportions of the training slices, and get new noise for each image.
 
 References:
     [1] Esteban et al. 2017, Real-valued Medical Time Series Generation, arXiv:1706.02633

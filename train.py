@@ -130,7 +130,7 @@ def d_r1(
 ) -> Loss:
     """R1 penalty ([3]) of weight `gamma` at the augmented images, the ones that D sees.
 
-    Relativistic, R2, the same at generated images ([6]), is added; both count twice, as the loss.
+    The relativistic loss adds R2, the same at generated images ([6]); both count twice, as it does.
     """
     r2 = torch.zeros([], device=real.device)
     if config.relativistic:
@@ -445,7 +445,7 @@ def start_state(config: Config, slices: Slices, device: torch.device, saved: Any
         state.load_state_dict(saved)
         print_once(f"resuming {config.out} at {state.cur_nimg:,} images")
         if (before := saved.get("num_ranks", 1)) != num_ranks():
-            print_once(f"note: {before} processes before, {num_ranks()} now: other random numbers")
+            print_once(f"note: {before} processes before, {num_ranks()} now: random numbers differ")
     elif config.init_from is not None:
         for name, weights in runs.source_of_weights(config, slices.c_dim).items():
             runs.load_fitting_weights(getattr(state, name), weights)

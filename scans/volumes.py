@@ -86,7 +86,7 @@ class ImportOptions:
     seed: Seed = 0
     """Seed of the split."""
     unoriented: bool = False
-    """Also import volumes whose left and right are unknown, such as Analyze, as is usual."""
+    """Import volumes of unknown left and right too, such as Analyze; assume the usual order."""
 
     def __post_init__(self) -> None:
         check_fields(self)

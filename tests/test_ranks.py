@@ -126,7 +126,7 @@ def test_two_ranks_train_as_one_and_one_rank_goes_on(config: Config, tmp_path, c
 
     train(config)
     out = capsys.readouterr().out
-    assert "at 16 images\nnote: 2 processes before, 1 now: other random numbers" in out
+    assert "at 16 images\nnote: 2 processes before, 1 now: random numbers differ" in out
     assert [line["nimg"] for line in read_log(config.out)] == [16, 32]
 
 
