@@ -132,14 +132,14 @@ def d_r1(
 
     The relativistic loss adds R2, the same at generated images ([6]); both count twice, as it does.
     """
-    r2 = torch.zeros([], device=real.device)
-    if config.relativistic:
-        with torch.no_grad():
-            fake = generate(G, c, config)
-        r2 = r1_penalty(D, D.augment(fake), c).mean()
     r1 = r1_penalty(D, D.augment(real), c).mean()
-    penalty = 2 * (r1 + r2) if config.relativistic else r1
-    return penalty * (gamma / 2 * config.r1_interval), {"r1": r1}
+    weight = gamma / 2 * config.r1_interval
+    if not config.relativistic:
+        return r1 * weight, {"r1": r1}
+    with torch.no_grad():
+        fake = generate(G, c, config)
+    r2 = r1_penalty(D, D.augment(fake), c).mean()
+    return 2 * (r1 + r2) * weight, {"r1": r1, "r2": r2}
 
 
 PHASES = (g_main, g_path, d_main, d_r1)

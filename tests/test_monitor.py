@@ -38,8 +38,8 @@ def diagnose(run: Path, **settings) -> dict[str, str]:
 
 HEALTHY = {
     "g_loss": 1.2, "d_loss": 1.0, "d_loss_spread": 0.2, "real_logit": 0.9, "fake_logit": -0.8,
-    "real_sign": 0.5, "fake_sign": -0.5, "r1": 0.1, "path_length": 0.5, "pl_mean": 0.5,
-    "g_main_grad": 0.5, "d_main_grad": 0.4, "ada_p": 0.2, "fid": 0.4, "fid_real": 0.1,
+    "real_sign": 0.5, "fake_sign": -0.5, "r1": 0.1, "r2": 0.1, "path_length": 0.5, "pl_mean": 0.5,
+    "g_main_grad": 0.5, "d_main_grad": 0.4, "ada_p": 0.2, "fid": 0.4, "fid_real": 0.1, "kid": 0.1,
     "overfitting": 0.1, "vary_z": 0.9, "vary_noise": 0.1, "vary_class": 0.3, "agreement": 0.7,
     "agreement_real": 0.7, "agreement_chance": 0.5, "leak_rotation": 1.1, "leak_flip": 0.1,
     "leak_border": 0.2, "spectrum": 0.8, "precision": 0.6, "spread": 0.9,

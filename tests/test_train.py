@@ -177,7 +177,7 @@ def test_relativistic_r2_is_r1_at_generated_images(config: Config, monkeypatch):
     loss, stats = d_r1(state.G, state.D, real, c, torch.tensor(0.5), config)
     r1, r2 = (r1_penalty(state.D, img.flip(3), c).mean() for img in (real, fake))
     torch.testing.assert_close(loss, 2 * (0.5 / 2) * 3 * (r1 + r2))  # twice, as the loss of D
-    torch.testing.assert_close(stats["r1"], r1)
+    torch.testing.assert_close((stats["r1"], stats["r2"]), (r1, r2))
 
 
 def test_the_images_of_a_relativistic_pair_have_one_class(config: Config, monkeypatch):
@@ -305,10 +305,12 @@ def test_path_length_is_a_step_of_its_own_with_its_weight_times_its_interval(con
     assert_gradients_equal(penalty, state.G, record["g_path"])
 
 
-def test_penalties_come_at_their_intervals(config: Config):
-    train(replace(config, r1_interval=3, pl_interval=2))
+@pytest.mark.parametrize("relativistic", [False, True])
+def test_penalties_come_at_their_intervals(config: Config, relativistic: bool):
+    train(replace(config, r1_interval=3, pl_interval=2, relativistic=relativistic))
     due = dict(zip(STATS, np.isfinite(read_losses(config.out)).T[1:], strict=True))
     assert due["r1"].tolist() == [True, False, False] * 2 + [True, False]
+    assert due["r2"].tolist() == [relativistic and r1 for r1 in due["r1"]]
     assert due["path_length"].tolist() == [True, False] * 4
 
 

@@ -13,8 +13,8 @@ from utils import print_once, write_atomically
 
 # Statistics of a step, in the order in which they are computed
 STATS = (
-    "g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1", "real_sign", "fake_sign",
-    "g_main_grad", "d_main_grad", "ada_p",
+    "g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1", "r2", "real_sign",
+    "fake_sign", "g_main_grad", "d_main_grad", "ada_p",
 )  # fmt: skip
 VALUE = r",(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf)?"  # in losses.csv; empty if it was not due
 LEAD = 3  # at least so many times as far as noise must z move a pixel, or FID means nothing
@@ -23,8 +23,10 @@ LEAD = 3  # at least so many times as far as noise must z move a pixel, or FID m
 def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
     """Which of the optional statistics are computed in the step that starts at image `nimg`."""
     step = nimg // config.batch_size
+    penalties = step % config.r1_interval == 0
     return {
-        "r1": step % config.r1_interval == 0,
+        "r1": penalties,
+        "r2": penalties and config.relativistic,
         "path_length": config.pl_weight > 0 and step % config.pl_interval == 0,
         "ada_p": config.augment == "ada",
     }
