@@ -221,6 +221,8 @@ def in_words(hint: Any) -> str:
         return f"one of {', '.join(map(str, parts))}"
     if origin is tuple:
         return f"one or more of: {in_words(parts[0])}"
+    if hint is Path:
+        return 'Path("...")'
     return ", or ".join(map(in_words, parts)) or hint.__name__.replace("NoneType", "None")
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -222,7 +222,9 @@ def shared_participants(splits: Splits) -> list[str]:
     """A list with a message if participants are on both sides of the split, else an empty list."""
     shared = {f.participant for f in splits["train"]} & {f.participant for f in splits["test"]}
     first = ", ".join(sorted(shared)[:5])
-    return [f"{len(shared)} participant(s) on both sides of the split: {first}"] if shared else []
+    text = f"{len(shared)} participant(s) on both sides of the split: {first}"
+    advice = "move all slices to CLASS folders without train/ and test/: then they are split anew"
+    return [f"{text}; {advice}"] if shared else []
 
 
 def read_splits(
@@ -421,9 +423,10 @@ def data_identity(lines: Iterable[str]) -> str:
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
-def check_result(lines: Iterable[str], cache: Path) -> Path:
-    """The file of what `prepare.py check` found in slices of these names and sizes."""
-    return cache / f"check-{data_identity(sorted(lines))[:16]}.txt"
+def check_result(files: Sequence[SliceFile], root: Path, cache: Path) -> Path:
+    """The file of what `prepare.py check` found in these slices of these participants."""
+    lines = zip(names_and_sizes(files, root), [f.participant for f in files], strict=True)
+    return cache / f"check-{data_identity(sorted(map(str, lines)))[:16]}.txt"
 
 
 def print_last_check(path: Path) -> None:
@@ -506,7 +509,7 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     files, first = splits["train"] + splits["test"], len(splits["train"])
     lines = names_and_sizes(files, root)
     if config.data_root:
-        print_last_check(check_result(lines, config.cache))
+        print_last_check(check_result(files, root, config.cache))
     images = decoded(files, root, config.img_resolution, config.cache)
     labels = np.array([f.label for f in files])
     participants = np.array([f.participant for f in files])

@@ -32,7 +32,8 @@ COLUMNS = {
     "date": "acqdate scandate studydate examdate visitdate date",
 }
 RATINGS = ("cdr", "cdglobal", "cdrtot")  # clinical dementia rating: 0 is NC, more is AD
-RENAMED = {"CN": "NC", "Control": "NC"}  # ADNI's slices are usually shared with the class name NC
+# ADNI's slices are usually shared as AD and NC; its table ADNIMERGE writes Dementia for AD
+RENAMED = {"CN": "NC", "Control": "NC", "Dementia": "AD"}
 MISSING = ("", "n/a", "na", "nan", "none", "null", "-", ".", "?", "#n/a", "-4")  # -4: in ADNI
 SEXES = {"F": ("f", "female", "w", "woman", "weiblich"), "M": ("m", "male", "man", "männlich")}
 MAX_TABLE = 200_000_000  # bytes

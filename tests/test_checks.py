@@ -2,6 +2,7 @@
 
 import csv
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -202,6 +203,10 @@ def test_training_says_what_the_check_found_last(root: Path, capsys):
     capsys.readouterr()
     load_slices(config)
     assert "prepare.py check" not in capsys.readouterr().out
+    table = root.parent / "table.csv"  # the check did not know that two scans are of one person
+    table.write_text("scan,subject\n3,p\n4,p\n")
+    load_slices(replace(config, table=table))
+    assert "check has not looked for leaks" in capsys.readouterr().out
     load(root / "train" / "AD", "3_1.png").save(root / "test" / "AD" / "98_0.png")
     assert "the same file in train and test" in run(root)
     capsys.readouterr()

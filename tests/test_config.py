@@ -43,7 +43,7 @@ from config import CPU, GPU, Config, UserError
         ("conditional", 1, "bool"),
         ("epochs", True, "int"),
         ("epochs", 2.0, "int"),
-        ("data_root", "AD_NC", "Path, or None"),
+        ("data_root", "AD_NC", r'Path\("\.\.\."\), or None'),
     ],
 )
 def test_an_invalid_value_is_named_with_what_is_allowed(name, value, allowed):

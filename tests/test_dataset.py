@@ -288,6 +288,18 @@ def test_a_test_set_with_scans_of_training_people_is_refused(tmp_path: Path, stu
         find_slices(tmp_path / "ours")
 
 
+def test_the_numbers_of_adni_s_images_need_a_table(tmp_path: Path, capsys):
+    root = write_people(tmp_path / "flat", "2{1:04}{2}")  # names such as 200070_80
+    find_slices(root)
+    assert "24 scans count as a participant each" in capsys.readouterr().out
+    table = tmp_path / "table.csv"
+    rows = [f'"I2{p:04}{v}","{p:03}_S_{p:04}","AD"' for p in range(12) for v in range(2)]
+    table.write_text("\n".join(['"Image Data ID","Subject","Group"', *rows]) + "\n")
+    _, splits = find_slices(root, table=table)
+    people = {k: {f.participant for f in files} for k, files in splits.items()}
+    assert len(people["train"] | people["test"]) == 12 and not people["train"] & people["test"]
+
+
 def test_a_table_overrules_names_and_a_manifest_too(tmp_path: Path, config: Config, capsys):
     root = write_people(tmp_path / "flat", "OAS1_{1:04}_MR{2}")
     table = tmp_path / "table.csv"  # two ids of OASIS are one person

@@ -190,7 +190,7 @@ STUDIES = {  # tables as the studies export them, a path of a scan, and what is 
         "RID,PTID,VISCODE,EXAMDATE,DX_bl,AGE,PTGENDER,IMAGEUID,DX\n"
         "295,002_S_0295,bl,2006-04-18,CN,84.8,Male,45108,CN\n"
         "295,002_S_0295,m48,2010-05-06,CN,84.8,Male,,Dementia\n",
-        "002_S_0295/MPRAGE/2010-05-06_08_11_12.0/I174600/x", ("Dementia", 84.8, "M"),
+        "002_S_0295/MPRAGE/2010-05-06_08_11_12.0/I174600/x", ("AD", 84.8, "M"),
     ),
     "ADNI's diagnoses, by roster number": (
         "Phase,RID,VISCODE,DXCURREN\nADNI1,295,m06,1\nADNI1,3,bl,3\n",
