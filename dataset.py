@@ -252,11 +252,11 @@ def read_splits(
     names, found = zip(*map(find_class_folders, parents), strict=True)
     if has_split and names[0] != names[1]:
         raise UserError(f"classes differ: {parents[0]} has {names[0]}, {parents[1]} {names[1]}")
-    if not any_classes and (doubt := doubtful_classes(names[0], found[0])):
-        raise UserError(f"{root}: {doubt}; if these are the classes, add --any-classes")
     scans = {file.scan for files in found for file in files}
     entries = find_entries(scans, root, table, columns)
     set_participants(found, entries)
+    if not any_classes and (doubt := doubtful_classes(names[0], found[0])):
+        raise UserError(f"{root}: {doubt}; if these are the classes, add --any-classes")
     splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_participant(found[0])
     return names[0], splits, entries
 
@@ -285,7 +285,9 @@ def ignored_files(root: Path, used: set[Path]) -> list[str]:
     return [f"{n} in {folder}" for folder, n in sorted(counts.items()) if n]
 
 
-def describe(root: Path | None, classes: list[str], splits: Splits) -> None:
+def describe(
+    root: Path | None, classes: list[str], splits: Splits, table: Path | None = None
+) -> None:
     """Print, on rank 0, the participants and slices of each class; note odd files in `root`."""
     if utils.rank() > 0:
         return
@@ -299,6 +301,8 @@ def describe(root: Path | None, classes: list[str], splits: Splits) -> None:
         return
     files = splits["train"] + splits["test"]
     known = {root / name for name in (MANIFEST, LEFT_OUT, *PARTICIPANTS)}
+    if table and table.resolve().parent == root.resolve():
+        known.add(root / table.name)
     if ignored := ignored_files(root, {f.path for f in files} | known):
         more = f", and {len(ignored) - 5} more folders" if len(ignored) > 5 else ""
         utils.print_once(f"note: unused files: {'; '.join(ignored[:5])}{more}")
@@ -390,6 +394,11 @@ def decode_scan(paths: list[Path]) -> tuple[list[Tensor], tuple[float, float], l
     return images, (float(low) if values.min() < 0 else 0.0, float(high)), []
 
 
+def to_grey_levels(image: Tensor, low: float, high: float) -> Tensor:
+    """Scale an image so that `low` becomes 0 and `high` 255; other values may lie outside."""
+    return (image.float() - low) * (255 / max(high - low, 1e-8))
+
+
 def resized_scan(paths: list[Path], resolution: int) -> tuple[Tensor | None, list[str]]:
     """All slices of one scan as uint8 [n, R, R], and no problem; or None, and the problems."""
     from torchvision.transforms import v2  # takes seconds: it imports the compiler
@@ -399,7 +408,7 @@ def resized_scan(paths: list[Path], resolution: int) -> tuple[Tensor | None, lis
     if problems:
         return None, problems
     if images[0].is_floating_point():
-        images = [(image - low) * (255 / max(high - low, 1e-8)) for image in images]
+        images = [to_grey_levels(image, low, high) for image in images]
     images = [resize(pad_to_square(image)) for image in images]
     return torch.cat([image.round().clamp(0, 255).byte() for image in images]), []
 
@@ -433,6 +442,7 @@ def print_last_check(path: Path) -> None:
     """Print what `prepare.py check` last found in the same slices."""
     try:
         problems = path.read_text().splitlines()
+        utils.mark_used(path)
     except OSError:
         utils.print_once("note: prepare.py check has not looked for leaks in these slices")
         return
@@ -486,14 +496,23 @@ def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) ->
     return utils.make_array_once(path, lambda partial: decode_all(files, resolution, partial))
 
 
+def require_no_class(name: str, folder: Path, root: Path | None) -> None:
+    """Raises UserError if a folder to write lies where `find_slices` looks for classes."""
+    path = folder.resolve()
+    if root and path.is_relative_to(root.resolve()):
+        first = (*path.relative_to(root.resolve()).parts, "")[0]
+        has_split = (root / "train").is_dir()
+        if first in SPLITS if has_split and first else first[:1] != ".":
+            raise UserError(f"{name} = {folder}: lies in {root}, where folders are classes")
+
+
 def find_positions(scans: np.ndarray) -> np.ndarray:
     """Position of each slice in its scan, 0 lowest to 1 highest, 0.5 if it is alone. -> [n].
 
     `scans` [n] names the scan of each slice; the slices of a scan come in order.
     """
-    positions = np.empty(len(scans))
-    for scan in np.unique(scans):
-        rows = np.flatnonzero(scans == scan)
+    positions, codes = np.empty(len(scans)), np.unique(scans, return_inverse=True)[1]
+    for rows in np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1]):
         positions[rows] = np.linspace(0, 1, len(rows)) if len(rows) > 1 else 0.5
     return positions
 
@@ -503,7 +522,7 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     root = config.data_root or folder_once(config.cache / f"demo-{CACHE_VERSION}", write_demo)
     any_classes = config.any_classes or not config.conditional
     classes, splits = find_slices(root, any_classes, config.table)
-    describe(config.data_root, classes, splits)
+    describe(config.data_root, classes, splits, config.table)
     if not config.conditional:
         classes, splits = ["all"], {k: [f._replace(label=0) for f in v] for k, v in splits.items()}
     files, first = splits["train"] + splits["test"], len(splits["train"])

@@ -39,7 +39,7 @@ from dataset import Slices, decoded, find_class_folders
 from evaluation import features, metrics, report, samples, variety
 from evaluation.metrics import Features
 from evaluation.report import Row, Rows
-from evaluation.verdict import verdict
+from evaluation.verdict import REAL, verdict
 from modules import Generator
 from training import process, runs
 
@@ -178,7 +178,7 @@ def measure_distribution(fakes: Slices, references: References) -> Tables:
             rows[name] = {"note": f"fewer than {MIN_SLICES} samples: not compared"}
             if len(chosen.values) >= MIN_SLICES:
                 rows[name] = compare_sets(chosen, parts, seed)
-        rows["real: test against train"] = compare_sets(reals.pop("test"), reals, seed)
+        rows[REAL] = compare_sets(reals.pop("test"), reals, seed)
         tables["distribution"] += [which | {"set": name} | row for name, row in rows.items()]
         train, cache = references.splits["train"], references.cache
         recalls = variety.recall_without_detail(train, others, extractor, cache)
@@ -193,7 +193,10 @@ def measure_diversity(fakes: Slices, references: References) -> Tables:
         pairs = metrics.random_pairs(slices.participants, slices.labels, references.seed)
         images = slices.images[:, *box]
         values = metrics.similarity(images, pairs) if len(pairs) else np.array([math.nan])
-        error = values.std() / math.sqrt(len(values))
+        first = pairs[:, 0] if len(pairs) else slice(1)
+        whose, labels = slices.participants[first], slices.labels[first]
+        each, _ = metrics.mean_by_participant(values, whose, labels)
+        error = each.std() / math.sqrt(len(each))
         rows.append({"pairs": name, "ms_ssim": float(values.mean()), "error": float(error)})
     others, train = references.with_unseen(fakes), references.splits["train"]
     return {"diversity": rows, "variety": variety.shape_profile(train, others, references.cache)}

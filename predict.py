@@ -37,7 +37,7 @@ from config import Config, Range, Seed, Share, UserError, check_fields
 from dataset import Slices
 from evaluation.features import averaged
 from evaluation.metrics import mean_by_participant
-from evaluation.samples import images_of, labels_of, latents, sample
+from evaluation.samples import images_of, labels_of, latents, mapped, sample
 from evaluation.verdict import MIN_PARTICIPANTS
 from modules import Generator
 from training import diagnosis, logs, process, recorder, runs
@@ -179,13 +179,8 @@ def draw_mixing(
     """
     label, name = next(iter(classes.items()))
     seeds, num_ws = seeds[:SWEEP_SEEDS], G.mapping.num_ws
-    z, c = (
-        latents(seeds, G.z_dim),
-        labels_of(G, np.full(len(seeds), label), seeds, options.position),
-    )
-    how = options.truncation_psi, options.truncation_cutoff
-    with torch.no_grad():
-        ws = G.mapping(*(x.to(next(G.parameters()).device) for x in (z, c)), *how)
+    c = labels_of(G, np.full(len(seeds), label), seeds, options.position)
+    ws = mapped(G, latents(seeds, G.z_dim), c, options.truncation_psi, options.truncation_cutoff)
     own, n = images_of(G, ws), len(seeds)
     figure = utils.new_figure(figsize=(4.6 * len(STYLES), 5.2), layout="constrained")
     for i, (ax, style) in enumerate(zip(figure.subplots(1, len(STYLES)), STYLES, strict=True)):
@@ -333,7 +328,7 @@ def plot_comparison(folders: Sequence[Path], paths: list[Path]) -> None:
     axes = figure.subplots(4, len(folders), squeeze=False, height_ratios=ratios)
     columns = zip(axes.T, folders, titles, settings, strict=True)
     for (top, middle, *_), run, title, (config, classes) in columns:
-        if grids := sorted((run / "grids").glob("epoch*.png")):
+        if grids := recorder.grids_of(run):
             recorder.show_grid(top, grids[-1], classes, config.condition_position)
         else:
             top.axis("off")

@@ -220,6 +220,7 @@ def compiled_folder(cache: Path) -> str:
         ensure_writable(cache)
     except UserError:
         cache = Path(tempfile.gettempdir())
+    mark_used(cache / "compiled")
     return str(cache.absolute() / "compiled")
 
 
@@ -429,7 +430,7 @@ def safetensors_bytes(state: dict[str, Tensor], **metadata: str) -> bytes:
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])  # the library leaves the order to chance
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
     return content[:8] + text + content[8 + length :]
 
 

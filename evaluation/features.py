@@ -363,7 +363,7 @@ def noisy(images: np.ndarray, levels: float) -> np.ndarray:
 
 def blurred(images: np.ndarray, pixels: float) -> np.ndarray:
     """Gaussian blur with a standard deviation in pixels."""
-    return ndimage.gaussian_filter(images, (0, pixels, pixels))
+    return to_grey(ndimage.gaussian_filter(images, (0, pixels, pixels), output=np.float32))
 
 
 def mirror_hemispheres(images: np.ndarray, share: float) -> np.ndarray:

@@ -270,7 +270,7 @@ def membership(train: Features, test: Features, fake: np.ndarray, seed: int) -> 
             scores.append(mean_by_participant(values, whose, labels)[0])
         member = np.repeat([0, 1], [len(s) for s in scores])  # members have smaller distances
         for column, values in zip(draws.values(), np.concatenate(scores).T, strict=True):
-            column.append(auc(member, np.stack([-values, values], 1)))
+            column.append(auc(member, values))
     found: dict[str, Any] = {}
     for name, values in draws.items():
         found |= {name: float(np.median(values)), f"{name}_interval": interval(values)}
@@ -430,12 +430,15 @@ def random_pairs(participants: np.ndarray, labels: np.ndarray, seed: int) -> np.
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """ROC AUC of scores [n, C], the mean over pairs of classes; NaN if a class has no slice."""
+    """ROC AUC of scores [n, C], the mean over pairs of classes; NaN if a class has no slice.
+
+    For two classes the scores of class 1 alone, [n], will do.
+    """
     from sklearn.metrics import roc_auc_score  # imports for more than a second
 
-    if len(np.unique(labels)) < scores.shape[1]:
+    scores = scores[:, 1] if scores.shape[1:] == (2,) else scores
+    if len(np.unique(labels)) < (2 if scores.ndim == 1 else scores.shape[1]):
         return math.nan
-    scores = scores[:, 1] if scores.shape[1] == 2 else scores
     return float(roc_auc_score(labels, scores, multi_class="ovo"))
 
 

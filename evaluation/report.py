@@ -26,8 +26,10 @@ def cell(value: Any) -> str:
         return "generated"
     if isinstance(value, list):
         return " to ".join(dict.fromkeys(map(cell, value)))
+    if value is None or isinstance(value, float) and not math.isfinite(value):
+        return "not measured"  # JSON has null for such a number
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else "not measured"
+        return f"{value:.4g}"
     return printable(value).replace("|", r"\|")  # ends no cell
 
 

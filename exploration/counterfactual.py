@@ -84,7 +84,7 @@ def measure_changes(
 def auc_of(scores: np.ndarray) -> float:
     """AUC of scores [2, n]: of images of the first class against those of the second."""
     labels = np.repeat([0, 1], scores.shape[1])
-    return metrics.auc(labels, np.stack([-scores.ravel(), scores.ravel()], 1))
+    return metrics.auc(labels, scores.ravel())
 
 
 def twins(model: Model) -> tuple[np.ndarray, np.ndarray]:

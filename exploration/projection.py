@@ -340,10 +340,9 @@ def memory(errors: dict[str, np.ndarray]) -> str:
         return f"Memorisation: not judged on {few}; --people {MIN_PEOPLE} or more would do."
     better = np.repeat([0, 1], [len(test), len(train)])
     scores = -np.concatenate([test, train])
-    auc = metrics.auc(better, np.stack([-scores, scores], 1))
-    limits = metrics.bootstrap_interval(
-        lambda x, y: metrics.auc(y, np.stack([-x, x], 1)), scores, np.arange(len(scores)), better, 0
-    )
+    auc = metrics.auc(better, scores)
+    whose = np.arange(len(scores))
+    limits = metrics.bootstrap_interval(lambda x, y: metrics.auc(y, x), scores, whose, better, 0)
     ratio = float(np.median(train) / np.median(test))
     text = f"AUC {auc:.2f}, 95 % interval {limits[0]:.2f} to {limits[1]:.2f}; 0.5: equally well"
     if limits[0] > 0.5 and ratio < MEMORY_RATIO:

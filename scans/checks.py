@@ -79,8 +79,8 @@ def read_scan(
     found = []
     deep = images[0].is_floating_point()
     for file, image in zip(files, images, strict=True):
-        grey = (image.float() - low) * (255 / max(high - low, 1e-8)) if deep else image.float()
-        square = dataset.pad_to_square(grey.clamp(0, 255))[None]
+        grey = dataset.to_grey_levels(image, low, high).clamp(0, 255)
+        square = dataset.pad_to_square(grey)[None]
         if square.shape[-1] >= 2 * SIDE:  # faster than an antialiased resize, and as good here
             square = F.avg_pool2d(square, square.shape[-1] // SIDE)
         small = F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)
@@ -102,7 +102,7 @@ def read_scan(
 def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> CheckedFolder:
     """Read every slice and print a summary. Raises UserError if there is nothing to read."""
     classes, splits, entries = dataset.read_splits(root, True, table, columns)
-    dataset.describe(root, classes, splits)
+    dataset.describe(root, classes, splits, table)
     problems = dataset.shared_participants(splits) + wrong_classes(classes, splits, entries)
     of_scans: list[tuple] = []
     for split, files in splits.items():
@@ -388,6 +388,7 @@ def check(
     """
     if out and (out.suffix.lower() != ".png" or out.is_dir()):
         raise UserError(f"out = {out}: must be a file that ends with .png")
+    dataset.require_no_class("cache", cache, root)
     utils.ensure_writable(out.parent if out else cache)
     folder = read_folder(root, table, columns)
     files = [seen.file for seen in folder.slices]

@@ -7,6 +7,7 @@ import platform
 import struct
 import subprocess
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from dataset import (
 from prepare import clean
 from scans.checks import check
 from training import runs
-from utils import NUM_POSITIONS, conditions, machine, run_command
+from utils import NUM_POSITIONS, compiled_folder, conditions, machine, run_command
 
 
 @pytest.fixture
@@ -527,11 +528,13 @@ def test_an_interrupted_import_is_noticed(config: Config, capsys):
 
 
 def test_a_run_does_not_go_where_its_slices_are(config: Config, tmp_path: Path):
-    flat = write_folder(tmp_path / "flat", {"": 4})
-    for root, out in ((config.data_root, config.data_root), (flat, flat / "runs" / "a")):
-        with pytest.raises(UserError, match="lies in data_root, where folders are classes"):
-            runs.open_run(replace(config, data_root=root, out=out))
-    assert runs.open_run(replace(config, out=config.data_root / "runs")) is None
+    flat, split = write_folder(tmp_path / "flat", {"": 4}), config.data_root
+    for root, place in ((split, ""), (split, "train/a"), (split, "test"), (flat, "runs/a")):
+        for name in ("out", "cache"):
+            with pytest.raises(UserError, match=f"^{name} = .*: lies in .* folders are classes"):
+                runs.open_run(replace(config, data_root=root, **{name: root / place}))
+    for root, place in ((split, "runs"), (flat, ".runs"), (flat, "../flat2/runs")):
+        assert runs.open_run(replace(config, data_root=root, out=root / place)) is None
 
 
 def test_a_full_disk_is_said_before_anything_is_written(config: Config, monkeypatch):
@@ -648,7 +651,9 @@ def test_what_is_not_used_is_counted_and_named(data_root: Path, config: Config, 
         for i in range(3):
             (data_root / folder / f"{i}_0.png").touch()
     (data_root / "train" / "NC" / "list.csv").touch()
-    load_slices(config)
+    table = data_root / "whose.csv"
+    table.write_text("scan,subject\n1,p\n")
+    load_slices(replace(config, table=table))
     out = capsys.readouterr().out
     for text in (f"1 in {data_root};", f"3 in {data_root}/val", f"3 in {data_root}/train/AD/more",
                  f"1 in {data_root}/train/NC"):  # fmt: skip
@@ -682,6 +687,12 @@ def test_classes_of_a_single_participant_each_ask_for_consent(tmp_path: Path):
                 black.save(folder / f"{part}{name}_{i}.png")
     expect_error(tmp_path, "3 class folders (a, b, c, ...) with a single participant each")
     assert find_slices(tmp_path, any_classes=True)[0] == ["a", "b", "c"]
+
+
+def test_patients_with_two_scans_each_are_not_taken_for_classes(tmp_path: Path):
+    names = [f"{k}/OAS1_000{k}_MR{v}_{i}.png" for k in (1, 2, 3) for v in (1, 2) for i in (0, 1)]
+    pictures(tmp_path / "data", *names)
+    expect_error(tmp_path / "data", "3 class folders (1, 2, 3, ...) with a single participant each")
 
 
 def test_a_folder_that_may_not_be_read_is_one_line(data_root: Path, monkeypatch):
@@ -718,12 +729,17 @@ def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(config: C
     (demo / "x").write_text("x")
     for path in (old, mine, twins, *others):
         path.write_text("x")
-    for path in (used, old, mine, demo, twins, *others):
+    with suppress(UserError):
+        check(config.data_root, cache=config.cache)
+    (checked,), (sheet,) = config.cache.glob("check-*.txt"), config.cache.glob("check-*.png")
+    (compiled := config.cache / "compiled").mkdir()
+    for path in (used, old, mine, demo, twins, checked, sheet, compiled, *others):
         os.utime(path, (0, 0))
-    load_slices(config)  # uses it again
+    load_slices(config)  # uses two of them again
+    compiled_folder(config.cache)
     clean(config.cache)
-    assert "3 of 4 entries deleted" in capsys.readouterr().out
-    assert set(config.cache.iterdir()) == {used, mine} | others
+    assert "4 of 7 entries deleted" in capsys.readouterr().out
+    assert set(config.cache.iterdir()) == {used, mine, checked, compiled} | others
     clean(config.cache, days=0)
     assert set(config.cache.iterdir()) == {mine} | others
     with pytest.raises(UserError, match="no such folder"):

@@ -364,7 +364,9 @@ def test_other_images_and_older_weights_have_reports_of_their_own(tmp_path):
         runs.output_folder(place, "evaluation").relative_to(run).as_posix() for place in places
     ]
     assert names == ["evaluation", "evaluation", "evaluation_best", "evaluation_01"]
-    assert runs.output_folder(run, "evaluation", Path("AD_NC")) == run / "evaluation_AD_NC"
+    for images in ("AD_NC", "synthetic_v1.5"):
+        assert runs.output_folder(run, "evaluation", Path(images)) == run / f"evaluation_{images}"
+    assert runs.output_folder(run, "evaluation", Path()).name == f"evaluation_{Path.cwd().name}"
 
 
 def test_several_runs_have_an_interval_of_all_their_draws(

@@ -36,6 +36,12 @@ from evaluation.features import (
 from evaluation.metrics import gaussian, gaussian_distance, participation_ratio
 
 
+def test_a_blur_does_not_darken():
+    images = np.random.default_rng(0).integers(100, 150, (2, 32, 32), np.uint8)
+    for pixels in (0.4, 1):
+        assert abs(features.blurred(images, pixels).mean() - images.mean()) < 0.1
+
+
 def test_features_are_cached_by_content_and_extractor(tmp_path):
     calls = []
 

@@ -22,7 +22,7 @@ from train import train
 from training import diagnosis
 from training.diagnosis import PANELS, RULES, out_of_range, plot_curves, verdict
 from training.logs import STATS, append_losses, read_history, read_log, read_losses, truncate_logs
-from training.recorder import Measurements, grid_interval
+from training.recorder import Measurements, grid_interval, grids_of
 from training.runs import checkpoints, load_checkpoint, load_generator
 from utils import random_rows
 
@@ -436,6 +436,14 @@ def test_grids_of_a_long_run_become_fewer(config: Config):
     drawn = [e for e in range(1, 10001) if e % grid_interval(config, e) == 0]
     assert drawn[:100] == list(range(1, 101)) and drawn[100:102] == [110, 120]
     assert len(drawn) == 99 + 90 + 90 + 1
+
+
+def test_grids_come_in_the_order_of_their_epochs(tmp_path: Path):
+    (tmp_path / "grids").mkdir()
+    names = [f"epoch{epoch:04d}.png" for epoch in (10000, 9000, 2)]
+    for name in names:
+        (tmp_path / "grids" / name).touch()
+    assert [path.name for path in grids_of(tmp_path)] == names[::-1]
 
 
 def test_a_diagnosis_is_printed(config: Config, tmp_path, monkeypatch, capsys, command):

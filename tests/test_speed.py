@@ -210,12 +210,13 @@ def write_name(name: str, folder: Path, seconds: float) -> None:
 def test_processes_compile_side_by_side_and_every_end_is_noticed(tmp_path: Path, capfd):
     names = ["a", "killed", "broken", "b"]
     processes = CompilerProcesses(write_name, names, (tmp_path, 0.0), most=2)
-    ended: dict[str, float] = {}
+    ended: dict[str, float | None] = {}
     while len(ended) < len(names):
         assert len(processes.running) <= 2
         ended |= processes.poll()
         time.sleep(0.05)
     assert ended.keys() == set(names) and len(list(tmp_path.iterdir())) == 4
+    assert [ended[name] is None for name in names] == [False, True, True, False]
     assert processes.poll() == {} and capfd.readouterr() == ("", "")
     waiting = CompilerProcesses(write_name, names, (tmp_path, 60.0), most=1)
     ((child, _),) = waiting.running.values()

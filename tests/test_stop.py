@@ -166,6 +166,7 @@ def test_a_stop_while_a_phase_is_first_used_compiled_saves_the_run(
         phases.processes = type("", (), {"poll": dict, "stop": lambda _: None})()
         if state.cur_nimg == 3 * config.batch_size:
             phases.compiled[training.g_main] = first_call
+            phases.cached.add(training.g_main)
 
     monkeypatch.setattr(training.Phases, "compile_beside", beside)
     train(config)
@@ -201,8 +202,19 @@ def test_a_second_request_ends_it_at_once(run_config, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(training, "ema_step", ask_twice)
+    monkeypatch.setattr(StopRequest, "PATIENCE", -1)
     with pytest.raises(KeyboardInterrupt):
         train(run_config)
+
+
+def test_a_shell_and_the_system_may_both_tell_that_the_terminal_closed(run_config, monkeypatch):
+    def ask(state):
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(training, "ema_step", ask)
+    train(run_config)
+    assert_saved_at_its_last_step(run_config)
 
 
 def start(config: Config, cwd: Path, **kwargs) -> subprocess.Popen:

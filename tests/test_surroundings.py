@@ -7,6 +7,7 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, as_flags
 
 import evaluate
@@ -14,9 +15,24 @@ import predict
 import prepare
 import train
 from config import Config
-from utils import new_figure, num_ranks, rank, run_command
+from utils import (
+    images_seen,
+    new_figure,
+    num_ranks,
+    rank,
+    read_safetensors,
+    run_command,
+    write_safetensors,
+)  # fmt: skip
 
 COMMANDS = {"train": train, "prepare": prepare, "predict": predict, "evaluate": evaluate}
+
+
+def test_a_file_of_tensors_may_name_classes_in_any_language(tmp_path):
+    state = {f"class {name}": torch.arange(3.0) for name in ("Größe", "健康", 'a"b')}
+    write_safetensors(tmp_path / "x.safetensors", state, 7)
+    found = read_safetensors(tmp_path / "x.safetensors")
+    assert found.keys() == state.keys() and images_seen(tmp_path / "x.safetensors") == 7
 
 
 def run(monkeypatch, name: str, *args: object, encoding: str = "utf-8") -> tuple[int, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from training import process
-from utils import SIGNALS, first_line, num_cores, print_once
+from utils import SIGNALS, first_line, num_cores, num_ranks, print_once
 
 Stats = dict[str, Tensor]
 
@@ -36,7 +36,8 @@ class Phases:
         self, mode: str, phases: Sequence[Callable] = (), compile_one: Callable | None = None
     ) -> None:
         self.phases, self.compile_one, self.graphs = phases, compile_one, mode == "graphs"
-        self.proven: set[Callable] = set()  # phases that ran once
+        self.proven: set[Callable] = set()  # phases that ran once, compiled
+        self.cached: set[Callable] = set()  # phases that another process has compiled
         self.compiled: dict[Callable, Callable] = {}
         self.beside = mode == "auto"  # compilation beside training has yet to start
         self.processes: CompilerProcesses | None = None
@@ -68,8 +69,10 @@ class Phases:
         for phase in self.phases:
             if phase.__name__ in ended:
                 self.compile(phase)
-                text = f"compiled in {ended[phase.__name__]:.0f} s, used from image"
-                print_once(f"{phase.__name__}: {text} {state.cur_nimg:,} on")
+                if (seconds := ended[phase.__name__]) is not None:
+                    self.cached.add(phase)
+                    text = f"compiled in {seconds:.0f} s, used from image {state.cur_nimg:,} on"
+                    print_once(f"{phase.__name__}: {text}")
                 self.compiled_at[f"{phase.__name__}_compiled_at"] = state.cur_nimg
 
     def close(self) -> None:
@@ -92,12 +95,16 @@ class Phases:
         return stats
 
     def first_call(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
-        """`backward` of a phase that is compiled now; without other processes it raises Stopped."""
-        told = print_once if self.processes is None else lambda _: None
+        """`backward` of a phase that is compiled now, or found in the cache.
+
+        A process that trains alone raises Stopped if it is asked to stop while it compiles.
+        """
+        cached = phase in self.cached
+        told = (lambda _: None) if cached else print_once
         told(f"compiling {phase.__name__} ...")
         started = time.perf_counter()
         try:
-            with process.STOP.immediate() if self.processes is None else nullcontext():
+            with nullcontext() if cached or num_ranks() > 1 else process.STOP.immediate():
                 stats = self.backward(phase, seed, *args)
             told(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
         except Exception as error:  # the compiler raises many types
@@ -131,12 +138,12 @@ class CompilerProcesses:
         self.waiting, self.running = list(names), {}
         self.poll()
 
-    def poll(self) -> dict[str, float]:
-        """Start what may start. -> the names whose process has ended, and its seconds."""
+    def poll(self) -> dict[str, float | None]:
+        """Start what may start. -> seconds of each process that has ended; None if it failed."""
         ended = {}
         for name, (child, started) in list(self.running.items()):
             if not child.is_alive():
-                ended[name] = time.monotonic() - started
+                ended[name] = None if child.exitcode else time.monotonic() - started
                 del self.running[name]
         while self.waiting and len(self.running) < self.most:
             name = self.waiting.pop(0)
@@ -159,7 +166,7 @@ class CompilerProcesses:
 def run_quietly(compile_one: Callable, threads: int, name: str, *args: Any) -> None:
     """Body of a process: no output, no reaction to signals, which the process that trains gets.
 
-    If it fails, the process that trains compiles the phase itself, and shows the error.
+    If it fails, the process that trains compiles the phase itself, and says so.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,13 +36,15 @@ class StopRequest:
     """Context in which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the work in good order.
 
     A request raises Stopped, or is only noted within `deferred`. Python loses an exception that is
-    raised in a finalizer, so an alarm repeats the request. A second signal kills a process that
-    trains alone; with several ranks it does not, as torchrun and Slurm may each send one to every
-    rank. Signals that the parent process had ignored, as nohup does, stay ignored.
+    raised in a finalizer, so an alarm repeats the request. A second signal, after a second or more,
+    kills a process that trains alone: when a terminal closes, shell and system send one each. With
+    several ranks it does not, as torchrun and Slurm may each send one to every rank. Signals that
+    the parent process had ignored, as nohup does, stay ignored.
     """
 
     SECONDS = 3  # between two alarms
-    name = ""  # of the signal that came
+    PATIENCE = 1  # seconds after which another signal is a second request
+    name, since = "", 0.0  # of the signal that came
     defers = False
     replaced: Mapping[int, Any] = {}  # handlers from before the context, by signal number
 
@@ -55,9 +58,11 @@ class StopRequest:
         return self
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        if self.name and num_ranks() == 1:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        if self.name:
+            if num_ranks() == 1 and time.monotonic() - self.since > self.PATIENCE:
+                raise KeyboardInterrupt
+            return
+        self.name, self.since = signal.Signals(number).name, time.monotonic()
         if self.name == "SIGHUP":  # the terminal is gone: writing to it would be an error
             for stream in self.terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

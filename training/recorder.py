@@ -36,6 +36,7 @@ GRID_COLUMNS = 8
 GROUPS = {name: title for title, names, _, _ in PANELS for name in names}  # of TensorBoard
 MAIN_AXES = 10  # principal components of real slices along which the spread is measured
 NEARNESS = ("precision", "recall", "recall_blurred", "coverage")
+MIDDLE = 0.1  # largest distance of a position to 0.5, the position of samples whose pixels move
 MAX_DEVIATION = 1000  # at most so many slices of a class give the deviation of a pixel
 
 
@@ -77,18 +78,14 @@ class Measurements:
         else:
             self.extractor = features.encoder_extractor(self.encoder, digest, data)
         self.unmeasured: set[str] = set()
-        self.real, unseen = (
-            features.features_of(part.images, self.extractor, config.cache, f"{name} slices")
-            for name, part in (("training", train), ("test", test))
-        )
-        self.fid_real = metrics.frechet_distance(unseen, self.real)
+        self.real, self.some_real = self.features_of(train, "training slices")
         self.gaussian = metrics.gaussian(self.real)
-        rows = utils.random_rows(len(self.real), config.fid_images)
-        self.some_real = metrics.Features(self.real, train.participants, train.labels).take(rows)
+        _, unseen = self.features_of(test, "test slices")  # as many as samples: fewer are farther
+        self.fid_real = metrics.frechet_distance(unseen.values, self.real)
         self.some_blurred = self.blurred(train, config.cache)
-        unseen = metrics.Features(unseen, test.participants, test.labels)
         self.near_real = self.nearness(unseen, self.blurred(test, config.cache))
         self.axes = metrics.main_axes(self.gaussian, MAIN_AXES)
+        rows = utils.random_rows(len(self.real), config.fid_images)
         pixels = features.compute_features(train.images[rows], features.PIXELS, None)
         self.shapes = metrics.main_axes(metrics.gaussian(pixels), metrics.NUM_SHAPES)
         self.labels = samples.labels_in_proportion(train.labels, config.fid_images)
@@ -97,12 +94,20 @@ class Measurements:
             name: part.take(rng.permutation(len(part.labels))[: config.fid_images])
             for name, part in splits.items()
         }
-        rows = [np.flatnonzero(train.labels == i) for i in range(self.num_classes)]
+        far = 0 if train.positions is None else np.abs(train.positions - 0.5)
+        middle = far <= MIDDLE  # samples of one position are compared with these
+        rows = [np.flatnonzero(middle & (train.labels == i)) for i in range(self.num_classes)]
         rows = [r[utils.random_rows(len(r), MAX_DEVIATION)] for r in rows]
         self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows])) or math.nan
         self.pose = metrics.pose(self.subsets["train"].images)
         self.grain = metrics.grain(self.subsets["train"].images) or math.nan
         self.agreement_real = self.agreement(test)
+
+    def features_of(self, slices: Slices, name: str) -> tuple[np.ndarray, metrics.Features]:
+        """Features of all slices, and of at most `fid_images` of them."""
+        values = features.features_of(slices.images, self.extractor, self.config.cache, name)
+        some = utils.random_rows(len(values), self.config.fid_images)
+        return values, metrics.Features(values, slices.participants, slices.labels).take(some)
 
     @torch.no_grad()
     def agreement(self, slices: Slices) -> float:
@@ -310,6 +315,15 @@ def column_names(by_position: bool) -> list[str]:
     return [str(i + 1) for i in range(GRID_COLUMNS)]
 
 
+def grids_of(run: Path) -> list[Path]:
+    """The image grids of a run, by epoch."""
+    return sorted((run / "grids").glob("epoch*.png"), key=epoch_of)
+
+
+def epoch_of(grid: Path) -> int:
+    return int(grid.stem.removeprefix("epoch"))
+
+
 def read_square(grid: Path) -> np.ndarray:
     """The left part of a grid, twice as wide as high; a narrow one is filled up with white."""
     picture = utils.read_picture(grid)
@@ -334,14 +348,13 @@ def plot_progress(
     run: Path, path: Path, names: Sequence[str], by_position: bool, num_columns: int = 6
 ) -> None:
     """Draw the left parts of a few image grids, evenly spaced over the epochs, side by side."""
-    grids = sorted((run / "grids").glob("epoch*.png"))
-    if not grids:
+    if not (grids := grids_of(run)):
         return
     chosen = [grids[i] for i in utils.evenly_spaced(len(grids), num_columns)]
     figure = utils.new_figure(figsize=(3.2 * len(chosen), 2.2), layout="constrained")
     for ax, grid in zip(np.atleast_1d(figure.subplots(1, len(chosen))), chosen, strict=True):
         show_grid(ax, grid, names, by_position)
-        ax.set_title(f"epoch {int(grid.stem[5:])}", fontsize=9)
+        ax.set_title(f"epoch {epoch_of(grid)}", fontsize=9)
     for ax in figure.axes[1:]:
         ax.set(yticklabels=[], ylabel="")  # the classes stand beside the first grid
     utils.save_figure(figure, path)

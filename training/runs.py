@@ -14,7 +14,7 @@ from torch import Tensor
 
 import utils
 from config import Config, UserError
-from dataset import Slices, load_slices
+from dataset import Slices, load_slices, require_no_class
 from modules import Generator
 
 OTHER_DATA = "not the slices of this run, or another split: this tells nothing of memorisation"
@@ -63,8 +63,9 @@ def output_folder(path: Path, name: str, images: Path | None = None) -> Path:
     Output about older weights, or about `images` in place of samples, has a folder of its own.
     """
     run, weights = run_folder(path), weights_of(path)
-    if other := images or (None if weights == weights_of(weights.parent) else weights):
-        name = f"{name}_{other.stem}"
+    older = "" if weights == weights_of(weights.parent) else weights.stem
+    if other := images.resolve().name if images else older:
+        name = f"{name}_{other}"
     return (RUNS / run.name if run.resolve() == DEMO_GENERATOR.resolve() else run) / name
 
 
@@ -211,9 +212,8 @@ def open_run(config: Config) -> dict[str, Any] | None:
     Raises UserError if settings changed, all checkpoints are damaged, or all were deleted, or a
     new run cannot start from `init_from`.
     """
-    root, out = config.data_root and config.data_root.resolve(), config.out.resolve()
-    if root and (out == root or root in out.parents and not (root / "train").is_dir()):
-        raise UserError(f"out = {config.out}: lies in data_root, where folders are classes")
+    for name in ("out", "cache"):
+        require_no_class(name, getattr(config, name), config.data_root)
     utils.ensure_writable(config.out)
     if (config.out / "config.json").exists():
         require_same(shared_settings(read_run_config(config.out)[0]), config, config.out)
@@ -278,7 +278,7 @@ def weights_of(path: Path) -> Path:
 
 def trained_on(path: Path, data: str) -> bool:
     """Whether a run, or the run of a file, was trained on these slices, split in the same way."""
-    return data == read_run_config(run_folder(path))[2]
+    return data == read_run_config(path)[2]
 
 
 def own_encoder(path: Path, data: str) -> Path | None:
