@@ -132,14 +132,13 @@ def d_r1(
 
     The relativistic loss adds R2, the same at generated images ([6]); both count twice, as it does.
     """
-    r1 = r1_penalty(D, D.augment(real), c).mean()
-    weight = gamma / 2 * config.r1_interval
-    if not config.relativistic:
-        return r1 * weight, {"r1": r1}
-    with torch.no_grad():
-        fake = generate(G, c, config)
-    r2 = r1_penalty(D, D.augment(fake), c).mean()
-    return 2 * (r1 + r2) * weight, {"r1": r1, "r2": r2}
+    seen = {"r1": real}
+    if config.relativistic:
+        with torch.no_grad():
+            seen["r2"] = generate(G, c, config)
+    stats = {name: r1_penalty(D, D.augment(img), c).mean() for name, img in seen.items()}
+    weight = gamma / 2 * config.r1_interval * len(seen)
+    return sum(stats.values()) * weight, stats
 
 
 PHASES = (g_main, g_path, d_main, d_r1)
