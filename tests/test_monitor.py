@@ -383,8 +383,8 @@ def test_measuring_again_gives_the_same_and_moves_no_network(measurements, confi
 
 
 def test_a_run_measures_itself_and_keeps_its_best_checkpoint(config: Config, monkeypatch):
-    measured = ((1.0, 0.5), (3.0, 0.1), (2.0, 0.1), (5.0, 0.1))  # the first is of noise
-    values = iter([{"fid": fid, "vary_z": 0.4, "vary_noise": noise} for fid, noise in measured])
+    measured = ((1.0, 0.25), (3.0, 0.1), (2.0, 0.1), (5.0, 0.1))  # the first is of noise
+    values = iter([{"fid": fid, "vary_z": 0.9, "vary_noise": noise} for fid, noise in measured])
     monkeypatch.setattr(Measurements, "measure", lambda *_: next(values))
     train(replace(config, epochs=4, fid_kimg=0.001, fid_images=100))
     assert [line["fid"] for line in read_log(config.out)] == [1, 3, 2, 5]

@@ -17,7 +17,7 @@ STATS = (
     "fake_sign", "g_main_grad", "d_main_grad", "ada_p",
 )  # fmt: skip
 VALUE = r",(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf)?"  # in losses.csv; empty if it was not due
-LEAD = 3  # at least so many times as far as noise must z move a pixel, or FID means nothing
+LEAD = 5  # at least so many times as far as noise must z move a pixel, or FID means nothing
 
 
 def due_statistics(config: Config, nimg: int) -> dict[str, bool]:
