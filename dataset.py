@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import utils
 from assets.demo_brains import write_demo
 from config import Config, UserError
-from participants.matching import PARTICIPANTS, find_entries
-from participants.names import number_of, participants_of
+from participants.matching import PARTICIPANTS, find_entries, participants_by_scan
+from participants.names import number_of
 from participants.tables import MANIFEST, Entry
 
 SPLITS = ("train", "test")
@@ -105,30 +105,6 @@ def rows_by_scan(files: list[SliceFile]) -> list[list[int]]:
     for row, file in enumerate(files):
         rows_of[file.path.parent, file.scan].append(row)
     return list(rows_of.values())
-
-
-def set_participants(splits: Iterable[list[SliceFile]], entries: Mapping[str, Entry]) -> None:
-    """Replace each scan's id by its participant: that of its entry, else the one in its name.
-
-    If scans with an entry show the name too, it stands for the participant of their entries.
-    """
-    scans = {file.scan for files in splits for file in files}
-    names = participants_of(scans)
-    listed = {names[scan]: entries[scan].participant for scan in sorted(names.keys() & entries)}
-    shown = {scan: listed.get(name, name) for scan, name in names.items() if scan not in entries}
-    if shown and len(people := set(shown.values())) < len(shown):
-        text = f"{len(shown)} scans are of {len(people)} participants by their names"
-        utils.print_once(f"{text}, such as {min(shown)} of {shown[min(shown)]}")
-    if unknown := scans - entries.keys() - shown.keys():
-        text = (
-            f"{len(unknown)} scans count as a participant each, as neither their names nor a table"
-        )
-        utils.print_once(f"{text} show whose they are, such as {min(unknown)}")
-    for files in splits:
-        for row, file in enumerate(files):
-            entry = entries.get(file.scan)
-            participant = entry.participant if entry else shown.get(file.scan, file.scan)
-            files[row] = file._replace(participant=participant)
 
 
 def visible_paths(folder: Path) -> list[Path]:
@@ -254,7 +230,8 @@ def read_splits(
         raise UserError(f"classes differ: {parents[0]} has {names[0]}, {parents[1]} {names[1]}")
     scans = {file.scan for files in found for file in files}
     entries = find_entries(scans, root, table, columns)
-    set_participants(found, entries)
+    whose = participants_by_scan(scans, entries)
+    found = [[f._replace(participant=whose[f.scan]) for f in files] for files in found]
     if not any_classes and (doubt := doubtful_classes(names[0], found[0])):
         raise UserError(f"{root}: {doubt}; if these are the classes, add --any-classes")
     splits = dict(zip(SPLITS, found, strict=True)) if has_split else split_by_participant(found[0])

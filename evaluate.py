@@ -193,11 +193,10 @@ def measure_diversity(fakes: Slices, references: References) -> Tables:
         pairs = metrics.random_pairs(slices.participants, slices.labels, references.seed)
         images = slices.images[:, *box]
         values = metrics.similarity(images, pairs) if len(pairs) else np.array([math.nan])
-        first = pairs[:, 0] if len(pairs) else slice(1)
-        whose, labels = slices.participants[first], slices.labels[first]
-        each, _ = metrics.mean_by_participant(values, whose, labels)
-        error = each.std() / math.sqrt(len(each))
-        rows.append({"pairs": name, "ms_ssim": float(values.mean()), "error": float(error)})
+        first = slices.take(pairs[:, 0] if len(pairs) else [0])
+        each, _ = metrics.mean_by_participant(values, first.participants, first.labels)
+        error = float(each.std() / math.sqrt(len(each)))
+        rows.append({"pairs": name, "ms_ssim": float(values.mean()), "error": error})
     others, train = references.with_unseen(fakes), references.splits["train"]
     return {"diversity": rows, "variety": variety.shape_profile(train, others, references.cache)}
 
@@ -564,10 +563,8 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
 def identity_of(source: Path) -> dict[str, Any]:
     """File of the weights, its sha256, and the thousands of images seen in training."""
     weights = runs.weights_of(source)
-    if weights.suffix == ".pt":
-        nimg = runs.load_checkpoint(weights)["cur_nimg"]
-    else:
-        nimg = utils.images_seen(weights)
+    old = weights.suffix == ".pt"
+    nimg = runs.load_checkpoint(weights)["cur_nimg"] if old else utils.images_seen(weights)
     kimg = "unknown" if nimg is None else nimg / 1000
     return {"weights": str(weights), "sha256": utils.sha256_of(weights), "kimg": kimg}
 

@@ -220,7 +220,6 @@ def compiled_folder(cache: Path) -> str:
         ensure_writable(cache)
     except UserError:
         cache = Path(tempfile.gettempdir())
-    mark_used(cache / "compiled")
     return str(cache.absolute() / "compiled")
 
 

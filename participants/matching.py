@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from config import UserError
-from participants.names import keys_in, simplified, spellings
+from participants.names import keys_in, participants_of, simplified, spellings
 from participants.tables import MANIFEST, Entry, read_manifest, read_table
 from utils import print_once
 
@@ -145,3 +145,20 @@ def find_entries(
         whole = "numbers and short ids match only whole parts of a path"
         raise UserError(f"{table} names none of the scans; {whole}")
     return entries | found if table else found | entries
+
+
+def participants_by_scan(scans: Collection[str], entries: Mapping[str, Entry]) -> dict[str, str]:
+    """The participant of each scan: that of its entry, else the one in its name, else the scan.
+
+    If scans with an entry show the name too, it stands for the participant of their entries.
+    """
+    names = participants_of(scans)
+    listed = {names[scan]: entries[scan].participant for scan in sorted(names.keys() & entries)}
+    shown = {scan: listed.get(name, name) for scan, name in names.items() if scan not in entries}
+    if shown and len(people := set(shown.values())) < len(shown):
+        text = f"{len(shown)} scans are of {len(people)} participants by their names"
+        print_once(f"{text}, such as {min(shown)} of {shown[min(shown)]}")
+    if unknown := scans - entries.keys() - shown.keys():
+        text = f"{len(unknown)} scans count as a participant each, as neither their names"
+        print_once(f"{text} nor a table show whose they are, such as {min(unknown)}")
+    return {scan: scan for scan in scans} | shown | {k: e.participant for k, e in entries.items()}

@@ -38,7 +38,8 @@ from dataset import (
 from prepare import clean
 from scans.checks import check
 from training import runs
-from utils import NUM_POSITIONS, compiled_folder, conditions, machine, run_command
+from training.process import tune
+from utils import NUM_POSITIONS, conditions, machine, run_command
 
 
 @pytest.fixture
@@ -719,7 +720,9 @@ def test_what_a_killed_process_left_half_written_is_deleted(config: Config, monk
     assert [n for n in names if (config.cache / n).exists()] == names[1:3]
 
 
-def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(config: Config, capsys):
+def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(
+    config: Config, monkeypatch, capsys
+):
     load_slices(config)
     (used,) = config.cache.glob("*.npy")
     names = (f"{7:016x}-16.npy", "mine.txt", "demo-1", "twins-2-200")
@@ -736,7 +739,8 @@ def test_clean_deletes_what_nothing_used_for_a_month_and_no_other_file(config: C
     for path in (used, old, mine, demo, twins, checked, sheet, compiled, *others):
         os.utime(path, (0, 0))
     load_slices(config)  # uses two of them again
-    compiled_folder(config.cache)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    tune(torch.device("cpu"), config.cache)
     clean(config.cache)
     assert "4 of 7 entries deleted" in capsys.readouterr().out
     assert set(config.cache.iterdir()) == {used, mine, checked, compiled} | others

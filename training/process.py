@@ -20,7 +20,7 @@ from torch import Tensor
 
 from config import Config, UserError
 from modules import channels
-from utils import SIGNALS, compiled_folder, first_line, num_ranks, rank, work_alone
+from utils import SIGNALS, compiled_folder, first_line, mark_used, num_ranks, rank, work_alone
 
 # Variables that start ranks, with torchrun or by hand; LOCAL_RANK only matters for GPUs
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
@@ -204,6 +204,7 @@ def tune(device: torch.device, cache: Path) -> None:
         torch.set_float32_matmul_precision("high")
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_folder(cache)
+    mark_used(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
 
 
 def check_ranks() -> None:
