@@ -478,8 +478,11 @@ def require_no_class(name: str, folder: Path, root: Path | None) -> None:
     path = folder.resolve()
     if root and path.is_relative_to(root.resolve()):
         first = (*path.relative_to(root.resolve()).parts, "")[0]
-        has_split = (root / "train").is_dir()
-        if first in SPLITS if has_split and first else first[:1] != ".":
+        if (root / "train").is_dir():
+            among_classes = first in SPLITS or (name == "out" and not first)
+        else:
+            among_classes = first[:1] != "."
+        if among_classes:
             raise UserError(f"{name} = {folder}: lies in {root}, where folders are classes")
 
 

@@ -195,7 +195,7 @@ def measure_diversity(fakes: Slices, references: References) -> Tables:
         values = metrics.similarity(images, pairs) if len(pairs) else np.array([math.nan])
         first = slices.take(pairs[:, 0] if len(pairs) else [0])
         each, _ = metrics.mean_by_participant(values, first.participants, first.labels)
-        error = float(each.std() / math.sqrt(len(each)))
+        error = float(each.std() / math.sqrt(len(each))) if len(each) > 1 else math.nan
         rows.append({"pairs": name, "ms_ssim": float(values.mean()), "error": error})
     others, train = references.with_unseen(fakes), references.splits["train"]
     return {"diversity": rows, "variety": variety.shape_profile(train, others, references.cache)}

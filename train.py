@@ -155,6 +155,8 @@ def compile_phase(name: str, config: Config, c_dim: int) -> None:
     labels = torch.eye(max(1, c_dim), c_dim, device=device)
     c = labels[torch.zeros(config.batch_size, dtype=torch.long, device=device)]
     train_step(state, normalize(images.to(device)), c, labels)
+    if not state.phases.compiled:
+        raise RuntimeError(f"{name} could not be compiled")
 
 
 # State

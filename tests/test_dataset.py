@@ -531,11 +531,12 @@ def test_an_interrupted_import_is_noticed(config: Config, capsys):
 def test_a_run_does_not_go_where_its_slices_are(config: Config, tmp_path: Path):
     flat, split = write_folder(tmp_path / "flat", {"": 4}), config.data_root
     for root, place in ((split, ""), (split, "train/a"), (split, "test"), (flat, "runs/a")):
-        for name in ("out", "cache"):
+        for name in ("out", "cache") if place else ("out",):
             with pytest.raises(UserError, match=f"^{name} = .*: lies in .* folders are classes"):
                 runs.open_run(replace(config, data_root=root, **{name: root / place}))
     for root, place in ((split, "runs"), (flat, ".runs"), (flat, "../flat2/runs")):
         assert runs.open_run(replace(config, data_root=root, out=root / place)) is None
+    assert runs.open_run(replace(config, cache=split)) is None  # its files are no classes
 
 
 def test_a_full_disk_is_said_before_anything_is_written(config: Config, monkeypatch):

@@ -35,7 +35,7 @@ from evaluate import (
 from evaluation import features, metrics
 from evaluation.features import planted_copies
 from evaluation.metrics import copy_audit, pose
-from evaluation.report import as_markdown, as_narrow_tables, as_table
+from evaluation.report import as_markdown, as_narrow_tables, as_table, cell
 from evaluation.verdict import verdict
 from predict import predict
 from train import train
@@ -237,6 +237,16 @@ def test_without_two_participants_in_a_class_there_is_no_pair(tmp_path):
     )["diversity"]
     assert math.isnan(real["ms_ssim"]) and 0 < fake["ms_ssim"] < 1
     assert as_table([real]).splitlines()[-1] == "| real | not measured | not measured |"
+    assert cell(None) == cell(math.nan) == "not measured"
+
+
+def test_the_error_of_similar_pairs_is_that_of_people(tmp_path, monkeypatch):
+    slices = make_slices(n=80, per_id=4)  # 20 people
+    person = metrics.codes_of(slices.participants)
+    monkeypatch.setattr(metrics, "similarity", lambda _, pairs: person[pairs[:, 0]] * 1.0)
+    references = References({"train": slices, "test": slices}, [], tmp_path, 0)
+    _, real = evaluation.measure_diversity(slices, references)["diversity"]
+    assert real["error"] == pytest.approx(np.arange(20).std() / math.sqrt(20))
 
 
 SMALL = {  # people and slices of each in train and test, grey level or None for noise, settings

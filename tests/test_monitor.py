@@ -345,6 +345,29 @@ def test_test_slices_are_measured_against_as_many_training_slices(config: Config
     assert row["recall"] == near["recall"] and 0 < near["coverage"] <= 1
 
 
+def test_the_fid_of_test_slices_is_of_as_many_as_samples(config: Config):
+    splits = {"train": make_slices(), "test": make_slices(n=160, seed=1)}
+    config.out.mkdir(parents=True)
+    found = Measurements(splits, "made up", replace(config, fid_images=100), torch.device("cpu"))
+    some = splits["test"].take(random_rows(160, 100))
+    values = features.compute_features(some.images, found.extractor, None)
+    assert found.fid_real == pytest.approx(metrics.frechet_distance(values, found.real), rel=1e-3)
+
+
+@pytest.mark.parametrize("positions", [[0, 1], [0, 1 / 3, 2 / 3, 1], [0, 0.45, 0.6, 1]])
+def test_what_moves_a_pixel_is_compared_with_slices_of_the_middle(config: Config, positions):
+    near = np.abs(np.array(positions) - 0.5)
+    middle = near <= max(0.1, near.min())
+    train, count = make_slices(), 80 // len(positions)
+    images = np.where(np.tile(middle, count)[:, None, None], train.images, 0)
+    train = replace(train, images=images, positions=np.tile(positions, count))
+    config = replace(config, fid_images=100, condition_position=True)
+    config.out.mkdir(parents=True)
+    found = Measurements({"train": train, "test": train}, "x", config, torch.device("cpu"))
+    rows = [np.tile(middle, count) & (train.labels == i) for i in (0, 1)]
+    assert found.deviation == pytest.approx(np.mean([images[r].std(0).mean() for r in rows]))
+
+
 class Memory(torch.nn.Module):
     """A discriminator that gives a high logit to the images it has seen."""
 
@@ -441,7 +464,7 @@ def test_grids_of_a_long_run_become_fewer(config: Config):
 def test_grids_come_in_the_order_of_their_epochs(tmp_path: Path):
     (tmp_path / "grids").mkdir()
     names = [f"epoch{epoch:04d}.png" for epoch in (10000, 9000, 2)]
-    for name in names:
+    for name in (*names, "epoch0003 copy.png"):
         (tmp_path / "grids" / name).touch()
     assert [path.name for path in grids_of(tmp_path)] == names[::-1]
 

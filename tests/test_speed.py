@@ -195,6 +195,15 @@ def first_call_of_r1(config: Config) -> tuple[list[torch.Tensor], dict[str, int]
     return gradients, {k: counters[k][name] for k, name in names.items()}
 
 
+def test_a_process_that_cannot_compile_does_not_end_well(config: Config, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    with pytest.raises(RuntimeError, match="d_r1 could not be compiled"):
+        training.compile_phase("d_r1", config, 2)
+
+
 def write_name(name: str, folder: Path, seconds: float) -> None:
     """Stands for a compiler: it ends well, or by an error, or is killed."""
     (folder / f"{name}.{time.time()}").touch()

@@ -207,14 +207,20 @@ def test_a_second_request_ends_it_at_once(run_config, monkeypatch):
         train(run_config)
 
 
-def test_a_shell_and_the_system_may_both_tell_that_the_terminal_closed(run_config, monkeypatch):
+def test_a_shell_and_the_system_may_both_tell_that_the_terminal_closed(
+    run_config, tmp_path, monkeypatch
+):
     def ask(state):
-        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+        training.process.STOP.terminals = [terminal]
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGHUP):
             os.kill(os.getpid(), number)
 
+    terminal = os.open(tmp_path / "terminal", os.O_CREAT | os.O_WRONLY)
     monkeypatch.setattr(training, "ema_step", ask)
     train(run_config)
     assert_saved_at_its_last_step(run_config)
+    os.write(terminal, b"lost")
+    assert not (tmp_path / "terminal").read_bytes()  # as if to a terminal that is gone
 
 
 def start(config: Config, cwd: Path, **kwargs) -> subprocess.Popen:

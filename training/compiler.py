@@ -97,14 +97,15 @@ class Phases:
     def first_call(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
         """`backward` of a phase that is compiled now, or found in the cache.
 
-        A process that trains alone raises Stopped if it is asked to stop while it compiles.
+        Without other processes it raises Stopped if it is asked to stop while it compiles.
         """
         cached = phase in self.cached
         told = (lambda _: None) if cached else print_once
         told(f"compiling {phase.__name__} ...")
         started = time.perf_counter()
         try:
-            with nullcontext() if cached or num_ranks() > 1 else process.STOP.immediate():
+            alone = self.processes is None and num_ranks() == 1
+            with process.STOP.immediate() if alone else nullcontext():
                 stats = self.backward(phase, seed, *args)
             told(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
         except Exception as error:  # the compiler raises many types

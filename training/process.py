@@ -58,14 +58,15 @@ class StopRequest:
         return self
 
     def ask(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGHUP":  # the terminal is gone: writing to it would be an error
+            for stream in self.terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if self.name:
             if num_ranks() == 1 and time.monotonic() - self.since > self.PATIENCE:
                 raise KeyboardInterrupt
             return
-        self.name, self.since = signal.Signals(number).name, time.monotonic()
-        if self.name == "SIGHUP":  # the terminal is gone: writing to it would be an error
-            for stream in self.terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        self.name, self.since = name, time.monotonic()
         if ALARM:
             signal.setitimer(signal.ITIMER_REAL, self.SECONDS, self.SECONDS)
         self.stop(number, frame)

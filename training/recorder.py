@@ -36,7 +36,7 @@ GRID_COLUMNS = 8
 GROUPS = {name: title for title, names, _, _ in PANELS for name in names}  # of TensorBoard
 MAIN_AXES = 10  # principal components of real slices along which the spread is measured
 NEARNESS = ("precision", "recall", "recall_blurred", "coverage")
-MIDDLE = 0.1  # largest distance of a position to 0.5, the position of samples whose pixels move
+MIDDLE = 0.1  # positions so near to 0.5, or else the nearest, count as the middle of the head
 MAX_DEVIATION = 1000  # at most so many slices of a class give the deviation of a pixel
 
 
@@ -94,9 +94,10 @@ class Measurements:
             name: part.take(rng.permutation(len(part.labels))[: config.fid_images])
             for name, part in splits.items()
         }
-        far = 0 if train.positions is None else np.abs(train.positions - 0.5)
-        middle = far <= MIDDLE  # samples of one position are compared with these
-        rows = [np.flatnonzero(middle & (train.labels == i)) for i in range(self.num_classes)]
+        rows = [np.flatnonzero(train.labels == i) for i in range(self.num_classes)]
+        if train.positions is not None:  # samples whose pixels move are of one position
+            far = np.abs(train.positions - 0.5)
+            rows = [r[far[r] <= max(MIDDLE, far[r].min())] for r in rows]
         rows = [r[utils.random_rows(len(r), MAX_DEVIATION)] for r in rows]
         self.deviation = float(np.mean([train.images[r].std(0).mean() for r in rows])) or math.nan
         self.pose = metrics.pose(self.subsets["train"].images)
@@ -317,11 +318,12 @@ def column_names(by_position: bool) -> list[str]:
 
 def grids_of(run: Path) -> list[Path]:
     """The image grids of a run, by epoch."""
-    return sorted((run / "grids").glob("epoch*.png"), key=epoch_of)
+    found = (run / "grids").glob("epoch*.png")
+    return sorted((path for path in found if path.stem[5:].isdecimal()), key=epoch_of)
 
 
 def epoch_of(grid: Path) -> int:
-    return int(grid.stem.removeprefix("epoch"))
+    return int(grid.stem[5:])
 
 
 def read_square(grid: Path) -> np.ndarray:
