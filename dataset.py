@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -409,10 +409,10 @@ def data_identity(lines: Iterable[str]) -> str:
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()
 
 
-def check_result(files: Sequence[SliceFile], root: Path, cache: Path) -> Path:
-    """The file of what `prepare.py check` found in these slices of these participants."""
-    lines = zip(names_and_sizes(files, root), [f.participant for f in files], strict=True)
-    return cache / f"check-{data_identity(sorted(map(str, lines)))[:16]}.txt"
+def check_result(lines: Iterable[str], files: Iterable[SliceFile], cache: Path) -> Path:
+    """The file of what `prepare.py check` found in files of these names, sizes and participants."""
+    whose = zip(lines, [f.participant for f in files], strict=True)
+    return cache / f"check-{data_identity(sorted(map(str, whose)))[:16]}.txt"
 
 
 def print_last_check(path: Path) -> None:
@@ -508,7 +508,7 @@ def load_slices(config: Config) -> tuple[dict[str, Slices], str]:
     files, first = splits["train"] + splits["test"], len(splits["train"])
     lines = names_and_sizes(files, root)
     if config.data_root:
-        print_last_check(check_result(files, root, config.cache))
+        print_last_check(check_result(lines, files, config.cache))
     images = decoded(files, root, config.img_resolution, config.cache)
     labels = np.array([f.label for f in files])
     participants = np.array([f.participant for f in files])

@@ -563,8 +563,8 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
 def identity_of(source: Path) -> dict[str, Any]:
     """File of the weights, its sha256, and the thousands of images seen in training."""
     weights = runs.weights_of(source)
-    old = weights.suffix == ".pt"
-    nimg = runs.load_checkpoint(weights)["cur_nimg"] if old else utils.images_seen(weights)
+    saved = runs.load_checkpoint(weights) if weights.suffix == ".pt" else None
+    nimg = saved["cur_nimg"] if saved else utils.images_seen(weights)
     kimg = "unknown" if nimg is None else nimg / 1000
     return {"weights": str(weights), "sha256": utils.sha256_of(weights), "kimg": kimg}
 

@@ -137,7 +137,7 @@ def d_r1(
         with torch.no_grad():
             seen["r2"] = generate(G, c, config)
     stats = {name: r1_penalty(D, D.augment(img), c).mean() for name, img in seen.items()}
-    weight = gamma / 2 * config.r1_interval * len(seen)
+    weight = gamma / 2 * config.r1_interval * (2 if config.relativistic else 1)
     return sum(stats.values()) * weight, stats
 
 

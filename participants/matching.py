@@ -147,7 +147,7 @@ def find_entries(
     return entries | found if table else found | entries
 
 
-def participants_by_scan(scans: Collection[str], entries: Mapping[str, Entry]) -> dict[str, str]:
+def participants_by_scan(scans: set[str], entries: Mapping[str, Entry]) -> dict[str, str]:
     """The participant of each scan: that of its entry, else the one in its name, else the scan.
 
     If scans with an entry show the name too, it stands for the participant of their entries.

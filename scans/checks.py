@@ -392,7 +392,7 @@ def check(
     utils.ensure_writable(out.parent if out else cache)
     folder = read_folder(root, table, columns)
     files = [seen.file for seen in folder.slices]
-    kept = dataset.check_result(files, root, cache)
+    kept = dataset.check_result(dataset.names_and_sizes(files, root), files, cache)
     if folder.slices:
         report_duplicates(folder)
         report_confounds(folder)

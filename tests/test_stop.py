@@ -166,7 +166,6 @@ def test_a_stop_while_a_phase_is_first_used_compiled_saves_the_run(
         phases.processes = type("", (), {"poll": dict, "stop": lambda _: None})()
         if state.cur_nimg == 3 * config.batch_size:
             phases.compiled[training.g_main] = first_call
-            phases.cached.add(training.g_main)
 
     monkeypatch.setattr(training.Phases, "compile_beside", beside)
     train(config)

@@ -23,7 +23,7 @@ from utils import (
     read_safetensors,
     run_command,
     write_safetensors,
-)  # fmt: skip
+)
 
 COMMANDS = {"train": train, "prepare": prepare, "predict": predict, "evaluate": evaluate}
 

@@ -78,14 +78,17 @@ class Measurements:
         else:
             self.extractor = features.encoder_extractor(self.encoder, digest, data)
         self.unmeasured: set[str] = set()
-        self.real, self.some_real = self.features_of(train, "training slices")
+        cache, count = config.cache, config.fid_images
+        self.real = features.features_of(train.images, self.extractor, cache, "training slices")
         self.gaussian = metrics.gaussian(self.real)
-        _, unseen = self.features_of(test, "test slices")  # as many as samples: fewer are farther
+        rows = utils.random_rows(len(self.real), count)
+        self.some_real = metrics.Features(self.real, train.participants, train.labels).take(rows)
+        # as many test slices as samples: the FID of fewer is higher
+        unseen = variety.some_features(test, count, self.extractor, cache=cache)
         self.fid_real = metrics.frechet_distance(unseen.values, self.real)
-        self.some_blurred = self.blurred(train, config.cache)
-        self.near_real = self.nearness(unseen, self.blurred(test, config.cache))
+        self.some_blurred = self.blurred(train, cache)
+        self.near_real = self.nearness(unseen, self.blurred(test, cache))
         self.axes = metrics.main_axes(self.gaussian, MAIN_AXES)
-        rows = utils.random_rows(len(self.real), config.fid_images)
         pixels = features.compute_features(train.images[rows], features.PIXELS, None)
         self.shapes = metrics.main_axes(metrics.gaussian(pixels), metrics.NUM_SHAPES)
         self.labels = samples.labels_in_proportion(train.labels, config.fid_images)
@@ -103,12 +106,6 @@ class Measurements:
         self.pose = metrics.pose(self.subsets["train"].images)
         self.grain = metrics.grain(self.subsets["train"].images) or math.nan
         self.agreement_real = self.agreement(test)
-
-    def features_of(self, slices: Slices, name: str) -> tuple[np.ndarray, metrics.Features]:
-        """Features of all slices, and of at most `fid_images` of them."""
-        values = features.features_of(slices.images, self.extractor, self.config.cache, name)
-        some = utils.random_rows(len(values), self.config.fid_images)
-        return values, metrics.Features(values, slices.participants, slices.labels).take(some)
 
     @torch.no_grad()
     def agreement(self, slices: Slices) -> float:
