@@ -127,9 +127,9 @@ class Config:
     ada_kimg: Positive = 500.0
     """ada: thousands of images that p needs to go from 0 to 1, above 0."""
     ada_flip: Share = 0.5
-    """ada: share of images that are flipped left-right, 0 to 1."""
+    """ada: share of the chosen images that are flipped left-right, 0 to 1."""
     ada_translation: Share = 0.1
-    """ada: largest shift by whole pixels, and deviation of finer shifts, as share of the side."""
+    """ada: largest shift by whole pixels, and deviation of other shifts, as share of the side."""
     ada_scale: Share = 0.2
     """ada: standard deviation of log2 of the size, 0 to 1."""
     ada_anisotropy: Share = 0.1
@@ -137,11 +137,11 @@ class Config:
     ada_rotation: Angle = 15.0
     """ada: largest rotation in degrees, to either side, 0 to 180."""
     ada_brightness: Share = 0.2
-    """ada: standard deviation of the number added to all pixels (range -1 to 1), 0 to 1."""
+    """ada: deviation of the number added to all pixels (which span -1 to 1), 0 to 1."""
     ada_contrast: Share = 0.5
     """ada: standard deviation of log2 of the contrast, 0 to 1."""
     ada_noise: Share = 0.1
-    """ada: spread over images of the strength of the added noise (range -1 to 1), 0 to 1."""
+    """ada: spread over images of the strength of the noise (pixels span -1 to 1), 0 to 1."""
     ada_cutout: Share = 0.5
     """ada: side of the blackened square as a share of the side of the image, 0 to 1."""
 
@@ -151,11 +151,11 @@ class Config:
     r1_gamma: NotNegative | None = None
     """Weight of R1 (and R2), 0 or more; None: 0.0002 * img_resolution^2 / batch_size."""
     r1_gamma_end: Positive | None = None
-    """Weight of the R1 penalty at the end of the cooldown, above 0; None: r1_gamma."""
+    """Weight of R1 (and R2) at the end of the cooldown, above 0, up to r1_gamma; None: r1_gamma."""
     r1_interval: Interval = 16
     """Number of steps between R1 penalties, 1 or more."""
     pl_weight: NotNegative = 2.0
-    """Weight of path length regularization, 0 or more; 0: off; Adam keeps its correction."""
+    """Weight of path length regularization, 0 or more; 0: off, but Adam stays corrected for it."""
     pl_interval: Interval = 4
     """Number of steps between path length penalties, 1 or more."""
     pl_decay: Annotated[float, Range(0, 1, above=True)] = 0.01
@@ -165,7 +165,7 @@ class Config:
     ema_kimg: NotNegative | None = None
     """Half-life of the averaged generator in thousands of images; None: batch_size * 10 / 32."""
     ema_rampup: NotNegative = 0.05
-    """Without init_from: limit of that half-life, as a share of the images seen; 0: no mean."""
+    """Without init_from: limit of that half-life as a share of images seen; 0: no averaging."""
 
     # Snapshots
     snapshot_epochs: Interval = 1
@@ -183,6 +183,15 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.r1_gamma_end is not None and self.r1_gamma_end > self.gamma:
+            text = f"must be {self.gamma:.3g} (r1_gamma) or less, or None"
+            raise UserError(f"r1_gamma_end = {self.r1_gamma_end}: {text}")
+
+    @property
+    def gamma(self) -> float:
+        """Weight of R1 before the cooldown; the default is that of arXiv:2006.06676."""
+        default = 0.0002 * self.img_resolution**2 / self.batch_size
+        return default if self.r1_gamma is None else self.r1_gamma
 
 
 def check_fields(options: Any) -> None:

@@ -401,7 +401,7 @@ def file_stamp(path: Path) -> tuple[int, int]:
 
 def names_and_sizes(files: Iterable[SliceFile], root: Path) -> list[str]:
     """Name within `root` and size of each file: the same when the folder is copied or moved."""
-    return [f"{f.path.relative_to(root)} {file_stamp(f.path)[0]}" for f in files]
+    return [f"{f.path.relative_to(root).as_posix()} {file_stamp(f.path)[0]}" for f in files]
 
 
 def data_identity(lines: Iterable[str]) -> str:
@@ -466,9 +466,8 @@ def decode_all(files: list[SliceFile], resolution: int, target: Path) -> None:
 
 def decoded(files: list[SliceFile], root: Path, resolution: int, cache: Path) -> np.ndarray:
     """All files as a memory-mapped uint8 [n, R, R]; they are decoded again only if they change."""
-    times = [file_stamp(f.path)[1] for f in files]
-    identity = data_identity(names_and_sizes(files, root))
-    stamp = repr((CACHE_VERSION, resolution, identity, times))
+    stamps = [(f.path.relative_to(root).as_posix(), *file_stamp(f.path)) for f in files]
+    stamp = repr((CACHE_VERSION, resolution, stamps))
     path = cache / f"{hashlib.sha256(stamp.encode()).hexdigest()[:16]}-{resolution}.npy"
     return utils.make_array_once(path, lambda partial: decode_all(files, resolution, partial))
 
@@ -614,7 +613,7 @@ def ignore_signals(_: int) -> None:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 [N, R, R] -> float32 [N, 1, R, R] in [-1, 1]: mean 0.5 and deviation 0.5 of [0, 1]."""
+    """uint8 [N, R, R] -> float32 [N, 1, R, R] in [-1, 1]."""
     return images[:, None].float() / 255 * 2 - 1
 
 

@@ -321,7 +321,10 @@ class SynthesisBlock(nn.Module):
     def forward(
         self, x: Tensor, img: Tensor | None, ws: Tensor, noise_mode: NoiseMode
     ) -> tuple[Tensor, Tensor]:
-        """x [N, I, H, W], img at the same size, ws [N, 3, w_dim] -> both at [2H, 2W]."""
+        """x [N, I, H, W], img at the same size, ws [N, 3, w_dim] -> both at [2H, 2W].
+
+        The first block takes ws [N, 2, w_dim] and keeps the size.
+        """
         x = x.to(self.dtype)
         if self.conv0 is not None:
             x = self.conv0(x, ws[:, 0], noise_mode)
@@ -466,12 +469,12 @@ class AdaptiveAugment(nn.Module):
     """Random changes of all images that D sees, real or generated ([6]).
 
     Each kind of change is applied to each image with probability p. As no change is certain, G
-    learns images without changes ([6], section 2.1). Only changes that leave a head a head are
+    learns images without changes ([6], section 2.2). Only changes that leave a head a head are
     used: no up-down flip, no quarter turn, no hue. Images are in [-1, 1], with background -1; an
     image that is not chosen keeps every bit. Settings: config.ada_*.
     """
 
-    P_MAX = 0.8  # beyond it changes leak into the samples ([6], figure 4)
+    P_MAX = 0.8  # beyond it changes leak into the samples ([6], figure 3)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -516,7 +519,7 @@ class AdaptiveAugment(nn.Module):
         return torch.where(inside, moved, -1)
 
     def warp(self, img: Tensor) -> Tensor:
-        """Scale, rotate and shift by parts of a pixel, in one resampling at twice the density."""
+        """Scale, rotate and shift by any distance, in one resampling at twice the density."""
         N, C, H, W = img.shape
         strength = self.config
         size = self.normal(img, strength.ada_scale)
@@ -559,7 +562,7 @@ class AdaptiveAugment(nn.Module):
 
     @torch.no_grad()
     def adapt(self, real_sign: Tensor, cur_nimg: int) -> None:
-        """Move p towards its target, every `ada_interval` steps ([6], section 3.1).
+        """Move p towards its target, every `ada_interval` steps ([6], section 3).
 
         `real_sign` is the mean sign of D(real) in the step that just ended, over all ranks.
         `cur_nimg` counts the images seen, including that step.

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -61,13 +61,13 @@ class Options:
     """What to draw. Raises UserError naming the option, its value and what is allowed."""
 
     checkpoint: Path | None = None
-    """Run folder, generator.safetensors or checkpoints/*.pt; None: the newest run, or the demo."""
+    """Run folder, generator.safetensors, or a *.pt; None: the newest run, or the demo."""
     classes: tuple[str, ...] | None = None
     """Classes to draw, by folder name; None: all."""
     count: Annotated[int, Range(1)] = 32
     """Images per class, from seeds 0, 1, ...; 1 or more."""
     seeds: tuple[Seed, ...] | None = None
-    """Seeds to draw in place of these, each 0 or more."""
+    """Seeds to draw in place of 0, 1, ..., each 0 or more."""
     position: Share | None = None
     """Position in the scan, 0 lowest to 1, if the run has condition_position; None: by seed."""
     truncation_psi: Share = 1.0
@@ -85,7 +85,8 @@ class Options:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute."""
     figures: tuple[Drawing, ...] | None = None
-    """Figures to draw; None: all. Embeddings take longest; positions need condition_position."""
+    """Figures to draw; None: all. Positions need condition_position. Embeddings take longest, and
+    always show all classes, without truncation."""
     format: Literal["png", "pdf"] = "png"
     """pdf: figures are also written as PDF, with letters as vectors."""
     compare: tuple[Path, ...] | None = None
@@ -131,8 +132,8 @@ def names_of_rows(seeds: list[int], columns: int) -> list[str]:
 
 def write_grid(images: np.ndarray, name: str, seeds: list[int], paths: list[Path]) -> None:
     """Write a grid of all images of a class, with the seeds beside its rows."""
-    columns = math.ceil(math.sqrt(2 * len(images)))
-    blank = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)
+    columns = min(len(images), math.ceil(math.sqrt(2 * len(images))))
+    blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
     picture = utils.tile(np.concatenate([images, blank]), columns)
     labels = names_of_rows(seeds, columns), [str(i + 1) for i in range(columns)]
     utils.save_grid(picture, *labels, name, paths[0])
@@ -206,7 +207,7 @@ def probe_by_participant(train: tuple[np.ndarray, Slices], test: tuple[np.ndarra
     """How well a linear classifier separates the classes of unseen participants, in words.
 
     It is fitted to the training slices; the score of a participant is the mean over the slices.
-    Of fewer than ten test participants nothing is said.
+    Fewer than ten test participants get no score.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -301,13 +302,14 @@ def draw_w_embedding(G: Generator, names: list[str], paths: list[Path]) -> None:
 
 
 def differences(configs: Sequence[Config]) -> dict[str, list[str]]:
-    """Settings that differ between runs and change the training step, and their values in each run.
-
-    Settings that control ADA or measuring are left out.
-    """
+    """Settings that differ between runs and change training, and their values in each run."""
     settings = [runs.plain_settings(config) for config in configs]
-    names = [n for n in settings[0] if len({str(s[n]) for s in settings}) > 1]
-    names = [n for n in names if n not in runs.FREE_TO_CHANGE and n[:4] not in ("ada_", "fid_")]
+    unused = {*runs.FREE_TO_CHANGE, "fid_images", "fid_extractor"}
+    if any(config.cooldown for config in configs):
+        unused.discard("epochs")
+    if all(config.augment != "ada" for config in configs):
+        unused |= {name for name in settings[0] if name.startswith("ada_")}
+    names = [n for n in settings[0] if n not in unused and len({str(s[n]) for s in settings}) > 1]
     return {name: [str(s[name]) for s in settings] for name in names}
 
 
@@ -349,31 +351,43 @@ def plot_comparison(folders: Sequence[Path], paths: list[Path]) -> None:
     utils.save_figure(figure, *paths)
 
 
+def fid_kind(run: Path) -> dict[str, Any]:
+    """What must be equal in two runs, or their FIDs cannot be compared."""
+    config, _, data = runs.read_run_config(run)
+    kind = {
+        "extractor": config.fid_extractor,
+        "data set": data,
+        "resolution": config.img_resolution,
+    }
+    encoder = run / "encoder.safetensors"  # another machine trains another one
+    own = config.fid_extractor == "encoder" and encoder.exists()
+    return kind | {"encoder": utils.sha256_of(encoder)} if own else kind
+
+
 def draw_fid(ax: "Axes", folders: Sequence[Path], names: Sequence[str]) -> None:
     """FID of each run over the images it was shown; dotted, FID of the real test slices.
 
-    Runs with other data or another extractor than the first run are not comparable: they are left
-    out, and named.
+    Runs with other data, pixels or extractor than the first run are not comparable: they are left
+    out, and named. As the "lowest" counts what counts in training.
     """
-    kinds = [(config.fid_extractor, data) for config, _, data in map(runs.read_run_config, folders)]
-    for i, (run, (extractor, data)) in enumerate(zip(folders, kinds, strict=True)):
+    kinds = [fid_kind(run) for run in folders]
+    for i, (run, kind) in enumerate(zip(folders, kinds, strict=True)):
         log = [e for e in logs.read_log(run) if e.get("fid") is not None]
         line = [(e["nimg"] / 1000, e["fid"], e.get("fid_real")) for e in log]
-        reasons = {
-            "it has measured none": not line,
-            f"it is of {extractor}, not {kinds[0][0]} as in {folders[0]}": extractor != kinds[0][0],
-            f"it has other data than {folders[0]}": data != kinds[0][1],
-        }
-        if any(reasons.values()):
-            text = "; ".join(reason for reason, holds in reasons.items() if holds)
-            utils.print_once(f"{run}: no FID in the figure: {text}")
+        reasons = [
+            f"it has another {k} than {folders[0]}" for k in kind if kind[k] != kinds[0].get(k)
+        ]
+        if reasons := reasons or ["it has measured none"] * (not line):
+            utils.print_once(f"{run}: no FID in the figure: {'; '.join(reasons)}")
             continue
         kimg, fid, real = zip(*line, strict=True)
-        ax.plot(kimg, fid, ".-", color=f"C{i}", label=f"{names[i]}, lowest {min(fid):.2f}")
+        lowest = min(map(logs.meaningful_fid, log))
+        text = f", lowest {lowest:.2f}" if lowest < math.inf else ""
+        ax.plot(kimg, fid, ".-", color=f"C{i}", label=f"{names[i]}{text}")
         if real[0] is not None:  # None if there are too few test slices
             ax.axhline(real[0], color="grey", ls=":", lw=0.8)
     ax.set(xlabel="thousands of real images seen", yscale="log")
-    ax.set_ylabel(f"FID to the training slices ({kinds[0][0]})")
+    ax.set_ylabel(f"FID to the training slices ({kinds[0]['extractor']})")
     ax.set_title("dotted: FID of real test slices", fontsize=9)
     if ax.lines:
         ax.legend(fontsize=8)

@@ -234,13 +234,13 @@ def label_weight(config: Config, nimg: int) -> float:
 def schedule(config: Config, done: float) -> tuple[float, float]:
     """Learning rate and weight of R1 after a share `done` of training.
 
-    In the cooldown one falls to 0 as half a cosine, and the logarithm of the other along with it.
+    In the cooldown the rate falls to 0 as half a cosine; at the same pace the logarithm of the
+    weight moves from that of r1_gamma to that of r1_gamma_end.
     """
     left = (1 - done) / config.cooldown if config.cooldown else 1
     rate = (1 - math.cos(math.pi * min(1, left))) / 2
-    default = 0.0002 * config.img_resolution**2 / config.batch_size
-    gamma = default if config.r1_gamma is None else config.r1_gamma
-    return config.learning_rate * rate, gamma**rate * (config.r1_gamma_end or gamma) ** (1 - rate)
+    end = config.r1_gamma_end or config.gamma
+    return config.learning_rate * rate, config.gamma**rate * end ** (1 - rate)
 
 
 def train_step(state: TrainingState, real: Tensor, c: Tensor, label_pool: Tensor) -> Tensor:
@@ -549,8 +549,8 @@ def parse_settings(args: list[str] | None = None) -> Config:
     With `--init-from` sizes of the networks default to those of that run, or of the resumed one.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--device", default="auto")
-    early.add_argument("--init-from", "--init_from", default="None")
+    early.add_argument("--device", default=Config.device)
+    early.add_argument("--init-from", "--init_from", default=str(Config.init_from))
     early.add_argument("--out", type=Path, default=Config.out)
     given = early.parse_known_args(args)[0]
     cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())

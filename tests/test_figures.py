@@ -231,7 +231,9 @@ def test_runs_that_differ_in_three_settings_have_a_table(
         assert word in found, found
     out = capsys.readouterr().out
     assert f"{four_runs[2]}: no FID in the figure: it has measured none" in out
-    assert f"{four_runs[3]}: no FID in the figure: it has other data than {four_runs[0]}" in out
+    assert (
+        f"{four_runs[3]}: no FID in the figure: it has another data set than {four_runs[0]}" in out
+    )
     assert f"{four_runs[0]}: no" not in out and f"{four_runs[1]}: no" not in out
     sizes = {ax.images[0].get_array().shape for ax in figure.axes if ax.images}
     assert len(sizes) == 1 and len([ax for ax in figure.axes if ax.images]) == 4
@@ -247,11 +249,27 @@ def test_grids_of_any_shape_are_drawn_at_equal_size(tmp_path: Path):
 
 
 def test_another_extractor_is_a_reason(measured: Config, capsys):
-    other = copy_of(measured.out, "other", fid_extractor="inception")
-    draw_fid(utils.new_figure().subplots(), [measured.out, other], ["a", "b"])
-    assert (
-        f"{other}: no FID in the figure: it is of inception, not encoder" in capsys.readouterr().out
-    )
+    run = measured.out
+    others = {
+        "extractor": copy_of(run, "other", fid_extractor="inception"),
+        "resolution": copy_of(run, "larger", img_resolution=64),
+        "encoder": copy_of(run, "elsewhere"),
+    }
+    (others["encoder"] / "encoder.safetensors").write_bytes(b"trained on another machine")
+    draw_fid(utils.new_figure().subplots(), [run, *others.values()], [*"abcd"])
+    out = capsys.readouterr().out
+    for reason, other in others.items():
+        assert f"{other}: no FID in the figure: it has another {reason} than {run}\n" in out
+
+
+def test_the_lowest_fid_of_a_figure_is_that_of_training(measured: Config):
+    line = {"epoch": 1, "nimg": 10, "fid": 30.0, "vary_z": 0.5, "vary_noise": 0.4}
+    later = line | {"epoch": 2, "nimg": 20, "fid": 50.0, "vary_noise": 0.01}
+    run = copy_of(measured.out, "two")
+    (run / "log.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(later) + "\n")
+    ax = utils.new_figure().subplots()
+    draw_fid(ax, [run], ["two"])
+    assert [line.get_label() for line in ax.lines] == ["two, lowest 50.00"]
 
 
 # Figures of the other commands

@@ -10,7 +10,7 @@ import numpy as np
 from config import Config
 from evaluation.verdict import nearness
 from modules import AdaptiveAugment
-from training.logs import History, read_history
+from training.logs import LEAD, History, read_history
 from utils import new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ RULES = {
         ("use best.pt", (augments("dataset", "none"), "set augment = ada in the next run")),
     ),
     "p at its cap": Rule(
-        lambda h: abs(h.recent("ada_p") - AdaptiveAugment.P_MAX) < 1e-6,
-        f"the probability p of adaptive augmentation stays at its limit, {AdaptiveAugment.P_MAX}",
+        lambda h: h.recent("ada_p") > AdaptiveAugment.P_MAX - 1e-6,
+        f"the probability p of adaptive augmentation stays at {AdaptiveAugment.P_MAX} or above",
         (
             (lambda c: c.ada_p is None, "the data are few: raise r1_gamma or lower channel_max"),
             (lambda c: c.ada_p is not None, "lower ada_p"),
@@ -216,6 +216,8 @@ def verdict(history: History) -> str:
     fid, reference = (history.recent(name, last=1) for name in ("fid", "fid_real"))
     if not math.isfinite(fid + reference) or reference <= 0:
         return "The distance to real slices is not measured yet."
+    if history.recent("vary_z", last=1) <= LEAD * history.recent("vary_noise", last=1):
+        return f"No FID counts yet: z moves pixels less than {LEAD} times as far as noise does."
     ratio = fid / reference
     more = ": look for copies of training slices with evaluate.py" if ratio < 1.2 else ""
     of = "" if math.isnan(people) else f" of {people:.0f} people"

@@ -13,11 +13,11 @@ from utils import print_once, write_atomically
 
 # Statistics of a step, in the order in which they are computed
 STATS = (
-    "g_loss", "path_length", "d_loss", "real_logit", "fake_logit", "r1", "r2", "real_sign",
-    "fake_sign", "g_main_grad", "d_main_grad", "ada_p",
+    "g_loss", "g_main_grad", "path_length", "d_loss", "real_logit", "real_sign", "fake_logit",
+    "fake_sign", "d_main_grad", "r1", "r2", "ada_p",
 )  # fmt: skip
 VALUE = r",(?:-?\d+(?:\.\d+)?(?:e[-+]\d+)?|-?inf)?"  # in losses.csv; empty if it was not due
-LEAD = 5  # at least so many times as far as noise must z move a pixel, or FID means nothing
+LEAD = 5  # FID counts once z moves a pixel this many times as far as noise does
 
 
 def due_statistics(config: Config, nimg: int) -> dict[str, bool]:

@@ -12,7 +12,7 @@ from config import Config
 from modules import MEMORY_FORMAT, Discriminator, Generator
 from utils import num_ranks, print_once
 
-COPIES = 8  # of G's and D's weights: themselves, gradients, two moments of Adam; spare for G_ema
+COPIES = 8  # of G's and D's weights: themselves, gradients, Adam's moments, G_ema; 3 to spare
 SPARE = 2**30  # bytes that CUDA itself and convolutions' workspaces take
 
 
