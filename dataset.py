@@ -147,7 +147,8 @@ def what_to_do_with(path: Path) -> str:
 
 def list_slices(folder: Path, label: int) -> list[SliceFile]:
     """The images of a class folder, sorted by scan and slice. Raises UserError if it has none."""
-    paths = [p for p in visible_paths(folder) if p.suffix.lower() in image_suffixes()]
+    suffixes = image_suffixes()
+    paths = [path for path in visible_paths(folder) if path.suffix.lower() in suffixes]
     if not paths:
         raise UserError(f"class folder {folder} holds no image files")
     files = [SliceFile(p, "", label) for p in paths]
@@ -175,7 +176,7 @@ def split_by_participant(files: list[SliceFile]) -> Splits:
 
 def find_class_folders(folder: Path) -> tuple[list[str], list[SliceFile]]:
     """Class names and files of FOLDER/CLASS/*. Raises UserError if there are none."""
-    classes = [path.name for path in sorted(visible_paths(folder)) if path.is_dir()]
+    classes = sorted(path.name for path in visible_paths(folder) if path.is_dir())
     try:
         if not classes:
             raise UserError(f"{folder} holds no class folders (CLASS/ID_SLICE.jpeg)")
@@ -418,7 +419,7 @@ def check_result(lines: Iterable[str], files: Iterable[SliceFile], cache: Path) 
 def print_last_check(path: Path) -> None:
     """Print what `prepare.py check` last found in the same slices."""
     try:
-        problems = path.read_text().splitlines()
+        problems = path.read_text("utf-8", "replace").splitlines()
         utils.mark_used(path)
     except OSError:
         utils.print_once("note: prepare.py check has not looked for leaks in these slices")

@@ -207,7 +207,7 @@ def conditions(labels: np.ndarray, positions: np.ndarray | None, c_dim: int) -> 
 
 def ensure_writable(folder: Path) -> None:
     """Raises UserError if a folder cannot be written or created. Writes nothing."""
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    existing = next(filter(Path.exists, (path := folder.absolute(), *path.parents)), folder)
     if not existing.is_dir():
         raise UserError(f"cannot write to {folder}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -4,7 +4,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from config import UserError
@@ -17,12 +16,16 @@ BASELINE = {"bl", "m0"}  # ADNI's VISCODE, and its month in BIDS
 MAX_LISTED = 5  # names in a hint
 VISIT_WORDS = r"ses|session|visit|timepoint|tp|wave"
 VISIT = re.compile(
-    rf"(?:{VISIT_WORDS})[-_ ]?(\d+)|(?<![a-z0-9])v(\d{{1,2}})(?![a-z0-9])"
+    rf"(?<![a-z])(?:{VISIT_WORDS})[-_ ]?(\d+)|(?<![a-z0-9])v(\d{{1,2}})(?![a-z0-9])"
     r"|miriad_\d+_[a-z]+_[mf]_(\d+)",
     re.IGNORECASE,
 )
 SCAN_OF_DAY = re.compile(r"mr[-_ ]?(\d+)", re.IGNORECASE)  # a visit if there is no other number
 DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
+
+
+class UnrelatedTable(UserError):
+    """A table names none of the scans."""
 
 
 class EntryFinder:
@@ -42,6 +45,7 @@ class EntryFinder:
         be read, or has two different rows for a scan.
         """
         self.path, self.pick, self.picked = path, pick, 0
+        self.by_visit: list[str] = []  # paths whose visit or date chose the class
         names = None if paths is None else {key for path in paths for key in keys_in(path)}
         self.scans: dict[str, Entry] = {}
         self.participants: dict[str, list[Entry]] = defaultdict(list)
@@ -63,13 +67,21 @@ class EntryFinder:
         """
         keys = keys_in(path)
         scans = [self.scans[key] for key in keys if key in self.scans][:1]
-        people = [self.participants[key] for key in keys if key in self.participants]
+        named, rest = [key for key in keys if key in self.participants], str(path)
+        people = []
+        for key in named:  # the longest first; a name within it is no other participant
+            if len(named) == 1 or key in keys_in(rest):
+                people.append(self.participants[key])
+                rest = rest.replace(key, "/")
         names = sorted({entry.participant for entry in scans + [rows[0] for rows in people]})
         if len(names) > 1:
             raise ValueError(f"names several participants of the table: {', '.join(names)}")
         if scans or not people:
             return scans[0] if scans else None
-        rows = rows_of_visit(people[0], str(path)) or people[0]
+        rows = rows_of_visit(people[0], str(path))
+        if rows and len({row.label for row in people[0]}) > 1:
+            self.by_visit.append(str(path))
+        rows = rows or people[0]
         labelled = sorted((r for r in rows if r.label), key=visit_order) or rows
         labels, ages = {r.label for r in labelled}, {r.age for r in labelled}
         label = labelled[-1 if self.pick == "last" else 0].label
@@ -90,7 +102,8 @@ class EntryFinder:
         alike = {}
         for path in paths:
             for key in keys_in(path):
-                if near := self.known.get(simplified(key)):
+                near = self.known.get(simplified(key), key)
+                if near != key:
                     alike[key] = near
                     break
         chosen = list(alike.items())[:MAX_LISTED]
@@ -123,7 +136,8 @@ def find_entries(
 ) -> dict[str, Entry]:
     """What a table, or else ROOT/manifest.csv, or else ROOT/participants.tsv says of each scan.
 
-    Raises UserError if one of these files is damaged, or the given table names none of the scans.
+    Raises UserError if one of these files is damaged, UnrelatedTable if the given table names no
+    scan.
     """
     listed = read_manifest(root)
     entries = {k: entry for k, entry in listed.items() if k in scans}
@@ -133,17 +147,21 @@ def find_entries(
     beside = next(filter(Path.exists, (root / name for name in PARTICIPANTS)), None)
     if (source := table or beside) is None:
         return entries
-    finder, found = EntryFinder(source, columns, scans), {}
-    for scan in scans:
-        with suppress(ValueError):  # it names several participants
+    finder, found, unclear = EntryFinder(source, columns, scans), {}, []
+    for scan in sorted(scans):
+        try:
             if entry := finder.named_in(scan):
                 found[scan] = entry
+        except ValueError as error:
+            unclear.append(f"{scan} {error}")
     print_once(f"{source} names {len(found)} of {len(scans)} scans")
+    if unclear:
+        print_once(f"note: of {len(unclear)} scans it cannot be told whose they are: {unclear[0]}")
     if hint := finder.hint(sorted(scans - found.keys())):
         print_once(f"note: {hint}")
     if table and not found:
         whole = "numbers and short ids match only whole parts of a path"
-        raise UserError(f"{table} names none of the scans; {whole}")
+        raise UnrelatedTable(f"{table} names none of the scans; {whole}")
     return entries | found if table else found | entries
 
 

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 # Names of participants in BIDS, in ADNI and its sister studies, OASIS-1 to -4, AIBL, PPMI, MIRIAD
 PARTICIPANT = re.compile(
-    r"(?<![a-z0-9])sub-[a-z0-9]+|(?<![a-z0-9])\d{1,3}_S_\d{4,5}(?![a-z0-9])"
+    r"(?<![a-z0-9])sub-[^\W_]+|(?<![a-z0-9])\d{1,3}_S_\d{4,5}(?![a-z0-9])"
     r"|OAS[1-4]_?\d{4}(?!\d)|(?<![a-z0-9])(?:AIBL|PPMI|MIRIAD)_\d+",
     re.IGNORECASE,
 )
@@ -19,6 +20,11 @@ def plain_name(name: str) -> bool:
     if not name or len(name) > 100 or not name.isprintable():
         return False
     return name[0] not in ". " and not set(name) & set('/\\:*?"<>|')
+
+
+def normalized(name: str) -> str:
+    """A name with each letter as one character: macOS writes an accent as another character."""
+    return unicodedata.normalize("NFC", name)
 
 
 def stem(name: str) -> str:
@@ -35,22 +41,26 @@ def participant_in(name: str) -> str:
     return found[0] if found[0].lower().startswith("sub-") else found[0].upper()
 
 
-def participants_of(scans: Iterable[str]) -> dict[str, str]:
-    """The participant of each scan whose name shows one; none if all scans show the same."""
+def participants_of(scans: Collection[str]) -> dict[str, str]:
+    """The participant of each scan whose name shows one; none if all scans show the same one."""
     found = {scan: name for scan in scans if (name := participant_in(scan))}
     found = dict(zip(found, one_spelling(found.values()), strict=True))
-    return found if len(set(found.values())) > 1 else {}
+    return found if len(set(found.values())) > 1 or len(found) < len(scans) else {}
 
 
 def one_spelling(names: Iterable[str]) -> list[str]:
     """The names, with the first of several ways to write a participant in the place of all.
 
-    Such ways are 002_S_0295 and sub-ADNI002S0295, or sub-OAS30001 and OAS30001. Names of no known
+    Such ways are 002_S_0295 and sub-ADNI002S0295, or OAS1_0001 and sub-OAS10001. Names of no known
     study stay as they are.
     """
     first: dict[str, str] = {}
-    keys = ((simplified(adni_name(n) or n) if participant_in(n) else n, n) for n in names)
-    return [first.setdefault(key, name) for key, name in keys]
+
+    def key(name: str) -> str:
+        known = adni_name(name) or re.sub(r"(?i)OAS(?:IS)?([1-4])_?(?=\d{4})", r"OAS\1", name)
+        return simplified(known) if participant_in(name) else name
+
+    return [first.setdefault(key(name), name) for name in names]
 
 
 def adni_name(name: str) -> str:
@@ -71,6 +81,7 @@ def spellings(name: str, of_scan: bool = False) -> set[str]:
     ADNI's image I123 may be called 123, and the other way round. A scan is called like its
     participant only if its name says no more, such as a visit.
     """
+    name = normalized(name)
     found = {stem(name), name.removeprefix("RID ")}
     if not of_scan or re.fullmatch(f"(sub-)?(ADNI)?{ADNI.pattern}", name, re.IGNORECASE):
         found.add(adni_name(name))
@@ -85,13 +96,14 @@ def keys_in(path: Path | str) -> list[str]:
     Plain numbers, which may be dates or counts, and short parts must be a whole file or folder
     name; BIDS's "sub-" may precede them. A short name such as P01 may also begin the file's name.
     """
-    path = Path(path)
-    parts = re.split(r"([^A-Za-z0-9]+)", str(path))
+    path = Path(normalized(str(path)))
+    parts = re.split(r"([\W_]+)", str(path))
     words = range(0, len(parts), 2)
     found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
     whole = {part.removeprefix("sub-") for part in path.parts} | set(path.parts)
-    telling = {key for key in found if len(key) > 3 and not key.isdigit()} | whole
-    telling |= set(re.findall(r"^[A-Za-z]+\d+(?![A-Za-z0-9])", path.name))
+    telling = {key for key in found if len(key.encode()) > 3 and not key.isdigit()} | whole
+    telling |= set(re.findall(r"^[^\W\d_]+\d+(?![^\W_])", path.name))
+    telling |= set(re.findall(r"(?:AIBL|PPMI)_(\d+)", str(path), re.IGNORECASE))
     telling |= {kind(str(path)) for kind in (participant_in, adni_name, roster_name)}
     return sorted(telling - {""}, key=lambda key: (-len(key), key))
 
@@ -104,5 +116,5 @@ def number_of(name: str) -> float:
 
 def simplified(name: str) -> str:
     """A name without case, punctuation, BIDS's prefixes and leading zeros, for comparisons."""
-    bare = re.sub(r"^(sub|ses)-", "", name.casefold())
+    bare = re.sub(r"^(sub|ses)-", "", normalized(name).casefold())
     return re.sub(r"[\W_]+", "", re.sub(r"(?<!\d)0+(?=\d)", "", bare))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from participants.names import participant_in, plain_name, spellings, stem
+from participants.names import one_spelling, participant_in, plain_name, spellings, stem
 from utils import first_line, print_once
 
 MANIFEST = "manifest.csv"
@@ -33,9 +33,10 @@ COLUMNS = {
 }
 RATINGS = ("cdr", "cdglobal", "cdrtot")  # clinical dementia rating: 0 is NC, more is AD
 # ADNI's slices are usually shared as AD and NC; its table ADNIMERGE writes Dementia for AD
-RENAMED = {"CN": "NC", "Control": "NC", "Dementia": "AD"}
+RENAMED = {"cn": "NC", "nc": "NC", "control": "NC", "dementia": "AD", "ad": "AD"}
 MISSING = ("", "n/a", "na", "nan", "none", "null", "-", ".", "?", "#n/a", "-4")  # -4: in ADNI
 SEXES = {"F": ("f", "female", "w", "woman", "weiblich"), "M": ("m", "male", "man", "männlich")}
+WINDOWS = "cp1252"  # encoding of spreadsheet programs in the west of Europe
 MAX_TABLE = 200_000_000  # bytes
 MAX_AGE = 130  # years
 
@@ -58,7 +59,7 @@ class Entry(NamedTuple):
 def decode_text(content: bytes) -> str:
     """Text in the encodings and with the line ends that spreadsheet programs write."""
     utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-    for encoding in ("utf-16",) if utf_16 else ("utf-8-sig", "cp1252"):
+    for encoding in ("utf-16",) if utf_16 else ("utf-8-sig", WINDOWS):
         try:
             text = content.decode(encoding)
             break
@@ -78,6 +79,9 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     if content[:2] == b"PK" or content[:4] == b"\xd0\xcf\x11\xe0":
         raise UserError(f"{path} is an Excel or OpenDocument file: save it as CSV")
     text = decode_text(content)
+    if odd := content.decode(errors="replace") != text and re.search(r"\S*[^\x00-\x7f]\S*", text):
+        advice = "save it as UTF-8 if that is wrong"
+        print_once(f"note: {path} is read as {WINDOWS}, such as {odd[0][:20]!r}; {advice}")
     told = re.match(r'"?sep=(.)"?\n', text)  # a first line that Excel writes
     text = text[told.end() :] if told else text
     first = text.partition("\n")[0]
@@ -109,12 +113,17 @@ def is_missing(cell: str) -> bool:
     return cell.lower() in MISSING
 
 
+def usual_class(name: str) -> str:
+    """NC for CN and Control, AD for Dementia, in any case; other names unchanged."""
+    return RENAMED.get(name.casefold(), name)
+
+
 def class_of(value: str, column: str) -> str:
     """The class of a cell, "" if none; a clinical dementia rating is NC if 0 and AD if higher."""
     if is_missing(value):
         return ""
     if plain_column(column) not in RATINGS:
-        return RENAMED.get(value, value)
+        return usual_class(value)
     rating = finite_number(value)
     return "" if not rating >= 0 else "NC" if rating == 0 else "AD"
 
@@ -137,7 +146,7 @@ def date_of(value: str, day_first: bool = False) -> str:
     slashes = "%d/%m/%" if day_first else "%m/%d/%"
     for form in ("%Y-%m-%d", "%Y/%m/%d", "%d.%m.%", "%d-%b-%", slashes):
         for year in "Yy" if form[-1] == "%" else ("",):
-            with suppress(ValueError, IndexError):
+            with suppress(ValueError):
                 return str(datetime.strptime(re.split(r" |(?<=\d)T", value)[0], form + year).date())
     return ""
 
@@ -269,9 +278,11 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
     if unnamed:
         text = f"{len(unnamed)} of {len(rows)} rows have no participant, such as {unnamed[0]}"
         print_once(f"note: {path}: {text}: each counts as a participant of its own")
-    for old, new in RENAMED.items():
-        if "class" in column and old in cells[column["class"]]:
-            print_once(f"{path}: class {old} is called {new}")
+    for old in sorted(set(cells[column["class"]])) if "class" in column else ():
+        if usual_class(old) != old:
+            print_once(f"{path}: class {old} is called {usual_class(old)}")
+    people = one_spelling(entry.participant for entry in entries)
+    entries = [e._replace(participant=name) for e, name in zip(entries, people, strict=True)]
     return agree_on_sex(path, entries)
 
 

@@ -25,7 +25,7 @@ import dataset
 import utils
 from config import Config, UserError
 from participants.names import participant_in
-from participants.tables import RENAMED, Entry
+from participants.tables import Entry, usual_class
 
 SIDE = 96  # pixels of the small pictures whose edges are compared
 HASH_SIDE = 24  # pixels of the still smaller pictures whose grey values are compared
@@ -130,7 +130,7 @@ def wrong_classes(
     wrong = defaultdict(set)
     for file in itertools.chain(*splits.values()):
         label = entries[file.scan].label if file.scan in entries else ""
-        own, folder = (RENAMED.get(name, name) for name in (label, classes[file.label]))
+        own, folder = map(usual_class, (label, classes[file.label]))
         if own and own != folder:
             wrong[own, folder].add(file.scan)
     return [
@@ -399,7 +399,7 @@ def check(
         draw_sheet(folder, sheet := out or kept.with_suffix(".png"))
         utils.print_once(f"contact sheet: {sheet}")
     result = "".join(f"{utils.printable(line)}\n" for line in folder.problems)
-    utils.write_atomically(kept, lambda path: path.write_text(result))
+    utils.write_atomically(kept, lambda path: path.write_text(result, "utf-8"))
     if folder.problems:
         lines = "\n  ".join(folder.problems)
         raise UserError(f"{root}: training would fail or its evaluation would mislead:\n  {lines}")

@@ -34,13 +34,14 @@ from config import UserError
 from dataset import LEFT_OUT, SPLITS
 from participants.matching import VISIT_WORDS, EntryFinder
 from participants.names import one_spelling, participant_in, plain_name, stem
-from participants.tables import MANIFEST, RENAMED, Entry, count_known, manifest_rows
+from participants.tables import MANIFEST, Entry, count_known, manifest_rows, usual_class
 from scans.finding import Reasons, find_volumes
 from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
 
 UNNAMED = "no row of the table names it"
 VISIT_FOLDER = re.compile(
-    r"bl|baseline|screening|follow[-_ ]?up[-_ ]?\d*"
+    r"bl|baseline|screening|pre|post|follow[-_ ]?up[-_ ]?\d*|v\d{1,2}"
+    r"|m0*([036]|12|18|24|30|36|48|60|72|84|96)|(19|20)\d\d[-_ ]?\d\d[-_ ]?\d\d"
     rf"|({VISIT_WORDS}|month|year)[-_ ]?([mv]?\d\w{{0,3}}|bl)",
     re.IGNORECASE,
 )
@@ -105,8 +106,8 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
         finder = EntryFinder(options.table, options.columns, names, options.unknown_visit)
     wanted, labels = set(options.classes or ()), set()
     if finder:
-        wanted = {RENAMED.get(name, name) for name in wanted}
-    found, stems = [], Counter(stem(path.name) for path in volumes)
+        wanted = set(map(usual_class, wanted))
+    found, stems = [], Counter(stem(path.name).casefold() for path in volumes)
     for path, inside in zip(volumes, insides, strict=True):
         name = stem(path.name)
         try:
@@ -118,7 +119,7 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
         if options.classes is not None and entry.label not in wanted:
             problems[str(inside)] = f"class {entry.label} (--classes)"
         else:
-            own = name if stems[name] == 1 else str(inside.parent / name)
+            own = name if stems[name.casefold()] == 1 else str(inside.parent / name)
             found.append(Scan(path, id_of(entry.scan or own), entry))
     if finder and not labels:
         text = "no volume has a class; --columns class NAME names its column"
@@ -139,12 +140,14 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
         if alone := sorted(name for name in alone if not participant_in(name)):
             text = f"{len(alone)} scans lie in no folder of a person, and there is no table"
             utils.print_once(f"note: {text}: their file names count as participants")
-    counts = Counter(scan.name for scan in found)
+    counts = Counter(scan.name.casefold() for scan in found)
     for scan in found:
-        if counts[scan.name] > 1:
+        if counts[scan.name.casefold()] > 1:
             inside = str(scan.path.relative_to(options.scans))
-            problems[inside] = f"{counts[scan.name]} volumes would get the id {scan.name}"
-    return [scan for scan in found if counts[scan.name] == 1]
+            problems[inside] = (
+                f"{counts[scan.name.casefold()]} volumes would get the id {scan.name}"
+            )
+    return [scan for scan in found if counts[scan.name.casefold()] == 1]
 
 
 def print_matches(finder: EntryFinder, entries: list[Entry], problems: Reasons) -> None:
@@ -158,6 +161,9 @@ def print_matches(finder: EntryFinder, entries: list[Entry], problems: Reasons) 
             f"{finder.picked} scans show no visit: class of their participant's {finder.pick} row"
         )
         utils.print_once(text)
+    if finder.by_visit:
+        text = f"{len(finder.by_visit)} scans have the class of the visit or date in their path"
+        utils.print_once(f"{text}, such as {finder.by_visit[0]}")
     if hint := finder.hint(name for name, why in problems.items() if why == UNNAMED):
         utils.print_once(f"note: {hint}")
 
@@ -192,9 +198,12 @@ def split_participants(scans: list[Scan], share: float, seed: int, before: Split
         split |= {name: "test" if i in drawn else "train" for i, name in enumerate(names)}
     split |= before
     for label, _ in one_sided(scans, split):
-        count = len({s.entry.participant for s in scans if s.entry.label == label})
-        others = " ".join(sorted({s.entry.label for s in scans} - {label})) or "..."
-        text = f"too few participants to split them ({count}); --classes {others} leaves it out"
+        people = sorted({s.entry.participant for s in scans if s.entry.label == label})
+        others = sorted({s.entry.label for s in scans} - {label})
+        which = f"--classes {' '.join(others) or '...'} leaves it out"
+        if len(others) > MAX_NAMES:
+            which = f"{len(others) + 1} folders are classes; are they patients?"
+        text = f"too few participants to split them ({', '.join(people[:MAX_NAMES])}); {which}"
         raise UserError(f"class {label}: {text}; without --table a class is the first folder")
     return split
 

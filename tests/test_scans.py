@@ -27,7 +27,7 @@ from dataset import find_slices, load_slices
 from participants.names import plain_name
 from participants.tables import Entry
 from scans import slicing
-from scans.slicing import Scan, id_of, import_scans, split_participants
+from scans.slicing import Scan, entry_of_volume, id_of, import_scans, split_participants
 from scans.volumes import ImportOptions, cut, read_volume, resample
 
 VOXEL = 3  # mm
@@ -225,6 +225,24 @@ def test_folders_of_visits_are_no_participants_and_lone_names_are_said(tmp_path:
     assert "8 scans lie in no folder of a person, and there is no table" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("visits", ["V1 V2", "2019-03-02 2021-05-02", "pre post"])
+def test_folders_that_look_like_visits_are_no_participants(visits):
+    for visit in [*visits.split(), "m12", "M06", "20190302", "ses-2"]:
+        assert entry_of_volume(Path("AD", visit, "p1.nii"), None).participant == "p1"
+        assert entry_of_volume(Path("AD", "p1", visit, "T1.nii"), None).participant == "p1"
+    for person in ("p1", "M1", "F01", "12345", "2019", "prep", "V1a"):
+        assert entry_of_volume(Path("AD", person, "T1.nii"), None).participant == person
+
+
+def test_ids_that_differ_in_case_only_are_told_apart(tmp_path: Path):
+    values, affine = head()
+    for i, name in enumerate(("Scan", "scan", "other", "last")):
+        write(tmp_path / "s" / ("AD", "HC")[i % 2] / f"p{i}" / f"{name}.nii", values, affine)
+        write(tmp_path / "s" / ("AD", "HC")[i % 2] / f"q{i}" / f"own{i}.nii", values, affine)
+    import_scans(ImportOptions(tmp_path / "s", tmp_path / "out", slices=1, size=64))
+    assert {row["id"] for row in manifest(tmp_path / "out")} >= {"AD-p0-Scan", "HC-p1-scan"}
+
+
 def test_two_spellings_in_names_of_volumes_are_one_participant(tmp_path: Path):
     values, affine = head()
     for label, site in (("AD", 2), ("HC", 3)):
@@ -322,7 +340,7 @@ def test_what_lacks_is_named_with_the_option_that_helps(tmp_path: Path, capsys):
         import_scans(ImportOptions(root, tmp_path / "out", table, **options))
     table.write_text(text)
     with pytest.raises(
-        UserError, match=r"class MCI: too few .* \(1\); --classes AD NC leaves it out"
+        UserError, match=r"class MCI: too few .* \(005_S_1005\); --classes AD NC leaves it out"
     ):
         import_scans(ImportOptions(root, tmp_path / "out", table, **options))
     table.write_text(text.replace(",F,", ",x,").replace(",M,", ",m\xe4nnlich,"))

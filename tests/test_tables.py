@@ -1,12 +1,13 @@
 """Spreadsheets of ADNI, OASIS and BIDS, others, damaged ones; the manifest."""
 
 import math
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from config import UserError
-from participants.matching import EntryFinder
+from participants.matching import EntryFinder, find_entries
 from participants.names import one_spelling, participant_in, participants_of, plain_name, simplified
 from participants.tables import class_of, read_manifest, read_table
 
@@ -267,6 +268,60 @@ def test_a_participant_is_read_from_a_name(name, participant):
 def test_a_word_that_all_scans_share_is_no_participant():
     assert participants_of(["sub-study_1", "sub-study_2"]) == {}
     assert len(participants_of(["sub-1_1", "sub-1_2", "sub-2_1", "x"])) == 3
+    assert participants_of(["OAS1_0001_MR1", "OAS1_0001_MR2", "x"]).keys() >= {"OAS1_0001_MR2"}
+
+
+@pytest.mark.parametrize("name", ["Groß", "张伟", "André", "Müller"])
+def test_names_of_any_language_are_found(tmp_path: Path, name):
+    table = write(tmp_path, f"subject,dx\n{name},AD\nX1,CN\n")
+    for form in ("NFC", "NFD"):  # macOS writes the latter
+        paths = [unicodedata.normalize(form, f"x/{name}{end}") for end in ("_T1w", "_2", "/T1")]
+        finder = EntryFinder(table, {}, paths)
+        assert [finder.named_in(path).participant for path in paths] == [name] * 3
+    assert participant_in("sub-Müller_1") == "sub-Müller"
+
+
+def test_a_name_within_another_is_no_second_participant(tmp_path: Path):
+    finder = EntryFinder(write(tmp_path, "subject,dx\nHC_1,CN\nHC_1_2,AD\n"), {})
+    assert finder.named_in("HC_1_2_a").participant == "HC_1_2"
+    assert finder.named_in("HC_1_a").participant == "HC_1"
+    with pytest.raises(ValueError, match="several participants"):
+        finder.named_in("HC_1/HC_1_2_a")
+    assert finder.hint(["HC_1_2_a"]) == ""
+
+
+def test_scans_of_several_participants_are_said(tmp_path: Path, capsys):
+    table = write(tmp_path, "subject,dx\nHC_1,CN\nHC_2,AD\n")
+    assert list(find_entries(["HC_1_HC_2", "HC_2_x"], tmp_path, table, {})) == ["HC_2_x"]
+    out = capsys.readouterr().out
+    assert "of 1 scans it cannot be told whose they are: HC_1_HC_2 names several" in out
+
+
+def test_flat_files_of_aibl_and_ppmi_are_found_by_their_number(tmp_path: Path):
+    finder = EntryFinder(write(tmp_path, "Subject,Group\n3103,Control\n14,AD\n"), {})
+    assert finder.named_in("flat/PPMI_3103_MR_x_S1_I13").label == "NC"
+    assert finder.named_in("AIBL_14_MR_1").participant == "14"
+
+
+def test_only_words_for_visits_choose_a_row(tmp_path: Path):
+    table = write(tmp_path, "subject,visit,dx\np100,1,CN\np100,2,AD\n")
+    paths = ["cases_2/p100/T1", "p100/phases-1/x", "diseases2/p100", "visit2/p100"]
+    finder = EntryFinder(table, {}, paths)
+    assert [finder.named_in(path).label for path in paths] == ["", "", "", "AD"]
+    assert finder.by_visit == ["visit2/p100"]
+
+
+def test_classes_are_renamed_in_any_case(tmp_path: Path, capsys):
+    table = write(tmp_path, "subject,dx\na,cn\nb,control\nc,DEMENTIA\nd,MCI\n")
+    assert [entry.label for entry in read_table(table, {})] == ["NC", "NC", "AD", "MCI"]
+    assert "class DEMENTIA is called AD" in capsys.readouterr().out
+
+
+def test_a_table_that_is_not_utf_8_is_said(tmp_path: Path, capsys):
+    read_table(write(tmp_path, "subject,dx\nMüller,AD\n".encode("cp1252")), {})
+    assert "is read as cp1252, such as 'Müller,AD'" in capsys.readouterr().out
+    read_table(write(tmp_path, "subject,dx\nMüller,AD\n"), {})
+    assert "cp1252" not in capsys.readouterr().out
 
 
 VISITS = (
@@ -351,6 +406,10 @@ def test_two_spellings_of_a_participant_are_one(tmp_path: Path):
     ]
     found = list(participants_of(names).values())
     assert found == ["002_S_0002"] * 2 + ["sub-OAS30001"] * 2 + ["sub-a"] * 2
+    names = ["OAS1_0001_MR1", "sub-OAS10001_T1w", "sub-OASIS10001_x", "OAS1_0002_MR1"]
+    assert list(participants_of(names).values()) == ["OAS1_0001"] * 3 + ["OAS1_0002"]
+    entries = read_table(write(tmp_path, "image;subject\nI1;002_S_0295\nI2;sub-ADNI002S0295\n"), {})
+    assert {entry.participant for entry in entries} == {"002_S_0295"}
     assert one_spelling(["1-12", "11-2", "a", "A"]) == ["1-12", "11-2", "a", "A"]
 
 

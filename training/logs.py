@@ -69,7 +69,7 @@ def losses_text(rows: np.ndarray) -> str:
 
 def append_losses(run: Path, rows: np.ndarray) -> None:
     """Append rows (nimg, *STATS) to losses.csv."""
-    with open(run / "losses.csv", "a") as file:
+    with open(run / "losses.csv", "a", newline="\n") as file:
         file.write(losses_text(rows))
 
 
@@ -111,7 +111,9 @@ def truncate_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarr
             print_once(f"note: {path}: {damaged} lines that cannot be read are left out")
         sound = content.startswith(start.encode()) and content.endswith(b"\n")
         if damaged > 0 or count < whole or not sound:
-            write_atomically(path, lambda partial, text=text: partial.write_text(text()))
+            write_atomically(
+                path, lambda partial, text=text: partial.write_text(text(), newline="\n")
+            )
     return lines, kept
 
 

@@ -47,7 +47,7 @@ def bytes_of_step(
 
     `g_main` is the phase that needs most. It runs on the meta device: no values, no memory.
     """
-    share = max(2, config.batch_size // num_ranks())
+    share = config.batch_size // num_ranks()
     with torch.device("meta"):
         G, D = (net(config, c_dim, dtype=dtype) for net in (Generator, Discriminator))
         nets = [net.to(memory_format=MEMORY_FORMAT) for net in (G, D.requires_grad_(False))]
@@ -67,5 +67,5 @@ def warn_of_too_little(
     if (needed := fixed + per_image * share) > free:
         fitting = max(0, free - fixed) // per_image * num_ranks()
         text = f"a step needs about {needed / 2**30:.1f} GiB, and this GPU has {free / 2**30:.1f}"
-        advice = f"batch_size = {fitting}" if fitting > 1 else "a smaller channel_base"
+        advice = f"batch_size = {fitting}" if fitting > num_ranks() else "a smaller channel_base"
         print_once(f"warning: {text} GiB free: {advice} would fit")

@@ -272,7 +272,7 @@ class Recorder:
 
     def write_line(self, line: dict[str, float | None]) -> None:
         """Write a line to log.jsonl and TensorBoard; warn, once per rule, of what looks wrong."""
-        with open(self.run / "log.jsonl", "a") as file:
+        with open(self.run / "log.jsonl", "a", newline="\n") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if value is not None:

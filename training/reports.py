@@ -25,7 +25,7 @@ EXTRACTORS = {
 def write_card(config: Config, slices: Slices) -> None:
     """Write README.md into the run folder, unless the user has taken its first line away."""
     path, history = config.out / "README.md", read_history(config.out)
-    if path.exists() and not path.read_text(errors="replace").startswith(OWN):
+    if path.exists() and not path.read_text("utf-8", "replace").startswith(OWN):
         return
     data = "the built-in demo brains (synthetic)" if config.data_root is None else "FILL IN: data"
     default = asdict(Config())
@@ -80,7 +80,7 @@ samples.
 
 Settings that differ from the defaults for a GPU: {settings}.
 """
-    write_atomically(path, lambda partial: partial.write_text(text))
+    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def end_run(config: Config, slices: Slices) -> None:

@@ -16,6 +16,7 @@ import utils
 from config import Config, UserError
 from dataset import Slices, load_slices, require_no_class
 from modules import Generator
+from participants.matching import UnrelatedTable
 
 OTHER_DATA = "not the slices of this run, or another split: this tells nothing of memorisation"
 RUNS = Path("runs")
@@ -316,8 +317,8 @@ def load_real(
 ) -> tuple[dict[str, Slices], str]:
     """Real slices and their identity, of `data_root` or else of the folder that a run trained on.
 
-    The run's table is used for `data_root` too, if it names any of its scans. Raises UserError if
-    the folder has other classes than the generator.
+    The run's table is used for `data_root` too, if it is there and names any of its scans. Raises
+    UserError if the folder has other classes than the generator.
     """
     root = data_root or config.data_root
     here = replace(config, data_root=root, table=table or config.table)
@@ -325,6 +326,8 @@ def load_real(
         splits, data = load_slices(here)
     except UserError as error:
         if data_root is None or table is not None or config.table is None:
+            raise
+        if config.table.exists() and not isinstance(error, UnrelatedTable):
             raise
         splits, data = load_slices(replace(here, table=None))
         utils.print_once(f"note: the table of the run is not used: {error}")
