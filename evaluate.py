@@ -4,7 +4,7 @@
     python evaluate.py                                       # the newest run
     python evaluate.py runs/adni --data-root AD_NC --num-fake 5000
     python evaluate.py runs/adni --images FOLDER             # FOLDER/CLASS/*.png instead of samples
-    python evaluate.py runs/seed0 runs/seed1 runs/seed2      # each run, and a summary of all
+    python evaluate.py runs/seed0 runs/seed1 runs/seed2      # each, and runs/evaluation.md of all
 
 Writes evaluation.json, evaluation.md, evaluation.png and the nearest pairs into RUN/evaluation or
 --out. The unit is the participant: halves and bootstraps draw whole participants, and neighbours
@@ -29,14 +29,12 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import utils
 from config import Range, Seed, Share, UserError, check_fields
 from dataset import Slices, decoded, find_class_folders
-from evaluation import features, metrics, report, samples, variety
+from evaluation import classifiers, features, metrics, report, samples, variety
 from evaluation.metrics import Features
 from evaluation.report import Row, Rows
 from evaluation.verdict import REAL, verdict
@@ -49,8 +47,6 @@ Group = Literal["distribution", "diversity", "labels", "anatomy", "memorisation"
 MIN_SLICES = 10  # a class with fewer samples is not compared
 MAX_FRESH = 1000  # most fresh subjects, one slice each
 NUM_DEGRADED = 100  # slices that each degradation is applied to
-STEPS = 320  # training steps of each classifier
-CLASSIFIER_BATCH = 32  # slices in a step: 600 steps of 64 are no better, and take three times
 NUM_SEEDS = 3  # seeds of each classifier
 NUM_COPIES = 100  # planted copies of each kind, the controls of the memorisation audit
 
@@ -72,7 +68,7 @@ class Options:
     out: Path | None = None
     """Folder for the report of a single run; None: RUN/evaluation."""
     num_fake: Annotated[int, Range(100)] = 2000
-    """Number of samples, 100 or more."""
+    """Number of samples, 100 or more; of --images all are taken."""
     style_mixing_prob: Share = 0.0
     """Share of samples with style mixing; in training most have it. 0 to 1."""
     metrics: tuple[Group, ...] = get_args(Group)
@@ -92,6 +88,9 @@ class Options:
         check_fields(self)
         if self.out is not None and len(self.runs) > 1:
             raise UserError(f"out = {self.out}: each of {len(self.runs)} runs has its own folder")
+        if self.images is not None and self.style_mixing_prob:
+            text = "is for samples, and these are images"
+            raise UserError(f"style_mixing_prob = {self.style_mixing_prob}: {text}")
 
 
 class References(NamedTuple):
@@ -148,7 +147,7 @@ def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
         people = part.participants[utils.random_rows(len(part.values), n)]
         row = {"set": name, "slices": n, "participants": len(set(people)), "fd_test": whole[name]}
         row["fd_test_of_halves"] = float(np.median(halves[name]))
-        if min(n, len(test.values)) > part.values.shape[1]:  # else it does not fall as 1 / n
+        if min(n, len(test.values)) // 2 > part.values.shape[1]:  # else it falls not as 1 / n
             row["fd_infinite"] = metrics.infinite_distance(whole[name], halves[name])
         for other, title in (("training slices", "memory"), ("fresh subjects", "perfect")):
             if other in sets and other != name:
@@ -224,8 +223,8 @@ def measure_labels(fakes: Slices, references: References) -> Tables:
         for name, (x, labels) in sources.items():
             targets = utils.one_hot(labels, len(train.classes))
             seed = utils.stream_seed(name, references.seed, number)
-            steps = round(STEPS * (len(x) / len(real) if name == "TR+S" else 1))
-            encoder = fit_classifier(x, targets, seed, steps)
+            steps = round(classifiers.STEPS * (len(x) / len(real) if name == "TR+S" else 1))
+            encoder = classifiers.fit_classifier(x, targets, seed, steps)
             scores = features.class_scores(encoder, unseen)
             means, truth = metrics.mean_by_participant(scores, test.participants, test.labels)
             by_seed[name].append(means)
@@ -235,23 +234,22 @@ def measure_labels(fakes: Slices, references: References) -> Tables:
                 scores = features.class_scores(encoder, fake)
                 aucs["TRTS", "slices"].append(metrics.auc(fakes.labels, scores))
     rows = [
-        {"measurement": k, "unit": unit, "auc": float(np.mean(v)), "std_of_seeds": float(np.std(v))}
+        {
+            "measurement": k,
+            "unit": unit,
+            "auc": float(np.mean(v)),
+            "std_of_seeds": float(np.std(v, ddof=int(len(v) > 1))),
+        }
         for (k, unit), v in aucs.items()
     ]
     for name in ("TR", "TS"):
-        scores = intensity_scores(*sources[name], unseen, len(fakes.classes))
+        scores = classifiers.intensity_scores(*sources[name], unseen, len(fakes.classes))
         means, _ = metrics.mean_by_participant(scores, test.participants, test.labels)
         units = {"slices": (test.labels, scores), "participants": (truth, means)}
         row = {"measurement": f"{name}TR, intensity alone"}
         rows += [row | {"unit": unit, "auc": metrics.auc(*pair)} for unit, pair in units.items()]
     gains = [gain_row(name, by_seed, truth, references.seed) for name in ("TS", "TR+S")]
     return {"labels": rows + gains}
-
-
-def fit_classifier(x: Tensor, targets: Tensor, seed: int, steps: int) -> features.Encoder:
-    """A classifier of grey levels [n, 1, R, R], trained on one-hot targets [n, C]."""
-    size = CLASSIFIER_BATCH
-    return features.fit_encoder(x, targets, F.cross_entropy, seed, steps=steps, batch_size=size)
 
 
 def gain_row(name: str, scores: dict[str, list[np.ndarray]], labels: np.ndarray, seed: int) -> Row:
@@ -265,29 +263,6 @@ def gain_row(name: str, scores: dict[str, list[np.ndarray]], labels: np.ndarray,
     row = {"measurement": f"{name}TR - TRTR", "unit": "participants", "auc": gain(rows, labels)}
     limits = metrics.bootstrap_interval(gain, rows, rows, labels, seed)
     return row | {"interval_over_participants": limits}
-
-
-def intensity_scores(x: Tensor, labels: np.ndarray, unseen: Tensor, num_classes: int) -> np.ndarray:
-    """Class probabilities of unseen slices [m, 1, R, R] from mean grey and fine detail. -> [m, C].
-
-    A logistic regression is fitted to slices [n, 1, R, R]; detail is the mean absolute Laplacian.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    known, new = (
-        torch.stack([v.mean((1, 2, 3)), F.conv2d(v, kernel).abs().mean((1, 2, 3))], 1).numpy()
-        for v in (x, unseen)
-    )
-    scores = np.zeros((len(new), num_classes))
-    if len(np.unique(labels)) < 2:  # so few samples that the rare classes have none
-        scores[:, labels[0]] = 1
-        return scores
-    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(known, labels)
-    scores[:, model.classes_] = model.predict_proba(new)
-    return scores
 
 
 def measure_anatomy(fakes: Slices, references: References) -> Tables:
@@ -350,7 +325,9 @@ def measure_memorisation(fakes: Slices, references: References) -> Tables:
         gaps = {"fake": found["gaps"], "test": found["test_gaps"]}
         row |= {f"median_gap_{k}": float(np.median(v)) for k, v in gaps.items()}
         order = found["gaps"].argsort()[:20]
-        pairs = {"sample": order, "train": found["partners"][order] % n, "gap": gaps["fake"][order]}
+        mirrored, partners = np.divmod(found["partners"][order], n)
+        pairs = {"sample": order, "train": partners, "mirrored": mirrored}
+        pairs |= {"gap": gaps["fake"][order]}
         row |= {"gaps": metrics.histogram(gaps), "pairs": {k: v.tolist() for k, v in pairs.items()}}
         rows.append(row)
         parts = [Features(points[k], s.participants, s.labels) for k, s in splits.items()]
@@ -472,8 +449,10 @@ def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> 
         found["diversity"] = seconds_of(metrics.similarity, few, pairs) / 25 * 2 * metrics.NUM_PAIRS
     if "labels" in groups and len(train.classes) > 1:
         y = utils.one_hot(test.labels[: len(few)], len(train.classes))
-        step = seconds_of(fit_classifier, features.averaged(few), y, 0, 5) / 5
-        found["labels"] = step * NUM_SEEDS * STEPS * (3 + len(fakes.images) / len(train.images))
+        step = seconds_of(classifiers.fit_classifier, features.averaged(few), y, 0, 5) / 5
+        found["labels"] = (
+            step * NUM_SEEDS * classifiers.STEPS * (3 + len(fakes.images) / len(train.images))
+        )
     return found
 
 
@@ -548,7 +527,9 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
         encoder, digest = features.trained_encoder(splits["train"], data, cache, own)
         extractors.append(features.encoder_extractor(encoder, digest, data))
     fresh = None
-    if (options.data_root or config.data_root) is None and "distribution" in options.metrics:
+    if (options.data_root or config.data_root) is None and {"distribution", "diversity"} & {
+        *options.metrics
+    }:
         fresh = features.fresh_slices(splits["train"], cache, min(options.num_fake, MAX_FRESH))
     what = identity_of(source) | {
         "data": data if trained_on_it else f"{data}: {runs.OTHER_DATA}",
@@ -606,6 +587,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     if "diversity" in options.metrics and options.images is None:
         tables["grey_levels_moved_by"] = [samples.conditional_variation(G, options.seed)]
     text = report.as_markdown(tables)
+    for old in (out / "evaluation.png", *out.glob("nearest_*.png")):
+        old.unlink(missing_ok=True)  # of an evaluation of other groups
     report.write_text(json.dumps(report.plain(tables), indent=2) + "\n", out / "evaluation.json")
     report.write_text(text, out / "evaluation.md")
     report.draw_report(tables, out / "evaluation.png")
@@ -637,13 +620,16 @@ def main() -> None:
     utils.work_alone()
     options = tyro.cli(Options, description=__doc__)
     sources = options.runs or (runs.newest_run(),)
+    for run in sources[1:]:
+        runs.load_generator(run)  # raises errors before the first run takes its time
     reports = [evaluate(replace(options, runs=(run,))) for run in sources]
     for run in sources:  # a later version of the package may measure otherwise
         out = options.out or runs.output_folder(run, "evaluation", options.images)
         shutil.rmtree(out / "parts", ignore_errors=True)
     if len(reports) > 1 and "distribution" in options.metrics:
-        text = report.as_narrow_tables(over_runs(reports))
-        utils.print_once(f"## Over {len(reports)} runs\n\n{text}")
+        text = f"# Over {len(reports)} runs\n\n{report.as_narrow_tables(over_runs(reports))}"
+        report.write_text(text, path := runs.run_folder(sources[0]).parent / "evaluation.md")
+        utils.print_once(f"{text}\nreport: {path}")
 
 
 if __name__ == "__main__":

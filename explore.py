@@ -69,7 +69,7 @@ def write_page(
     if not fits(port, Annotated[int, Range(0, 65535)]):
         raise UserError(f"port = {port}: must be int, 0 to 65535")
     options = model.Options(checkpoint, out and out.parent, device=device if serve else "cpu")
-    shown = model.open_model(options)
+    shown = model.open_model(options, writes=not serve)
     what = shown.G, shown.config, shown.classes
     out = out or shown.out / "explorer.html"
     if not serve:

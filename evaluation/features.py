@@ -99,7 +99,7 @@ def find_weights(path: Path | None, source: Weights) -> tuple[Path, str]:
         path = Path(folder[0]) / source.file if folder else None
     if path is None or not path.is_file():
         what = f"{source.option} = {path}" if path else f"weights of {source.name}"
-        raise UserError(f"{what}: no such file; {source.how} installs it, or leave it out")
+        raise UserError(f"{what}: no such file; {source.how} installs it, or choose other features")
     digest = utils.sha256_of(path)
     if digest != source.sha256:
         raise UserError(f"{path}: sha256 {digest[:8]}..., not {source.sha256[:8]}...")

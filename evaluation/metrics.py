@@ -289,10 +289,11 @@ def mean_by_participant(
     values: np.ndarray, participants: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the slices of each participant and class. -> means [P, ...], labels [P]."""
-    pairs = np.stack([participants, labels.astype(str)])
-    keys, rows = np.unique(pairs, axis=1, return_inverse=True)
-    means = [values[rows == i].mean(0) for i in range(keys.shape[1])]
-    return np.stack(means), keys[1].astype(int)
+    whose = codes_of(participants) * (labels.max() + 1) + labels
+    keys, rows, counts = np.unique(whose, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(keys), *values.shape[1:]))
+    np.add.at(sums, rows, values)
+    return (sums.T / counts).T, keys % (labels.max() + 1)
 
 
 def halves_by_participant(
@@ -318,7 +319,7 @@ def resampled_participants(
 
 def interval(values: list[float] | np.ndarray) -> list[float]:
     """The limits of the central 95 % of the values."""
-    return [float(v) for v in np.percentile(values, [2.5, 97.5])]
+    return [float(v) for v in np.percentile(values, [2.5, 97.5], method="nearest")]
 
 
 def bootstrap_interval(
@@ -364,8 +365,9 @@ def ratio_of_distances(
     Fewer participants add to both distances, which brings the ratios of halves nearer to 1. So
     each draw adds the deviations of both distances of halves from their means to the whole ones.
     """
-    a, b = (whole[k] + halves[k] - halves[k].mean() for k in (name, other))
-    return float(whole[name] / (whole[other] or math.nan)), a / np.where(b > 0, b, math.nan)
+    a, b = ((whole[k] + halves[k] - halves[k].mean()).clip(0) for k in (name, other))
+    ratios = np.divide(a, b, out=np.full_like(a, math.inf), where=b > 0)
+    return float(whole[name] / (whole[other] or math.nan)), ratios
 
 
 def without_participants(part: Features, share: float, target: Gaussian, seed: int) -> float:

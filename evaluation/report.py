@@ -25,6 +25,8 @@ def cell(value: Any) -> str:
     if value == "fake":  # in JSON; figures and tables say "generated"
         return "generated"
     if isinstance(value, list):
+        if value[-1] == math.inf:
+            return f"{cell(value[0])} or more"
         return " to ".join(dict.fromkeys(map(cell, value)))
     if value is None or isinstance(value, float) and not math.isfinite(value):
         return "not measured"  # JSON has null for such a number
@@ -46,24 +48,31 @@ def heading(column: str) -> str:
     return column.replace("_", " ").replace("fake", "generated")
 
 
-def as_table(rows: Rows) -> str:
-    """Rows as a Markdown table, without dictionaries (histograms and pairs are only drawn)."""
-    columns = dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict))
-    lines = [[heading(c) for c in columns], ["---"] * len(columns)]
-    lines += [[cell(row.get(c, "")) for c in columns] for row in rows]
+def columns_of(rows: Rows) -> list[str]:
+    """The columns of rows, without those of dictionaries: histograms and pairs are only drawn."""
+    return list(dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict)))
+
+
+def joined(lines: list[list[str]]) -> str:
+    """Cells, line by line, as a Markdown table."""
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def as_table(rows: Rows) -> str:
+    """Rows as a Markdown table."""
+    columns = columns_of(rows)
+    lines = [[heading(c) for c in columns], ["---"] * len(columns)]
+    return joined(lines + [[cell(row.get(c, "")) for c in columns] for row in rows])
 
 
 def as_narrow_tables(rows: Rows) -> str:
     """Rows as Markdown tables of at most seven columns: a wider one has a column for each row."""
-    columns = list(dict.fromkeys(k for r in rows for k, v in r.items() if not isinstance(v, dict)))
-    if len(columns) <= MAX_COLUMNS:
+    if len(columns := columns_of(rows)) <= MAX_COLUMNS:
         return as_table(rows)
     texts = []
     for block in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / (MAX_COLUMNS - 1))):
         lines = [[heading(c), *(cell(rows[i].get(c, "")) for i in block)] for c in columns]
-        lines.insert(1, ["---"] * (len(block) + 1))
-        texts.append("".join("| " + " | ".join(line) + " |\n" for line in lines))
+        texts.append(joined([lines[0], ["---"] * (len(block) + 1), *lines[1:]]))
     return "\n".join(texts)
 
 
@@ -103,6 +112,7 @@ def draw_ratios(ax: "Axes", rows: Rows) -> None:
         if math.isfinite(row.get(f"over_{name}", math.nan))
     ]
     for place, (_, value, (low, high)) in enumerate(points):
+        low, high = (x if math.isfinite(x) else value for x in (low, high))
         reach = np.abs([[value - low], [high - value]])
         ax.errorbar(value, place, xerr=reach, fmt="o", color="C0", capsize=4)
         ax.text(value, place - 0.08, f"{value:.3g}", ha="center", va="bottom")
@@ -113,7 +123,7 @@ def draw_ratios(ax: "Axes", rows: Rows) -> None:
     if any("perfect" in name for name, *_ in points):
         text += "\nperfect: a G that draws new subjects as the demo brains do"
     ax.set(xlabel=text, ylabel="extractor, reference")
-    ends = [1.0, *(end for *_, limits in points for end in limits)]
+    ends = [1.0, *(end for *_, limits in points for end in limits if 0 < end < math.inf)]
     ticks = [t for t in TICKS if min(ends) / 2 < t < max(ends) * 2]
     ax.set_xticks(ticks, map(str, ticks))
     ax.minorticks_off()
@@ -204,10 +214,13 @@ def draw_nearest(row: Row, fakes: Slices, train: Slices, path: Path) -> None:
     figure = new_figure(figsize=(13, 8.2), layout="constrained")
     blocks = np.array_split(np.arange(len(pairs["gap"])), min(2, len(pairs["gap"])))
     for ax, block in zip(figure.subplots(len(blocks), 1, squeeze=False).flat, blocks, strict=True):
-        rows = fakes.images[pairs["sample"][block]], train.images[pairs["train"][block]]
+        real = train.images[pairs["train"][block]]
+        real = np.where(pairs["mirrored"][block, None, None], real[:, :, ::-1], real)
+        rows = fakes.images[pairs["sample"][block]], real
         picture = tile(np.concatenate(rows), len(block))
         names = [label(name_of(train, pairs["train"][i]), 22, 5) for i in block]
-        names = [f"{pairs['gap'][i]:.3g}\n{name}" for i, name in zip(block, names, strict=True)]
+        notes = [f"{pairs['gap'][i]:.3g}{', mirrored' * pairs['mirrored'][i]}" for i in block]
+        names = [f"{note}\n{name}" for note, name in zip(notes, names, strict=True)]
         show_tiles(ax, picture, ["generated", "training"], names)
         ax.set_xlabel("distance, and training slice")
         ax.tick_params(axis="x", labelsize=7)

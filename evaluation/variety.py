@@ -64,7 +64,7 @@ def recall_without_detail(
 ) -> Rows:
     """Recall of training slices by each set, plain and with all images blurred by a pixel.
 
-    All sets have equally many slices, as recall rises with their number.
+    All sets have equally many slices, as recall changes with their number.
     """
     n = min(MAX_BLURRED, *(len(s.labels) for s in (train, *sets.values())))
     rows: Rows = [{"set": name, "slices": n} for name in sets]

@@ -57,19 +57,22 @@ def closeness(report: dict[str, Any]) -> str:
     for row in report.get("headline", ()):
         if row["set"] == "samples" and finite(row, "over_memory"):
             ratio, (low, high) = row["over_memory"], row["over_memory_interval"]
+            known = "not the slices of this run" in report.get("what", {}).get("data", "")
+            unseen = "other data than those of the run" if known else "whom the generator never saw"
+            limits = f"{low:.2g} {f'to {high:.2g}' if math.isfinite(high) else 'or more'}"
             return (
-                f"The generated slices are {nearness(ratio)} real slices of people whom the "
-                f"generator never saw: their distance is {ratio:.2g} times that of real training "
-                f"slices ({low:.2g} to {high:.2g}, by random halves of the people; 1 is as close "
-                "as real slices are)."
+                f"The generated slices are {nearness(ratio)} real slices of people {unseen}: their "
+                f"distance is {ratio:.2g} times that of real training slices ({limits}, by random "
+                "halves of the people; 1 is as close as real slices are)."
             )
     return ""
 
 
 def variety(report: dict[str, Any]) -> str:
     """By recall over that of the test slices, else by how alike two slices are; "" if unknown."""
-    rows = {row["set"]: row for row in reversed(report.get("distribution", ()))}  # first extractor
-    fake, real = (rows.get(k, {}).get("recall", math.nan) for k in ("all", REAL))
+    sets = reversed(report.get("recall_without_detail", ()))  # of equal size; first extractor
+    rows = {row["set"]: row for row in sets}
+    fake, real = (rows.get(k, {}).get("recall", math.nan) for k in ("samples", "test slices"))
     if math.isfinite(fake) and real > 0:
         if precision_of(report) < LOW_PRECISION:
             share = f"only {precision_of(report):.0%} of them look like real slices at all"
@@ -80,7 +83,8 @@ def variety(report: dict[str, Any]) -> str:
         )
         return (
             f"Their variety is {how} real slices: {fake:.0%} of the real training slices have a "
-            f"like among them, and {real:.0%} have one among slices of unseen people."
+            f"like among {rows['samples']['slices']} of them, and {real:.0%} have one among as "
+            "many slices of unseen people."
         )
     rows = {r["pairs"]: r for r in report.get("diversity", ()) if finite(r, "ms_ssim")}
     if len(rows) < 2:

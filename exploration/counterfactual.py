@@ -141,8 +141,8 @@ def real_change(
         rows = [np.flatnonzero(s.labels == label) for s in (real.train, real.test)]
         images = np.concatenate([real.train.images[rows[0]], real.test.images[rows[1]]])
         people = np.concatenate([real.train.participants[rows[0]], real.test.participants[rows[1]]])
-        means.append(images.mean(0))
         values, none = attributes(images), np.zeros(len(people), int)
+        means.append(metrics.mean_by_participant(images, people, none)[0].mean(0))
         groups.append(metrics.mean_by_participant(values, people, none)[0])
     rng, draws = np.random.default_rng(seed), []
     for _ in range(metrics.NUM_DRAWS):
@@ -152,7 +152,8 @@ def real_change(
     ends = np.stack([g.mean(0) for g in groups])
     test = [real.test.images[real.test.labels == label] for label in (first, second)]
     n = min(map(len, test))
-    scores = np.stack([models.class_score(classifier, np.array(x[:n]), second) for x in test])
+    some = [x[utils.random_rows(len(x), n)] for x in test]
+    scores = np.stack([models.class_score(classifier, x, second) for x in some])
     counts = [
         f"{len(g)} {real.train.classes[k]}" for g, k in zip(groups, (first, second), strict=True)
     ]
@@ -167,12 +168,10 @@ def reversals(
     seeds = list(range(count))
     a, b, z = model.c(first, seeds), model.c(second, seeds), model.z(seeds)
     image, changed = (images_of(model.G, model.change(z, a, c)) for c in (a, b))
-    again = images_of(model.G, model.change(z, a, a))
     options, extractor = projection.Options(), real.extractor if real else None
     found = projection.project(model, image, a, options, extractor)
     back = projection.project(model, changed, b, options, extractor)
     errors = {
-        "the same class asked for again": projection.error(again, image),
         "found by projection": projection.error(projection.pictures(model, found, a), image),
         "changed, found, changed back": projection.error(
             projection.pictures(model, back, b, a), image
@@ -310,7 +309,7 @@ def counterfactual(options: Options) -> Path:
             for i, (name, scores) in enumerate(auc.items())
         ]
     if options.reversals:
-        name = "composition and reversibility: there and back"
+        name = "reversibility: there and back"
         tables[name] = reversals(model, first, second, options.reversals, real)
     write_report(f"From {names[0]} to {names[1]}", tables, model.out, "counterfactual")
     return model.out

@@ -259,8 +259,10 @@ def evaluation_of(source: Path, digest: str) -> str:
     found = tables.get("distribution", []) if same else []
     names = ("extractor", "fid_test", "precision", "recall", "coverage")
     rows = [{name: row.get(name) for name in names} for row in found if row.get("set") == "all"]
-    how = "Not measured: `python evaluate.py RUN` measures it."
-    return report.as_table(rows).rstrip() if rows else how
+    if not rows:
+        return "Not measured: `python evaluate.py RUN` measures it."
+    psi, mixing = (tables["what"].get(name) for name in ("psi", "style_mixing_prob"))
+    return f"Samples with psi {psi}, style mixing {mixing}:\n\n{report.as_table(rows).rstrip()}"
 
 
 class FromLatents(nn.Module):
@@ -312,7 +314,7 @@ def write_onnx(model: Model, options: Options) -> float:
 
 def export(options: Options) -> Path:
     """Write the data set or the ONNX file. -> its path. Raises UserError for bad input."""
-    model = models.open_model(options)
+    model = models.open_model(options, writes=options.onnx is None)
     if options.onnx is not None:
         utils.ensure_writable(options.onnx.parent)
         if options.onnx.is_dir():

@@ -148,8 +148,8 @@ class Real(NamedTuple):
     trained_on: bool = True  # whether they are those of the run, split in the same way
 
 
-def open_model(options: Options) -> Model:
-    """Load the generator. Raises UserError before anything is written."""
+def open_model(options: Options, writes: bool = True) -> Model:
+    """Load the generator. Raises UserError if its folder, when `writes`, cannot be written."""
     source = options.checkpoint or runs.newest_run()
     G, config, classes = runs.load_generator(source)
     if options.position is not None and not G.by_position:
@@ -157,7 +157,8 @@ def open_model(options: Options) -> Model:
         raise UserError(f"{text}: a generator without condition_position has none")
     G.to(process.resolve_device(options.device))
     out = options.out or runs.output_folder(source, "explore")
-    utils.ensure_writable(out)
+    if writes:
+        utils.ensure_writable(out)
     cache = getattr(options, "cache", None) or runs.cache_of(config)
     by = getattr(options, "by", "label")
     return Model(G, replace(config, cache=cache), classes, source, out, options.position, by)

@@ -1,8 +1,8 @@
 """One HTML file that draws a generator's images in any browser, and a server for large generators.
 
-The file holds the weights (float16, base64), the forward pass (generator.js, in a Web Worker) and
-the sliders (page.js): it needs no server, no network and no installation. A generator that is too
-large for that is served: the same page then asks this computer for each image.
+The file holds the weights (float16 and float32, base64), the forward pass (generator.js, in a Web
+Worker) and the sliders (page.js): it needs no server, no network and no installation. A generator
+that is too large for that is served: the same page then asks this computer for each image.
 
 References:
     [1] Lavin and Gray 2016, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308
@@ -128,8 +128,8 @@ def about(G: Generator, config: Config, classes: Sequence[str], served: bool) ->
     exact = "Images are computed by PyTorch on the computer that serves this page."
     if not served:
         exact = (
-            "Images are computed in this browser, with weights rounded to 16 bits. In tests they "
-            "differ from those of predict.py by one grey level of 255 at most."
+            "Images are computed in this browser, with convolution weights rounded to 16 bits. In "
+            "tests they differ from those of predict.py by one grey level of 255 at most."
         )
     use = "The images are for teaching and for research on the model, and not for diagnosis."
     if len(classes) > 1:

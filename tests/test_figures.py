@@ -276,14 +276,22 @@ def test_the_lowest_fid_of_a_figure_is_that_of_training(measured: Config):
 
 
 @pytest.mark.drawn
-def test_the_nearest_training_slices_are_named(figures, tmp_path: Path, config: Config):
+def test_the_nearest_training_slices_are_named(
+    figures, tmp_path: Path, config: Config, monkeypatch
+):
+    tiled = []
+    monkeypatch.setattr(
+        report, "tile", lambda x, columns: tiled.append(x) or utils.tile(x, columns)
+    )
     train_slices = load_slices(config)[0]["train"]
     fakes = make_slices()
-    pairs = {"sample": [3, 1], "train": [0, 5], "gap": [0.25, 0.5]}
+    pairs = {"sample": [3, 1], "train": [0, 5], "mirrored": [0, 1], "gap": [0.25, 0.5]}
     row = {"pairs": pairs, "space": "pixels", "threshold": 0.1}
     report.draw_nearest(row, fakes, train_slices, tmp_path / "n.png")
     found = words(figures["n.png"])
-    assert "0.25\ntrain/AD/1_0.png" in found and "0.5\ntrain/AD/3_1.png" in found
+    assert "0.25\ntrain/AD/1_0.png" in found and "0.5, mirrored\ntrain/AD/3_1.png" in found
+    assert (tiled[0][1] == train_slices.images[0]).all()
+    assert (tiled[1][1] == train_slices.images[5][:, ::-1]).all()  # as it is near
     one = {name: values[:1] for name, values in pairs.items()}
     report.draw_nearest(row | {"pairs": one}, fakes, train_slices, tmp_path / "n.png")
     report.draw_nearest(row, fakes, make_slices(seed=7), tmp_path / "n.png")  # of no files
@@ -295,7 +303,11 @@ def test_the_nearest_training_slices_are_named(figures, tmp_path: Path, config: 
 def test_training_slices_with_long_names_do_not_cover_anything(figures, tmp_path: Path):
     files = np.array([f"train/{LONG}/subject-with-a-long-name-{i:03}.png" for i in range(80)])
     slices, n = replace(make_slices(), files=files), np.arange(20)
-    row = {"pairs": {"sample": n, "train": n, "gap": n / 7}, "space": "encoder", "threshold": 0.1}
+    row = {
+        "pairs": {"sample": n, "train": n, "mirrored": 0 * n, "gap": n / 7},
+        "space": "encoder",
+        "threshold": 0.1,
+    }
     report.draw_nearest(row, slices, slices, tmp_path / "n.png")
     assert_apart(figures["n.png"])
     assert any(name.endswith("-019.png") for name in words(figures["n.png"]))
