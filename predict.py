@@ -336,8 +336,9 @@ def plot_comparison(folders: Sequence[Path], paths: list[Path]) -> None:
             top.axis("off")
         top.set_title(title, fontsize=10)
         middle.sharey(axes[1, 0])
-        diagnosis.draw_loss(middle, run, "d_loss", "C0")
-        diagnosis.draw_loss(middle, run, "g_loss", "C1")
+        history = logs.read_history(run)
+        diagnosis.draw_loss(middle, history, "d_loss", "C0")
+        diagnosis.draw_loss(middle, history, "g_loss", "C1")
         middle.legend(fontsize=8)
     for ax in axes[2:].flat:
         ax.remove()

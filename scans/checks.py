@@ -3,7 +3,8 @@
     python prepare.py check AD_NC --table subjects.csv
 
 The check cannot see that one person has two scan ids, unless a table or manifest says so or both
-show the same picture. It also misses pictures that are upside down, and earlier processing.
+show the same picture. It also misses pictures that are turned by more than some 60 degrees, and
+earlier processing.
 """
 
 import hashlib

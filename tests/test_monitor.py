@@ -192,8 +192,8 @@ def test_plots_need_no_column(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"epoch": 1, "nimg": 100}\n{"epoch": 2, "nimg": 200}\n')
     (tmp_path / "losses.csv").write_text("nimg\n")
     assert diagnose(tmp_path) == {}
-    diagnosis.plot_losses(tmp_path, tmp_path / "losses.png")
-    plot_curves(tmp_path, tmp_path / "curves.png", Config())
+    diagnosis.plot_losses(read_history(tmp_path), tmp_path / "losses.png")
+    plot_curves(read_history(tmp_path), tmp_path / "curves.png", Config())
     assert (tmp_path / "losses.png").exists()
 
 
@@ -283,11 +283,13 @@ def test_what_lies_outside_of_its_green_range_is_named(tmp_path):
 
 @pytest.mark.drawn
 def test_curves_show_every_panel_and_need_none(tmp_path):
-    plot_curves(write_run(tmp_path, **ILL["D overfits"]), tmp_path / "curves.png", Config())
+    plot_curves(
+        read_history(write_run(tmp_path, **ILL["D overfits"])), tmp_path / "curves.png", Config()
+    )
     assert Image.open(tmp_path / "curves.png").size[1] > 900
     names = {name for _, columns, _, _ in PANELS for name in columns}
     assert names <= set(HEALTHY)
-    plot_curves(write_run(tmp_path, epochs=0), tmp_path / "none.png", Config())
+    plot_curves(read_history(write_run(tmp_path, epochs=0)), tmp_path / "none.png", Config())
     assert not (tmp_path / "none.png").exists()
 
 

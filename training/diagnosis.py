@@ -10,7 +10,7 @@ import numpy as np
 from config import Config
 from evaluation.verdict import nearness
 from modules import AdaptiveAugment
-from training.logs import LEAD, History, read_history
+from training.logs import LEAD, History
 from utils import new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -251,9 +251,9 @@ def steps_drawn(count: int) -> slice:
     return slice(None, None, max(1, count // MAX_DRAWN))
 
 
-def draw_loss(ax: "Axes", run: Path, name: str, color: str = "C0") -> None:
+def draw_loss(ax: "Axes", history: History, name: str, color: str = "C0") -> None:
     """Draw one loss of a run: each step, a smoothed curve, and the mean of each epoch."""
-    epochs, steps = read_history(run)
+    epochs, steps = history
     kimg, values, thin = steps["nimg"] / 1000, steps[name], steps_drawn(len(steps[name]))
     ax.plot(kimg[thin], values[thin], lw=0.5, alpha=0.3, color=color)
     ax.plot(kimg[thin], smooth(values, 50)[thin], color=color, label=f"{name}, smoothed")
@@ -263,12 +263,12 @@ def draw_loss(ax: "Axes", run: Path, name: str, color: str = "C0") -> None:
     ax.grid(alpha=0.3)
 
 
-def plot_losses(run: Path, path: Path) -> None:
+def plot_losses(history: History, path: Path) -> None:
     """Loss curves of D and G of one run."""
     figure = new_figure(figsize=(11, 3.6))
     titles = {"d_loss": "Discriminator", "g_loss": "Generator"}
     for ax, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        draw_loss(ax, run, name)
+        draw_loss(ax, history, name)
         ax.set_title(f"{title} loss")
     caption = "thin: each step; thick: smoothed; dots: mean of an epoch"
     figure.text(0.5, -0.07, caption, ha="center", fontsize=9)
@@ -319,9 +319,8 @@ PANELS = (
 )  # fmt: skip
 
 
-def plot_curves(run: Path, path: Path, config: Config) -> None:
+def plot_curves(history: History, path: Path, config: Config) -> None:
     """Draw the PANELS whose columns have values, with healthy ranges shaded green."""
-    history = read_history(run)
     panels = [p for p in PANELS if any(len(history.measured(name)) for name in p[1])]
     if not panels:
         return

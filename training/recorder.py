@@ -300,8 +300,9 @@ class Recorder:
         """Draw the plots of the run so far."""
         if utils.rank() == 0:
             self.board.close()
-            plot_losses(self.run, self.run / "losses.png")
-            plot_curves(self.run, self.run / "curves.png", self.config)
+            history = logs.read_history(self.run)
+            plot_losses(history, self.run / "losses.png")
+            plot_curves(history, self.run / "curves.png", self.config)
             by_position = self.config.condition_position
             plot_progress(self.run, self.run / "progress.png", self.names, by_position)
 

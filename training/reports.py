@@ -103,4 +103,4 @@ def print_diagnosis(run: Path) -> None:
     if (count := len(history.measured("fid"))) < MIN_MEASUREMENTS:
         nothing += f" Most rules need {MIN_MEASUREMENTS} measurements, and there are {count}."
     print_once("\n".join([verdict(history), *(found or [nothing])]))
-    plot_curves(run, run / "curves.png", config)
+    plot_curves(history, run / "curves.png", config)
