@@ -20,7 +20,15 @@ import utils
 from config import Config
 from dataset import load_slices
 from evaluation import report
-from predict import Options, draw_fid, names_of_rows, plot_comparison, predict
+from predict import (
+    Options,
+    differences,
+    draw_fid,
+    names_of_rows,
+    plot_comparison,
+    predict,
+    write_grid,
+)
 from scans import checks
 from train import train
 from training import recorder, runs
@@ -137,6 +145,25 @@ def test_a_grid_without_names_is_read_too(tmp_path: Path):
 def test_rows_of_a_grid_name_their_seeds():
     assert names_of_rows([0, 1, 2, 3, 4], 3) == ["seeds 0 to 2", "seeds 3, 4"]
     assert names_of_rows([7, 3, 5, 9], 3) == ["seeds 7, 3, 5", "seed 9"]
+
+
+def test_a_comparison_names_what_changes_training():
+    a = Config(augment="ada", ada_p=0.3, epochs=3, fid_images=300, num_workers=2)
+    b = Config(augment="ada", ada_target=0.5, epochs=4)
+    names = {"ada_p", "ada_target"}
+    assert set(differences([a, b])) == names
+    assert set(differences([a, replace(b, cooldown=0.4)])) == names | {"cooldown", "epochs"}
+    assert set(differences([replace(a, augment="none"), replace(b, augment="none")])) == set()
+
+
+@pytest.mark.drawn
+def test_a_grid_is_as_wide_as_its_images(monkeypatch, tmp_path: Path):
+    tiled = []
+    monkeypatch.setattr(utils, "save_grid", lambda picture, *_: tiled.append(picture))
+    for count, blank in ((1, 0), (5, 3)):  # small images are enlarged to 96 pixels
+        images = np.full((count, 16, 16), 7, np.uint8)
+        write_grid(images, "AD", list(range(count)), [tmp_path / "g.png"])
+        assert (tiled[-1] == 255).sum() == blank * 96**2 and (tiled[-1] == 7).sum() == count * 96**2
 
 
 @pytest.mark.parametrize("by_position", [False, True])

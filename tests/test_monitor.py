@@ -265,6 +265,19 @@ def test_the_verdict_is_of_the_newest_measurement(tmp_path):
     assert "4.0 times that of unseen slices of 40 people." in verdict(read_history(run))
 
 
+def test_an_fid_that_does_not_count_is_no_verdict(tmp_path):
+    noisy = write_run(tmp_path, vary_z=0.9, vary_noise=[0.1] * 5 + [0.2])
+    assert "No FID counts yet: z moves pixels less than 5 times" in verdict(read_history(noisy))
+    clear = write_run(tmp_path, vary_z=0.9, vary_noise=[0.2] * 5 + [0.1])
+    assert "times that of unseen slices" in verdict(read_history(clear))
+
+
+def test_a_probability_above_the_cap_is_named_too(tmp_path):
+    for p, named in ((0.7, False), (0.8, True), (0.9, True), (1.0, True)):
+        found = diagnose(write_run(tmp_path, ada_p=p), augment="ada", ada_p=p)
+        assert ("p at its cap" in found) == named
+
+
 def test_few_test_participants_give_no_verdict(tmp_path):
     few = {"test_participants": 19} | ILL["labels without signal"]
     assert diagnose(write_run(tmp_path, **few)) == {}

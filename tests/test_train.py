@@ -849,6 +849,14 @@ def test_a_gpu_that_this_torch_cannot_use_is_named_with_both_versions(monkeypatc
         process.resolve_device("cuda")
 
 
+def test_defaults_edited_in_config_choose_the_settings_too(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Config, "device", "cpu")  # as an edit of config.py does
+    monkeypatch.setattr(Config, "init_from", DEMO_GENERATOR)
+    assert training.parse_settings([]).img_resolution == 64
+    assert "settings: CPU of config.py" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
