@@ -26,6 +26,7 @@ from assets import demo_brains
 from assets.demo_brains import draw_subject, load_template, subject_rng, write_demo
 from config import Config, UserError
 from dataset import (
+    SPLITS,
     TrainingSlices,
     augment,
     decode,
@@ -348,6 +349,15 @@ def test_the_table_of_a_run_is_left_out_for_slices_it_does_not_name(
     assert f"note: the table of the run is not used: {table} names none" in capsys.readouterr().out
     with pytest.raises(UserError, match="table.csv names none of the scans"):
         runs.load_real(run, ["AD", "NC"], root, table)
+    for split in SPLITS:
+        write_people(tmp_path / "both" / split, f"{split}{{1:04}}", visits=1)
+    lines = [f"{split}{p:04},P{p}\n" for p in range(12) for split in SPLITS]
+    table.write_text("scan,subject\n" + "".join(lines))  # of these it names all
+    with pytest.raises(UserError, match=r"12 participant\(s\) on both sides of the split: P0"):
+        runs.load_real(run, ["AD", "NC"], tmp_path / "both", None)
+    table.unlink()
+    runs.load_real(run, ["AD", "NC"], root, None)
+    assert f"is not used: {table} cannot be read" in capsys.readouterr().out
 
 
 def test_the_encoder_s_positions_are_those_of_scans_not_of_people(tmp_path: Path, config: Config):

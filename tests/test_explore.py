@@ -902,12 +902,14 @@ def test_an_export_is_a_data_set(tmp_path, capsys):
     row = {"extractor": "encoder", "set": "all", "fid_test": 12.5, "recall": None}
     tables = {"distribution": [row, row | {"set": "AD", "fid_test": 99}]}
     for sha256, quoted in (("of other weights", False), (digest, True)):
-        text = json.dumps({"what": {"sha256": sha256}} | tables)
+        what = {"sha256": sha256, "psi": 1.0, "style_mixing_prob": 0.9}
+        text = json.dumps({"what": what} | tables)
         (run / "evaluation" / "evaluation.json").write_text(text)
         ex.export(ex.Options(run, out, count=11, truncation_psi=0.7))
         card = (out / "README.md").read_text("utf-8")
         assert ("| encoder | 12.5 |" in card) is quoted and "99 |" not in card
         assert ("Not measured" in card) is not quoted
+        assert ("Samples with psi 1.0, style mixing 0.9:\n\n| extractor" in card) is quoted
 
 
 def test_an_export_mixes_the_styles_of_a_share_of_the_seeds(tmp_path):
