@@ -183,9 +183,6 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.r1_gamma_end is not None and self.r1_gamma_end > self.gamma:
-            text = f"must be {self.gamma:.3g} (r1_gamma) or less, or None"
-            raise UserError(f"r1_gamma_end = {self.r1_gamma_end}: {text}")
 
     @property
     def gamma(self) -> float:

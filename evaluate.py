@@ -628,7 +628,8 @@ def main() -> None:
         shutil.rmtree(out / "parts", ignore_errors=True)
     if len(reports) > 1 and "distribution" in options.metrics:
         text = f"# Over {len(reports)} runs\n\n{report.as_narrow_tables(over_runs(reports))}"
-        report.write_text(text, path := runs.run_folder(sources[0]).parent / "evaluation.md")
+        folder = runs.output_folder(sources[0], "evaluation").parent.parent  # of the first run
+        report.write_text(text, path := folder / "evaluation.md")
         utils.print_once(f"{text}\nreport: {path}")
 
 

@@ -355,14 +355,15 @@ def plot_comparison(folders: Sequence[Path], paths: list[Path]) -> None:
 def fid_kind(run: Path) -> dict[str, Any]:
     """What must be equal in two runs, or their FIDs cannot be compared."""
     config, _, data = runs.read_run_config(run)
-    kind = {
+    encoder = run / "encoder.safetensors"  # another machine trains another one
+    own = config.fid_extractor == "encoder" and encoder.exists()
+    return {
         "extractor": config.fid_extractor,
         "data set": data,
         "resolution": config.img_resolution,
+        "number of samples": config.fid_images,
+        "encoder": utils.sha256_of(encoder) if own else None,
     }
-    encoder = run / "encoder.safetensors"  # another machine trains another one
-    own = config.fid_extractor == "encoder" and encoder.exists()
-    return kind | {"encoder": utils.sha256_of(encoder)} if own else kind
 
 
 def draw_fid(ax: "Axes", folders: Sequence[Path], names: Sequence[str]) -> None:

@@ -416,6 +416,9 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
     if left_over or share < 2:
         text = f"must split evenly over the {num_ranks()} processes, 2 images or more for each"
         raise UserError(f"batch_size = {config.batch_size}: {text}")
+    if config.cooldown and config.r1_gamma_end is not None and config.r1_gamma_end > config.gamma:
+        text = f"above r1_gamma = {config.gamma}: give both"
+        raise UserError(f"r1_gamma_end = {config.r1_gamma_end}: {text}")
     saved = runs.open_run(config)
     if config.fid_kimg and config.fid_extractor in PRETRAINED:
         find_weights(None, PRETRAINED[config.fid_extractor][0])

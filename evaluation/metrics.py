@@ -290,9 +290,9 @@ def mean_by_participant(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the slices of each participant and class. -> means [P, ...], labels [P]."""
     whose = codes_of(participants) * (labels.max() + 1) + labels
-    keys, rows, counts = np.unique(whose, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(keys), *values.shape[1:]))
-    np.add.at(sums, rows, values)
+    keys, counts = np.unique(whose, return_counts=True)
+    together, first = values[np.argsort(whose, kind="stable")], counts.cumsum() - counts
+    sums = np.add.reduceat(together, first, 0, dtype=float)
     return (sums.T / counts).T, keys % (labels.max() + 1)
 
 
@@ -366,7 +366,8 @@ def ratio_of_distances(
     each draw adds the deviations of both distances of halves from their means to the whole ones.
     """
     a, b = ((whole[k] + halves[k] - halves[k].mean()).clip(0) for k in (name, other))
-    ratios = np.divide(a, b, out=np.full_like(a, math.inf), where=b > 0)
+    unlimited = np.where(np.isnan(a + b), math.nan, math.inf)
+    ratios = np.divide(a, b, out=unlimited, where=b > 0)
     return float(whole[name] / (whole[other] or math.nan)), ratios
 
 

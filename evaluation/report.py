@@ -25,7 +25,7 @@ def cell(value: Any) -> str:
     if value == "fake":  # in JSON; figures and tables say "generated"
         return "generated"
     if isinstance(value, list):
-        if value[-1] == math.inf:
+        if value[-1:] == [math.inf]:
             return f"{cell(value[0])} or more"
         return " to ".join(dict.fromkeys(map(cell, value)))
     if value is None or isinstance(value, float) and not math.isfinite(value):

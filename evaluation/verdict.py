@@ -43,7 +43,8 @@ def nearness(ratio: float) -> str:
 
 
 def finite(row: Row, name: str) -> bool:
-    return math.isfinite(row.get(name, math.nan))
+    value = row.get(name)
+    return value is not None and math.isfinite(value)  # JSON has null for other numbers
 
 
 def precision_of(report: dict[str, Any]) -> float:
@@ -57,11 +58,12 @@ def closeness(report: dict[str, Any]) -> str:
     for row in report.get("headline", ()):
         if row["set"] == "samples" and finite(row, "over_memory"):
             ratio, (low, high) = row["over_memory"], row["over_memory_interval"]
-            known = "not the slices of this run" in report.get("what", {}).get("data", "")
-            unseen = "other data than those of the run" if known else "whom the generator never saw"
-            limits = f"{low:.2g} {f'to {high:.2g}' if math.isfinite(high) else 'or more'}"
+            other = "not the slices of this run" in report.get("what", {}).get("data", "")
+            whose = "other data than the run's" if other else "people whom the generator never saw"
+            limited = high is not None and math.isfinite(high)
+            limits = f"{low:.2g} to {high:.2g}" if limited else f"{low:.2g} or more"
             return (
-                f"The generated slices are {nearness(ratio)} real slices of people {unseen}: their "
+                f"The generated slices are {nearness(ratio)} real slices of {whose}: their "
                 f"distance is {ratio:.2g} times that of real training slices ({limits}, by random "
                 "halves of the people; 1 is as close as real slices are)."
             )

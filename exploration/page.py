@@ -128,8 +128,8 @@ def about(G: Generator, config: Config, classes: Sequence[str], served: bool) ->
     exact = "Images are computed by PyTorch on the computer that serves this page."
     if not served:
         exact = (
-            "Images are computed in this browser, with convolution weights rounded to 16 bits. In "
-            "tests they differ from those of predict.py by one grey level of 255 at most."
+            "Images are computed in this browser, with weights of the synthesis rounded to 16 "
+            "bits. In tests they differ from those of predict.py by one grey level of 255 at most."
         )
     use = "The images are for teaching and for research on the model, and not for diagnosis."
     if len(classes) > 1:

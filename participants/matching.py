@@ -7,7 +7,14 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from config import UserError
-from participants.names import keys_in, participants_of, simplified, spellings
+from participants.names import (
+    keys_in,
+    normalized,
+    one_spelling,
+    participants_of,
+    simplified,
+    spellings,
+)
 from participants.tables import MANIFEST, Entry, read_manifest, read_table
 from utils import print_once
 
@@ -15,8 +22,9 @@ PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie b
 BASELINE = {"bl", "m0"}  # ADNI's VISCODE, and its month in BIDS
 MAX_LISTED = 5  # names in a hint
 VISIT_WORDS = r"ses|session|visit|timepoint|tp|wave"
-VISIT = re.compile(
-    rf"(?<![a-z])(?:{VISIT_WORDS})[-_ ]?(\d+)|(?<![a-z0-9])v(\d{{1,2}})(?![a-z0-9])"
+VISIT = re.compile(  # a word begins after another sign, or as the V of scanVisit2
+    rf"(?-i:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))(?:{VISIT_WORDS})[-_ ]?(\d+)"
+    r"|(?<![a-z0-9])v(\d{1,2})(?![a-z0-9])"
     r"|miriad_\d+_[a-z]+_[mf]_(\d+)",
     re.IGNORECASE,
 )
@@ -50,13 +58,16 @@ class EntryFinder:
         self.scans: dict[str, Entry] = {}
         self.participants: dict[str, list[Entry]] = defaultdict(list)
         self.known: dict[str, str] = {}  # names of the table by their simplified form
-        for entry in read_table(path, columns, names):
+        entries = read_table(path, columns, names)
+        people = one_spelling(entry.participant for entry in entries)
+        for written, person in zip(entries, people, strict=True):
+            entry = written._replace(participant=person)
             for key in spellings(entry.scan, of_scan=True) if entry.scan else ():
                 if self.scans.setdefault(key, entry)[1:3] != entry[1:3]:
                     raise UserError(f"{path}: {entry.scan} has two rows that differ")
-            for key in spellings(entry.participant):
+            for key in spellings(written.participant) | spellings(person):
                 self.participants[key].append(entry)
-            self.known |= {simplified(name): name for name in entry[:2] if name}
+            self.known |= {simplified(name): name for name in written[:2] if name}
 
     def named_in(self, path: Path | str) -> Entry | None:
         """The entry that a path or a scan's id names, or None.
@@ -67,21 +78,20 @@ class EntryFinder:
         """
         keys = keys_in(path)
         scans = [self.scans[key] for key in keys if key in self.scans][:1]
-        named, rest = [key for key in keys if key in self.participants], str(path)
-        people = []
-        for key in named:  # the longest first; a name within it is no other participant
-            if len(named) == 1 or key in keys_in(rest):
-                people.append(self.participants[key])
+        named, rest = [key for key in keys if key in self.participants], normalized(str(path))
+        chosen: list[str] = []
+        for key in named:  # the longest first; a name within one is no other participant
+            if not any(key in longer for longer in chosen) or key in keys_in(rest):
+                chosen.append(key)
                 rest = rest.replace(key, "/")
+        people = [self.participants[key] for key in chosen]
         names = sorted({entry.participant for entry in scans + [rows[0] for rows in people]})
         if len(names) > 1:
             raise ValueError(f"names several participants of the table: {', '.join(names)}")
         if scans or not people:
             return scans[0] if scans else None
-        rows = rows_of_visit(people[0], str(path))
-        if rows and len({row.label for row in people[0]}) > 1:
-            self.by_visit.append(str(path))
-        rows = rows or people[0]
+        told = rows_of_visit(people[0], str(path))
+        rows = told or people[0]
         labelled = sorted((r for r in rows if r.label), key=visit_order) or rows
         labels, ages = {r.label for r in labelled}, {r.age for r in labelled}
         label = labelled[-1 if self.pick == "last" else 0].label
@@ -90,6 +100,8 @@ class EntryFinder:
                 raise ValueError("rows of its participant have no dates or ages to sort them by")
             self.picked += 1
             label = "" if self.pick == "none" else label
+        if told and label and len({row.label for row in people[0]} - {""}) > 1:
+            self.by_visit.append(str(path))
         age = labelled[0].age if len(ages) == 1 else math.nan
         return labelled[0]._replace(scan="", label=label, age=age)
 

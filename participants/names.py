@@ -4,6 +4,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
+from itertools import groupby
 from pathlib import Path
 
 # Names of participants in BIDS, in ADNI and its sister studies, OASIS-1 to -4, AIBL, PPMI, MIRIAD
@@ -13,6 +14,7 @@ PARTICIPANT = re.compile(
     re.IGNORECASE,
 )
 ADNI = re.compile(r"(?<!\d)(\d{1,3})_?S_?(\d{4,5})(?!\d)", re.IGNORECASE)  # site, number
+WHOLE_ADNI = f"(sub-)?(ADNI)?{ADNI.pattern}"
 
 
 def plain_name(name: str) -> bool:
@@ -27,6 +29,11 @@ def normalized(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def in_word(sign: str) -> bool:
+    """Whether a sign is part of a word: a letter, a number, or a vowel sign of Indian scripts."""
+    return sign.isalnum() or unicodedata.category(sign)[0] == "M"
+
+
 def stem(name: str) -> str:
     """The name of a volume without .nii.gz or the ending of another format."""
     endings = r"(\.(nii|hdr|img|mgz|mgh|mnc|par|rec|head|brik))?(\.gz)?$"
@@ -35,7 +42,7 @@ def stem(name: str) -> str:
 
 def participant_in(name: str) -> str:
     """The participant in a name of BIDS, ADNI, OASIS, AIBL, PPMI or MIRIAD; "" if none is there."""
-    found = PARTICIPANT.search(name)
+    found = PARTICIPANT.search(normalized(name))
     if found is None:
         return ""
     return found[0] if found[0].lower().startswith("sub-") else found[0].upper()
@@ -56,9 +63,11 @@ def one_spelling(names: Iterable[str]) -> list[str]:
     """
     first: dict[str, str] = {}
 
-    def key(name: str) -> str:
-        known = adni_name(name) or re.sub(r"(?i)OAS(?:IS)?([1-4])_?(?=\d{4})", r"OAS\1", name)
-        return simplified(known) if participant_in(name) else name
+    def key(name: str) -> tuple[str, str]:
+        if participant_in(name).casefold() != normalized(name).casefold():
+            return name, ""
+        own = adni_name(name) if re.fullmatch(WHOLE_ADNI, name, re.IGNORECASE) else name
+        return "", simplified(re.sub(r"(?i)OAS(?:IS)?([1-4])_?(?=\d{4})", r"OAS\1", own))
 
     return [first.setdefault(key(name), name) for name in names]
 
@@ -83,7 +92,7 @@ def spellings(name: str, of_scan: bool = False) -> set[str]:
     """
     name = normalized(name)
     found = {stem(name), name.removeprefix("RID ")}
-    if not of_scan or re.fullmatch(f"(sub-)?(ADNI)?{ADNI.pattern}", name, re.IGNORECASE):
+    if not of_scan or re.fullmatch(WHOLE_ADNI, name, re.IGNORECASE):
         found.add(adni_name(name))
     if of_scan and re.fullmatch(r"I?\d+", name):
         found |= {name.removeprefix("I"), f"I{name.removeprefix('I')}"}
@@ -97,13 +106,13 @@ def keys_in(path: Path | str) -> list[str]:
     name; BIDS's "sub-" may precede them. A short name such as P01 may also begin the file's name.
     """
     path = Path(normalized(str(path)))
-    parts = re.split(r"([\W_]+)", str(path))
-    words = range(0, len(parts), 2)
+    parts = ["".join(group) for _, group in groupby(str(path), in_word)]
+    words = [i for i, part in enumerate(parts) if in_word(part[0])]
     found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
     whole = {part.removeprefix("sub-") for part in path.parts} | set(path.parts)
     telling = {key for key in found if len(key.encode()) > 3 and not key.isdigit()} | whole
     telling |= set(re.findall(r"^[^\W\d_]+\d+(?![^\W_])", path.name))
-    telling |= set(re.findall(r"(?:AIBL|PPMI)_(\d+)", str(path), re.IGNORECASE))
+    telling |= set(re.findall(r"(?<![a-z0-9])(?:AIBL|PPMI)_(\d+)", str(path), re.IGNORECASE))
     telling |= {kind(str(path)) for kind in (participant_in, adni_name, roster_name)}
     return sorted(telling - {""}, key=lambda key: (-len(key), key))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from participants.names import one_spelling, participant_in, plain_name, spellings, stem
+from participants.names import participant_in, plain_name, spellings, stem
 from utils import first_line, print_once
 
 MANIFEST = "manifest.csv"
@@ -56,10 +56,14 @@ class Entry(NamedTuple):
 # Files
 
 
+def is_utf_16(content: bytes) -> bool:
+    """Whether a file begins with the mark of UTF-16."""
+    return content[:2] in (b"\xff\xfe", b"\xfe\xff")
+
+
 def decode_text(content: bytes) -> str:
     """Text in the encodings and with the line ends that spreadsheet programs write."""
-    utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-    for encoding in ("utf-16",) if utf_16 else ("utf-8-sig", WINDOWS):
+    for encoding in ("utf-16",) if is_utf_16(content) else ("utf-8-sig", WINDOWS):
         try:
             text = content.decode(encoding)
             break
@@ -79,9 +83,10 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     if content[:2] == b"PK" or content[:4] == b"\xd0\xcf\x11\xe0":
         raise UserError(f"{path} is an Excel or OpenDocument file: save it as CSV")
     text = decode_text(content)
-    if odd := content.decode(errors="replace") != text and re.search(r"\S*[^\x00-\x7f]\S*", text):
-        advice = "save it as UTF-8 if that is wrong"
-        print_once(f"note: {path} is read as {WINDOWS}, such as {odd[0][:20]!r}; {advice}")
+    odd = re.search(r"[^\x00-\x7f]", text)
+    if odd and "\ufffd" in content.decode(errors="replace") and not is_utf_16(content):
+        part, advice = text[max(0, odd.start() - 9) :][:20], "save it as UTF-8 if that is wrong"
+        print_once(f"note: {path} is read as {WINDOWS}, such as {part!r}; {advice}")
     told = re.match(r'"?sep=(.)"?\n', text)  # a first line that Excel writes
     text = text[told.end() :] if told else text
     first = text.partition("\n")[0]
@@ -281,8 +286,6 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
     for old in sorted(set(cells[column["class"]])) if "class" in column else ():
         if usual_class(old) != old:
             print_once(f"{path}: class {old} is called {usual_class(old)}")
-    people = one_spelling(entry.participant for entry in entries)
-    entries = [e._replace(participant=name) for e, name in zip(entries, people, strict=True)]
     return agree_on_sex(path, entries)
 
 

@@ -21,7 +21,7 @@ import re
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -33,17 +33,19 @@ import utils
 from config import UserError
 from dataset import LEFT_OUT, SPLITS
 from participants.matching import VISIT_WORDS, EntryFinder
-from participants.names import one_spelling, participant_in, plain_name, stem
+from participants.names import normalized, one_spelling, participant_in, plain_name, stem
 from participants.tables import MANIFEST, Entry, count_known, manifest_rows, usual_class
 from scans.finding import Reasons, find_volumes
 from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
 
 UNNAMED = "no row of the table names it"
 VISIT_FOLDER = re.compile(
-    r"bl|baseline|screening|pre|post|follow[-_ ]?up[-_ ]?\d*|v\d{1,2}"
-    r"|m0*([036]|12|18|24|30|36|48|60|72|84|96)|(19|20)\d\d[-_ ]?\d\d[-_ ]?\d\d"
+    r"bl|baseline|screening|follow[-_ ]?up[-_ ]?\d*"
     rf"|({VISIT_WORDS}|month|year)[-_ ]?([mv]?\d\w{{0,3}}|bl)",
     re.IGNORECASE,
+)
+VISIT_OR_PERSON = re.compile(  # such as V1, M12, 2009-11-14
+    r"pre|post|[vm]\d{1,3}|(19|20)\d\d[-_ ]?\d\d[-_ ]?\d\d", re.IGNORECASE
 )
 MAX_LETTERS = 80  # of a scan's id
 MAX_NAMES, MAX_REASONS = 5, 30  # that are printed
@@ -65,15 +67,34 @@ class Scan(NamedTuple):
 
 def id_of(name: str) -> str:
     """A scan's id from any name: valid as a file name on any system, and not too long."""
-    plain = re.sub(r"[^\w.+-]+", "-", name).strip("-.")
+    plain = re.sub(r"[^\w.+-]+", "-", normalized(name)).strip("-.")
     if len(plain) <= MAX_LETTERS and plain:
         return plain
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
     return f"{plain[: MAX_LETTERS - 9]}-{digest}"
 
 
-def entry_of_volume(inside: Path, finder: EntryFinder | None) -> Entry:
-    """The entry of a volume by its path within SCANS. Raises ValueError if it has no class."""
+def visit_folders(insides: list[Path]) -> set[str]:
+    """The names of CLASS/NAME/... if they are visits, not people: more names lie in than there are.
+
+    V1 and V2 with p1 to p9 in each are visits; V01 to V20 with a T1 in each are people, and so are
+    V01 and x.
+    """
+    found = [path for path in insides if len(path.parts) > 2]
+    within = {path.parts[2] if len(path.parts) > 3 else stem(path.name) for path in found}
+    names = {path.parts[1] for path in found}
+    alike = all(VISIT_OR_PERSON.fullmatch(n) or VISIT_FOLDER.fullmatch(n) for n in names)
+    return names if alike and len(within) > len(names) else set()
+
+
+def entry_of_volume(
+    inside: Path, finder: EntryFinder | None, visits: Collection[str] = ()
+) -> Entry:
+    """The entry of a volume by its path within SCANS. Raises ValueError if it has no class.
+
+    Without a table the class is the first folder, and the participant the next folder that is no
+    visit, or else the file's name, unless the path holds a name of BIDS, ADNI and so on.
+    """
     if finder:
         entry = finder.named_in(inside.parent / stem(inside.name))
         if entry is None:
@@ -85,7 +106,8 @@ def entry_of_volume(inside: Path, finder: EntryFinder | None) -> Entry:
     elif len(inside.parts) < 2:
         raise ValueError("lies in no class folder, and there is no --table")
     else:
-        folders = [part for part in inside.parts[1:-1] if not VISIT_FOLDER.fullmatch(part)]
+        folders = [part for part in inside.parts[1:-1] if part not in visits]
+        folders = [part for part in folders if not VISIT_FOLDER.fullmatch(part)]
         own = folders[0] if folders else stem(inside.name)
         participant = participant_in(str(inside)) or own.strip()
         entry = Entry("", participant, inside.parts[0], math.nan, "")
@@ -104,14 +126,14 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
     if options.table:
         names = [inside.parent / stem(inside.name) for inside in insides]
         finder = EntryFinder(options.table, options.columns, names, options.unknown_visit)
-    wanted, labels = set(options.classes or ()), set()
+    wanted, labels, visits = set(options.classes or ()), set(), visit_folders(insides)
     if finder:
         wanted = set(map(usual_class, wanted))
     found, stems = [], Counter(stem(path.name).casefold() for path in volumes)
     for path, inside in zip(volumes, insides, strict=True):
         name = stem(path.name)
         try:
-            entry = entry_of_volume(inside, finder)
+            entry = entry_of_volume(inside, finder, visits)
         except ValueError as error:
             problems[str(inside)] = str(error)
             continue
@@ -201,8 +223,8 @@ def split_participants(scans: list[Scan], share: float, seed: int, before: Split
         people = sorted({s.entry.participant for s in scans if s.entry.label == label})
         others = sorted({s.entry.label for s in scans} - {label})
         which = f"--classes {' '.join(others) or '...'} leaves it out"
-        if len(others) > MAX_NAMES:
-            which = f"{len(others) + 1} folders are classes; are they patients?"
+        if len({(s.entry.label, s.entry.participant) for s in scans}) == len(others) + 1 > 2:
+            which = f"all {len(others) + 1} classes have one, so they may be patients"
         text = f"too few participants to split them ({', '.join(people[:MAX_NAMES])}); {which}"
         raise UserError(f"class {label}: {text}; without --table a class is the first folder")
     return split

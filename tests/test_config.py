@@ -68,11 +68,3 @@ def test_every_field_is_documented_in_the_help(capsys):
         line = source.split(f"    {field.name}: ")[1].split('"""')[1]
         assert " ".join(line.split()[:4]) in text, field.name
         assert f"--{field.name.replace('_', '-')}" in text
-
-
-@pytest.mark.parametrize("settings", [{"r1_gamma": 0.01}, {"img_resolution": 16, "batch_size": 32}])
-def test_r1_does_not_rise_in_the_cooldown(settings):
-    assert Config(**settings).gamma < 0.05
-    with pytest.raises(UserError, match="r1_gamma_end = 0.05: must be 0.* or less, or None"):
-        Config(r1_gamma_end=0.05, **settings)
-    assert Config(**settings, r1_gamma_end=None).r1_gamma_end is None

@@ -481,12 +481,16 @@ def test_a_ratio_is_that_of_the_distances_beside_it():
 
 def test_a_ratio_to_nothing_has_no_upper_limit():
     whole = {"samples": 2.0, "training slices": 0.1}
-    halves = {"samples": np.array([1.0, 5.0, 3.0, 7.0]), "training slices": np.ones(4)}
-    halves["training slices"] = np.array([1.0, 1.3, 0.7, 1.0])  # one below 0.1 - 0.3
+    halves = {"samples": np.array([1.0, 5.0, 3.0, 7.0])}
+    halves["training slices"] = np.array([1.0, 1.3, 0.7, 1.0])  # one ends below 0
     ratio, draws = metrics.ratio_of_distances("samples", "training slices", whole, halves)
     limits = metrics.interval(draws)
     assert ratio == pytest.approx(20) and limits == [0, math.inf] and not np.isnan(draws).any()
     assert cell(limits) == "0 or more"
+    halves["samples"][:] = math.nan  # of too few people
+    assert np.isnan(
+        metrics.ratio_of_distances("samples", "training slices", whole, halves)[1]
+    ).all()
 
 
 @pytest.mark.parametrize("present", [[0, 2], [0]])
@@ -700,9 +704,10 @@ def test_the_verdict_says_what_was_not_measured():
     area["real_effect_interval"] = [0.5, 0.9]
     assert "unlike in real slices" in sentences(labels=[], anatomy=[area])[3]
     other = sentences(what={"data": "abc: not the slices of this run"})[0]
-    assert "other data than those of the run" in other and "never saw" not in other
-    open_end = [GOOD["headline"][0] | {"over_memory_interval": [0.5, math.inf]}]
-    assert "(0.5 or more, by" in sentences(headline=open_end)[0]
+    assert "very close to real slices of other data than the run's: their" in other
+    for end in (math.inf, None):  # None: as JSON has it
+        open_end = [GOOD["headline"][0] | {"over_memory_interval": [0.5, end]}]
+        assert "(0.5 or more, by" in sentences(headline=open_end)[0]
     missing = [GOOD["headline"][0] | {"over_memory": math.nan}]
     assert "was not measured" in sentences(headline=missing)[0]
 

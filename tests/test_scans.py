@@ -27,7 +27,7 @@ from dataset import find_slices, load_slices
 from participants.names import plain_name
 from participants.tables import Entry
 from scans import slicing
-from scans.slicing import Scan, entry_of_volume, id_of, import_scans, split_participants
+from scans.slicing import Scan, id_of, import_scans, split_participants
 from scans.volumes import ImportOptions, cut, read_volume, resample
 
 VOXEL = 3  # mm
@@ -225,13 +225,31 @@ def test_folders_of_visits_are_no_participants_and_lone_names_are_said(tmp_path:
     assert "8 scans lie in no folder of a person, and there is no table" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("visits", ["V1 V2", "2019-03-02 2021-05-02", "pre post"])
-def test_folders_that_look_like_visits_are_no_participants(visits):
-    for visit in [*visits.split(), "m12", "M06", "20190302", "ses-2"]:
-        assert entry_of_volume(Path("AD", visit, "p1.nii"), None).participant == "p1"
-        assert entry_of_volume(Path("AD", "p1", visit, "T1.nii"), None).participant == "p1"
-    for person in ("p1", "M1", "F01", "12345", "2019", "prep", "V1a"):
-        assert entry_of_volume(Path("AD", person, "T1.nii"), None).participant == person
+def people_in(*paths: str) -> list[str]:
+    """The participants of volumes without a table."""
+    insides = [Path("AD", path) for path in paths]
+    visits = slicing.visit_folders(insides)
+    return [slicing.entry_of_volume(inside, None, visits).participant for inside in insides]
+
+
+@pytest.mark.parametrize("visits", ["V1 V2", "2019-03-02 2021-05-02", "pre post", "bl m12"])
+def test_folders_that_hold_more_names_than_they_are_are_visits(visits):
+    a, b = visits.split()
+    people = ("p1", "p2", "p3")
+    flat = [f"{visit}/{person}.nii" for visit in (a, b) for person in people]
+    deep = [f"{visit}/{person}/T1.nii" for visit in (a, b) for person in people]
+    below = [f"{person}/{visit}/T1.nii" for visit in (a, b) for person in people]
+    for paths in (flat, deep, below):
+        assert people_in(*paths) == [*people, *people]
+
+
+@pytest.mark.parametrize("names", ["V01 V02 V03", "M3 M6 M12", "19500312 20009999", "F01 V01 x"])
+def test_folders_of_one_name_each_are_people(names):
+    names = names.split()
+    assert people_in(*(f"{name}/T1.nii" for name in names)) == names
+    assert people_in(*(f"{name}/anat/T1.nii" for name in names)) == names
+    both = [f"{name}/{kind}.nii" for name in names for kind in ("T1", "FLAIR")]
+    assert set(people_in(*both)) == set(names)
 
 
 def test_ids_that_differ_in_case_only_are_told_apart(tmp_path: Path):

@@ -271,14 +271,18 @@ def test_a_word_that_all_scans_share_is_no_participant():
     assert participants_of(["OAS1_0001_MR1", "OAS1_0001_MR2", "x"]).keys() >= {"OAS1_0001_MR2"}
 
 
-@pytest.mark.parametrize("name", ["Groß", "张伟", "André", "Müller"])
+@pytest.mark.parametrize("name", ["Groß", "张伟", "André", "Müller", "सीता", "ไทย1"])
 def test_names_of_any_language_are_found(tmp_path: Path, name):
     table = write(tmp_path, f"subject,dx\n{name},AD\nX1,CN\n")
     for form in ("NFC", "NFD"):  # macOS writes the latter
         paths = [unicodedata.normalize(form, f"x/{name}{end}") for end in ("_T1w", "_2", "/T1")]
         finder = EntryFinder(table, {}, paths)
         assert [finder.named_in(path).participant for path in paths] == [name] * 3
-    assert participant_in("sub-Müller_1") == "sub-Müller"
+    names = [unicodedata.normalize("NFD", f"sub-{name}_1") for name in ("Müller", "Mühl")]
+    assert [participant_in(name) for name in names] == ["sub-Müller", "sub-Mühl"]
+    table = write(tmp_path, f"subject,dx\n{name},AD\n{name}_2,CN\n")
+    path = unicodedata.normalize("NFD", f"x/{name}_2_T1w")
+    assert EntryFinder(table, {}).named_in(path).label == "NC"
 
 
 def test_a_name_within_another_is_no_second_participant(tmp_path: Path):
@@ -287,6 +291,9 @@ def test_a_name_within_another_is_no_second_participant(tmp_path: Path):
     assert finder.named_in("HC_1_a").participant == "HC_1"
     with pytest.raises(ValueError, match="several participants"):
         finder.named_in("HC_1/HC_1_2_a")
+    overlapping = EntryFinder(write(tmp_path, "subject,dx\nA_B1,CN\nB1_C,AD\n"), {})
+    with pytest.raises(ValueError, match="several participants"):
+        overlapping.named_in("A_B1_C_T1")
     assert finder.hint(["HC_1_2_a"]) == ""
 
 
@@ -306,9 +313,11 @@ def test_flat_files_of_aibl_and_ppmi_are_found_by_their_number(tmp_path: Path):
 def test_only_words_for_visits_choose_a_row(tmp_path: Path):
     table = write(tmp_path, "subject,visit,dx\np100,1,CN\np100,2,AD\n")
     paths = ["cases_2/p100/T1", "p100/phases-1/x", "diseases2/p100", "visit2/p100"]
+    paths += ["p100/scanVisit2", "p100/V3"]
+    table.write_text(table.read_text() + "p100,3,\n")
     finder = EntryFinder(table, {}, paths)
-    assert [finder.named_in(path).label for path in paths] == ["", "", "", "AD"]
-    assert finder.by_visit == ["visit2/p100"]
+    assert [finder.named_in(path).label for path in paths] == ["", "", "", "AD", "AD", ""]
+    assert finder.by_visit == ["visit2/p100", "p100/scanVisit2"]
 
 
 def test_classes_are_renamed_in_any_case(tmp_path: Path, capsys):
@@ -319,8 +328,10 @@ def test_classes_are_renamed_in_any_case(tmp_path: Path, capsys):
 
 def test_a_table_that_is_not_utf_8_is_said(tmp_path: Path, capsys):
     read_table(write(tmp_path, "subject,dx\nMüller,AD\n".encode("cp1252")), {})
-    assert "is read as cp1252, such as 'Müller,AD'" in capsys.readouterr().out
-    read_table(write(tmp_path, "subject,dx\nMüller,AD\n"), {})
+    assert "is read as cp1252, such as 'ject,dx\\nMüller,AD\\n'" in capsys.readouterr().out
+    text = "subject,dx\r\nMüller,AD\r\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        read_table(write(tmp_path, text.encode(encoding)), {})
     assert "cp1252" not in capsys.readouterr().out
 
 
@@ -408,8 +419,12 @@ def test_two_spellings_of_a_participant_are_one(tmp_path: Path):
     assert found == ["002_S_0002"] * 2 + ["sub-OAS30001"] * 2 + ["sub-a"] * 2
     names = ["OAS1_0001_MR1", "sub-OAS10001_T1w", "sub-OASIS10001_x", "OAS1_0002_MR1"]
     assert list(participants_of(names).values()) == ["OAS1_0001"] * 3 + ["OAS1_0002"]
-    entries = read_table(write(tmp_path, "image;subject\nI1;002_S_0295\nI2;sub-ADNI002S0295\n"), {})
-    assert {entry.participant for entry in entries} == {"002_S_0295"}
+    table = write(tmp_path, "imageid;subject\nI1;002_S_0295\nI2;sub-ADNI002S0295\n")
+    finder = EntryFinder(table, {})
+    paths = ("I1", "I2", "sub-ADNI002S0295_T1w", "002_S_0295_x")
+    assert {finder.named_in(path).participant for path in paths} == {"002_S_0295"}
+    apart = ["sub-1-12", "sub-11-2", "PPMI_3103_1", "PPMI_31031", "sub-01", "1", "sub-X1S12345"]
+    assert one_spelling([*apart, "sub-Y1S12345"]) == [*apart, "sub-Y1S12345"]
     assert one_spelling(["1-12", "11-2", "a", "A"]) == ["1-12", "11-2", "a", "A"]
 
 

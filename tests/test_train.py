@@ -849,6 +849,13 @@ def test_a_gpu_that_this_torch_cannot_use_is_named_with_both_versions(monkeypatc
         process.resolve_device("cuda")
 
 
+def test_r1_does_not_rise_in_the_cooldown(config: Config):
+    higher = replace(config, r1_gamma=0.01, r1_gamma_end=0.05)
+    with pytest.raises(UserError, match=r"r1_gamma_end = 0.05: above r1_gamma = 0.01: give both"):
+        training.prepare(replace(higher, cooldown=0.4))
+    training.prepare(replace(higher, cooldown=0.0))  # it has no effect
+
+
 def test_defaults_edited_in_config_choose_the_settings_too(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Config, "device", "cpu")  # as an edit of config.py does
