@@ -460,6 +460,20 @@ def test_samples_are_evaluated_with_the_styles_that_are_asked_for(trained: Confi
     assert (plain.images != mixed.images).any((1, 2)).all() and origin["style_mixing_prob"] == 1
 
 
+def test_a_mirrored_copy_is_known_as_one(trained: Config, tmp_path):
+    splits = load_slices(trained)[0]
+    mirrored = np.arange(len(splits["train"].images)) % 2
+    copies = splits["train"].images.copy()
+    copies[mirrored == 1] = copies[mirrored == 1][:, :, ::-1]
+    fakes = replace(splits["train"], images=copies)
+    (row,) = evaluation.measure_memorisation(fakes, References(splits, [], tmp_path, 0))[
+        "memorisation"
+    ]
+    pairs = {name: np.array(values) for name, values in row["pairs"].items()}
+    assert (pairs["train"] == pairs["sample"]).all() and set(pairs["mirrored"]) == {0, 1}
+    assert (pairs["mirrored"] == mirrored[pairs["sample"]]).all()
+
+
 def test_a_ratio_is_that_of_the_distances_beside_it():
     sets = []
     for n, seed in ((40, 0), (400, 1), (60, 2)):

@@ -280,13 +280,14 @@ def test_another_extractor_is_a_reason(measured: Config, capsys):
     others = {
         "extractor": copy_of(run, "other", fid_extractor="inception"),
         "resolution": copy_of(run, "larger", img_resolution=64),
+        "number of samples": copy_of(run, "many", fid_images=2000),
         "encoder": copy_of(run, "elsewhere"),
     }
     (others["encoder"] / "encoder.safetensors").write_bytes(b"trained on another machine")
-    draw_fid(utils.new_figure().subplots(), [run, *others.values()], [*"abcd"])
+    draw_fid(utils.new_figure().subplots(), [run, *others.values()], [*"abcde"])
     out = capsys.readouterr().out
     for reason, other in others.items():
-        assert f"{other}: no FID in the figure: it has another {reason} than {run}\n" in out
+        assert f"{other}: no FID in the figure: it has another {reason} than {run}" in out
 
 
 def test_the_lowest_fid_of_a_figure_is_that_of_training(measured: Config):
