@@ -171,8 +171,7 @@ class EqualizedConv2d(nn.Module):
 class SynthesisLayer(nn.Module):
     """Modulated 3x3 convolution, noise, bias, leaky ReLU ([1], figure 2d).
 
-    One noise image is added to all feature maps, to each with a strength of its own ([2], section
-    2): so a map may carry noise, and the next layer may shape it, while others stay free of it.
+    All feature maps get the same noise with one strength; [2], section 2, has one for each map.
     """
 
     def __init__(
@@ -191,7 +190,7 @@ class SynthesisLayer(nn.Module):
         self.up, self.noise = up, noise
         if noise:
             self.register_buffer("noise_const", torch.randn(1, 1, resolution, resolution))
-            self.noise_strength = nn.Parameter(torch.zeros(out_channels))
+            self.noise_strength = nn.Parameter(torch.zeros([]))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode = "random") -> Tensor:
@@ -202,8 +201,7 @@ class SynthesisLayer(nn.Module):
             noise = self.noise_const
             if noise_mode == "random":
                 noise = torch.randn_like(x[:, :1], dtype=torch.float32)
-            strength = (self.noise_strength * gain).to(x.dtype)[:, None, None]
-            x = torch.addcmul(x, noise.to(x.dtype), strength)
+            x = x + (noise * (self.noise_strength * gain)).to(x.dtype)
         return leaky_relu(x + (self.bias * gain).to(x.dtype)[:, None, None])
 
 
