@@ -171,7 +171,8 @@ class EqualizedConv2d(nn.Module):
 class SynthesisLayer(nn.Module):
     """Modulated 3x3 convolution, noise, bias, leaky ReLU ([1], figure 2d).
 
-    All feature maps get the same noise with one strength; [2], section 2, has one for each map.
+    One noise image is added to all feature maps, to each with a strength of its own ([2], section
+    2): so a map may carry noise, and the next layer may shape it, while others stay free of it.
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class SynthesisLayer(nn.Module):
         self.up, self.noise = up, noise
         if noise:
             self.register_buffer("noise_const", torch.randn(1, 1, resolution, resolution))
-            self.noise_strength = nn.Parameter(torch.zeros([]))
+            self.noise_strength = nn.Parameter(torch.zeros(out_channels))
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode = "random") -> Tensor:
@@ -201,7 +202,8 @@ class SynthesisLayer(nn.Module):
             noise = self.noise_const
             if noise_mode == "random":
                 noise = torch.randn_like(x[:, :1], dtype=torch.float32)
-            x = x + (noise * (self.noise_strength * gain)).to(x.dtype)
+            strength = (self.noise_strength * gain).to(x.dtype)[:, None, None]
+            x = torch.addcmul(x, noise.to(x.dtype), strength)
         return leaky_relu(x + (self.bias * gain).to(x.dtype)[:, None, None])
 
 

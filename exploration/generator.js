@@ -150,8 +150,8 @@ class SynthesisLayer {
     Object.assign(this, { O, I, up });
     this.affine = new EqualizedLinear(tensors, `${name}.affine`, 1 / Math.sqrt(9 * I));
     this.bias = tensors[`${name}.bias`].values;
-    const strength = noise && tensors[`${name}.noise_strength`].values[0];
-    this.noise = noise && noise.values.map((v) => v * strength * ACTIVATION_GAIN);
+    this.noise = noise && noise.values;
+    this.strength = noise && tensors[`${name}.noise_strength`].values;
     this.energy = new Float32Array(O * I); // of the nine taps, for demodulation
     values.forEach((v, i) => (this.energy[Math.floor(i / 9)] += v * v));
     this.kernels = []; // 36 matrices [O, I], for the entries of a transformed tile
@@ -179,8 +179,9 @@ class SynthesisLayer {
       for (let i = 0; i < I; i++) energy += styles[i] ** 2 * this.energy[o * I + i];
       const demodulation = ACTIVATION_GAIN / Math.sqrt(energy);
       const bias = this.bias[o] * ACTIVATION_GAIN;
+      const strength = noise && this.strength[o] * ACTIVATION_GAIN;
       for (let p = 0, q = o * R * R; p < R * R; p++, q++) {
-        y[q] = leakyRelu(y[q] * demodulation + bias + (noise ? noise[p] : 0));
+        y[q] = leakyRelu(y[q] * demodulation + bias + (noise ? noise[p] * strength : 0));
       }
     }
     return y;

@@ -444,7 +444,7 @@ def test_a_generated_image_projects_better_than_noise(tmp_path, monkeypatch):
     assert at.z.shape == (4, 8) and at.offset.shape == (4, m.G.mapping.num_ws, 8)
     errors = pj.error(pj.pictures(m, at, c), images)
     assert errors[:2].max() < 0.5 * errors[2:].min()
-    assert len(losses) == 2 and all(after < 0.8 * before for before, after in losses)
+    assert len(losses) == 2 and all(after < 0.85 * before for before, after in losses)
     alone = pj.project(m, images[1:2], c[1:2], options, None)  # the same in any company
     assert abs(pj.error(pj.pictures(m, alone, c[:1]), images[1:2])[0] - errors[1]) < 0.5
     assert (alone.z - at.z[1]).abs().max() < 0.2 and (at.z[0] - at.z[1]).abs().max() > 0.5

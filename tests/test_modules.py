@@ -223,11 +223,13 @@ def test_noise_has_the_strength_it_learned():
     layer = SynthesisLayer(4, 4, 8, resolution=64)
     with torch.no_grad():
         layer.weight.zero_()
-        layer.noise_strength.fill_(0.5)
+        layer.noise_strength.copy_(torch.tensor([0.5, 0, -0.25, 0.5]))
     out = layer(torch.randn(4, 4, 64, 64), torch.randn(4, 8), "random")
     noise = torch.where(out > 0, out, out / 0.2) / math.sqrt(2)
-    assert noise.std().item() == pytest.approx(0.5, rel=0.05)
-    torch.testing.assert_close(noise[:, 0], noise[:, 3])  # one map for all channels
+    assert noise[:, 0].std().item() == pytest.approx(0.5, rel=0.05)
+    torch.testing.assert_close(noise[:, 0], noise[:, 3])  # one noise image for all maps
+    torch.testing.assert_close(noise[:, 0], -2 * noise[:, 2])
+    assert not noise[:, 1].any()
 
 
 def test_noise_is_the_same_in_both_precisions():

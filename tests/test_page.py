@@ -50,7 +50,7 @@ def make(config: Config = SMALL, num_classes: int = 2, seed: int = 0) -> Generat
     G = Generator(config, width_of_c(num_classes, config.condition_position))
     for name, p in G.named_parameters():
         if name.endswith(("bias", "noise_strength")):
-            p.data += 0.3 * torch.randn_like(p)
+            p.data += (0.3 if name.endswith("bias") else 0.1) * torch.randn_like(p)
         if "torgb.weight" in name:
             p.data *= 0.3  # few pixels are clipped
     G.mapping.estimate_w_avg(100)
