@@ -267,7 +267,7 @@ def test_the_verdict_is_of_the_newest_measurement(tmp_path):
 
 def test_an_fid_that_does_not_count_is_no_verdict(tmp_path):
     noisy = write_run(tmp_path, vary_z=0.9, vary_noise=[0.1] * 5 + [0.2])
-    assert "No FID counts yet: z moves pixels less than 5 times" in verdict(read_history(noisy))
+    assert "Too early for a verdict: z must move pixels 5 times" in verdict(read_history(noisy))
     clear = write_run(tmp_path, vary_z=0.9, vary_noise=[0.2] * 5 + [0.1])
     assert "times that of unseen slices" in verdict(read_history(clear))
 

@@ -217,7 +217,7 @@ def verdict(history: History) -> str:
     if not math.isfinite(fid + reference) or reference <= 0:
         return "The distance to real slices is not measured yet."
     if history.recent("vary_z", last=1) <= LEAD * history.recent("vary_noise", last=1):
-        return f"No FID counts yet: z moves pixels less than {LEAD} times as far as noise does."
+        return f"Too early for a verdict: z must move pixels {LEAD} times as far as noise does."
     ratio = fid / reference
     more = ": look for copies of training slices with evaluate.py" if ratio < 1.2 else ""
     of = "" if math.isnan(people) else f" of {people:.0f} people"
