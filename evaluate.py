@@ -147,7 +147,7 @@ def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
         people = part.participants[utils.random_rows(len(part.values), n)]
         row = {"set": name, "slices": n, "participants": len(set(people)), "fd_test": whole[name]}
         row["fd_test_of_halves"] = float(np.median(halves[name]))
-        if min(n, len(test.values)) // 2 > part.values.shape[1]:  # else it falls not as 1 / n
+        if min(n, len(test.values)) // 2 > part.values.shape[1]:  # else it does not fall as 1 / n
             row["fd_infinite"] = metrics.infinite_distance(whole[name], halves[name])
         for other, title in (("training slices", "memory"), ("fresh subjects", "perfect")):
             if other in sets and other != name:

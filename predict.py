@@ -370,15 +370,13 @@ def draw_fid(ax: "Axes", folders: Sequence[Path], names: Sequence[str]) -> None:
     """FID of each run over the images it was shown; dotted, FID of the real test slices.
 
     Runs with other data, pixels or extractor than the first run are not comparable: they are left
-    out, and named. As the "lowest" counts what counts in training.
+    out, and named. The lowest FID is that of `logs.meaningful_fid`, as in training.
     """
     kinds = [fid_kind(run) for run in folders]
     for i, (run, kind) in enumerate(zip(folders, kinds, strict=True)):
         log = [e for e in logs.read_log(run) if e.get("fid") is not None]
         line = [(e["nimg"] / 1000, e["fid"], e.get("fid_real")) for e in log]
-        reasons = [
-            f"it has another {k} than {folders[0]}" for k in kind if kind[k] != kinds[0].get(k)
-        ]
+        reasons = [f"it has another {k} than {folders[0]}" for k in kind if kind[k] != kinds[0][k]]
         if reasons := reasons or ["it has measured none"] * (not line):
             utils.print_once(f"{run}: no FID in the figure: {'; '.join(reasons)}")
             continue

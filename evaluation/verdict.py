@@ -42,9 +42,17 @@ def nearness(ratio: float) -> str:
     return next((words for limit, words in grades.items() if ratio < limit), "very far from")
 
 
-def finite(row: Row, name: str) -> bool:
-    value = row.get(name)
+def is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)  # JSON has null for other numbers
+
+
+def finite(row: Row, name: str) -> bool:
+    return is_finite(row.get(name))
+
+
+def is_of_other_data(report: dict[str, Any]) -> bool:
+    """Whether the real slices are not those that the generator was trained on."""
+    return "not the slices of this run" in report.get("what", {}).get("data", "")
 
 
 def precision_of(report: dict[str, Any]) -> float:
@@ -58,10 +66,9 @@ def closeness(report: dict[str, Any]) -> str:
     for row in report.get("headline", ()):
         if row["set"] == "samples" and finite(row, "over_memory"):
             ratio, (low, high) = row["over_memory"], row["over_memory_interval"]
-            other = "not the slices of this run" in report.get("what", {}).get("data", "")
-            whose = "other data than the run's" if other else "people whom the generator never saw"
-            limited = high is not None and math.isfinite(high)
-            limits = f"{low:.2g} to {high:.2g}" if limited else f"{low:.2g} or more"
+            unseen = "people whom the generator never saw"
+            whose = "other data than the run's" if is_of_other_data(report) else unseen
+            limits = f"{low:.2g} to {high:.2g}" if is_finite(high) else f"{low:.2g} or more"
             return (
                 f"The generated slices are {nearness(ratio)} real slices of {whose}: their "
                 f"distance is {ratio:.2g} times that of real training slices ({limits}, by random "
@@ -101,7 +108,7 @@ def copies(report: dict[str, Any]) -> str:
     rows = [row for row in report.get("memorisation", ()) if finite(row, "share_too_near")]
     if not rows:
         return ""
-    if "not the slices of this run" in report.get("what", {}).get("data", ""):
+    if is_of_other_data(report):
         return (
             "Whether they copy training slices cannot be said: these are not the slices that the "
             "generator was trained on."

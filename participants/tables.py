@@ -56,20 +56,19 @@ class Entry(NamedTuple):
 # Files
 
 
-def is_utf_16(content: bytes) -> bool:
-    """Whether a file begins with the mark of UTF-16."""
-    return content[:2] in (b"\xff\xfe", b"\xfe\xff")
+def decode_text(content: bytes) -> tuple[str, bool]:
+    """Text in the encodings and with the line ends of spreadsheet programs; whether it is Unicode.
 
-
-def decode_text(content: bytes) -> str:
-    """Text in the encodings and with the line ends that spreadsheet programs write."""
-    for encoding in ("utf-16",) if is_utf_16(content) else ("utf-8-sig", WINDOWS):
+    What is not is read as WINDOWS, or as Latin-1 where that has no such letter.
+    """
+    utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    for encoding in ("utf-16",) if utf_16 else ("utf-8-sig", WINDOWS):
         try:
             text = content.decode(encoding)
             break
         except UnicodeDecodeError:
             text = content.decode("latin-1")  # never fails
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n"), encoding != WINDOWS
 
 
 def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -82,9 +81,8 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if content[:2] == b"PK" or content[:4] == b"\xd0\xcf\x11\xe0":
         raise UserError(f"{path} is an Excel or OpenDocument file: save it as CSV")
-    text = decode_text(content)
-    odd = re.search(r"[^\x00-\x7f]", text)
-    if odd and "\ufffd" in content.decode(errors="replace") and not is_utf_16(content):
+    text, is_unicode = decode_text(content)
+    if not is_unicode and (odd := re.search(r"[^\x00-\x7f]", text)):
         part, advice = text[max(0, odd.start() - 9) :][:20], "save it as UTF-8 if that is wrong"
         print_once(f"note: {path} is read as {WINDOWS}, such as {part!r}; {advice}")
     told = re.match(r'"?sep=(.)"?\n', text)  # a first line that Excel writes

@@ -163,13 +163,12 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
             text = f"{len(alone)} scans lie in no folder of a person, and there is no table"
             utils.print_once(f"note: {text}: their file names count as participants")
     counts = Counter(scan.name.casefold() for scan in found)
-    for scan in found:
-        if counts[scan.name.casefold()] > 1:
+    alike = [counts[scan.name.casefold()] for scan in found]
+    for scan, count in zip(found, alike, strict=True):
+        if count > 1:
             inside = str(scan.path.relative_to(options.scans))
-            problems[inside] = (
-                f"{counts[scan.name.casefold()]} volumes would get the id {scan.name}"
-            )
-    return [scan for scan in found if counts[scan.name.casefold()] == 1]
+            problems[inside] = f"{count} volumes would get the id {scan.name}"
+    return [scan for scan, count in zip(found, alike, strict=True) if count == 1]
 
 
 def print_matches(finder: EntryFinder, entries: list[Entry], problems: Reasons) -> None:
