@@ -386,8 +386,11 @@ def test_several_runs_have_an_interval_of_all_their_draws(
     options = ["--num-fake", 100, "--extractors", "encoder", "--metrics", "distribution"]
     argv = ["evaluate.py", trained.out, tmp_path / "other", *options]
     monkeypatch.setattr("sys.argv", [str(part) for part in argv])
+    (trained.out / "evaluation").mkdir()
+    (trained.out / "evaluation" / "nearest_pixels.png").touch()  # of an evaluation before
     evaluation.main()
     assert "# Over 2 runs" in capsys.readouterr().out
+    assert not (trained.out / "evaluation" / "nearest_pixels.png").exists()
     assert (trained.out.parent / "evaluation.md").read_text().startswith("# Over 2 runs\n\n| ")
     assert not [*trained.out.glob("evaluation/parts"), *tmp_path.glob("*/evaluation/parts")]
     with monkeypatch.context() as patch:  # a stop after the first run
@@ -408,6 +411,13 @@ def test_several_runs_have_an_interval_of_all_their_draws(
     (row,) = evaluation.over_runs([{"headline": [head]} for head in heads])
     assert row["fd_test"] == 4 and row["fd_test_range"] == [3, 5] and row["runs"] == 2
     assert row["over_memory_interval"] == [1, 3]
+    with monkeypatch.context() as patch:  # a wrong second run shows before the first takes its time
+        patch.setattr("sys.argv", [*map(str, argv[:2]), str(tmp_path / "missing")])
+        patch.setattr(evaluation, "evaluate", lambda _: pytest.fail("evaluated"))
+        with pytest.raises(UserError, match="missing.* does not exist"):
+            evaluation.main()
+    with pytest.raises(UserError, match="style_mixing_prob = 0.9: is for samples"):
+        Options(images=tmp_path, style_mixing_prob=0.9)
     with pytest.raises(UserError, match="out = x: each of 2 runs has its own folder"):
         Options((tmp_path, tmp_path), out=Path("x"))
 

@@ -280,6 +280,7 @@ def test_names_of_any_language_are_found(tmp_path: Path, name):
         assert [finder.named_in(path).participant for path in paths] == [name] * 3
     names = [unicodedata.normalize("NFD", f"sub-{name}_1") for name in ("Müller", "Mühl")]
     assert [participant_in(name) for name in names] == ["sub-Müller", "sub-Mühl"]
+    assert simplified(names[0]) == simplified("sub-Müller_1") == "müller1"
     table = write(tmp_path, f"subject,dx\n{name},AD\n{name}_2,CN\n")
     path = unicodedata.normalize("NFD", f"x/{name}_2_T1w")
     assert EntryFinder(table, {}).named_in(path).label == "NC"
