@@ -587,8 +587,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     if "diversity" in options.metrics and options.images is None:
         tables["grey_levels_moved_by"] = [samples.conditional_variation(G, options.seed)]
     text = report.as_markdown(tables)
-    for old in (out / "evaluation.png", *out.glob("nearest_*.png")):
-        old.unlink(missing_ok=True)  # of an evaluation of other groups
+    report.keep_other_report(out, tables)
     report.write_text(json.dumps(report.plain(tables), indent=2) + "\n", out / "evaluation.json")
     report.write_text(text, out / "evaluation.md")
     report.draw_report(tables, out / "evaluation.png")

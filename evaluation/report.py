@@ -1,7 +1,9 @@
 """The report of an evaluation: tables for Markdown and JSON, and pictures."""
 
+import json
 import math
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,16 @@ import numpy as np
 
 from dataset import Slices
 from evaluation.verdict import LOW_PRECISION, precision_of, verdict
-from utils import label, new_figure, printable, save_figure, show_tiles, tile, write_atomically
+from utils import (
+    label,
+    new_figure,
+    print_once,
+    printable,
+    save_figure,
+    show_tiles,
+    tile,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,6 +112,25 @@ def as_markdown(report: dict[str, Any]) -> str:
 def write_text(text: str, path: Path) -> None:
     """Write a text file; readers see the old file or the whole new one."""
     write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
+
+
+def keep_other_report(out: Path, tables: dict[str, Any]) -> None:
+    """Move a report in `out` that these tables do not replace into a folder beside it, and say so.
+
+    They replace one of the same weights, samples and settings, without other groups of tables.
+    """
+    try:
+        before = json.loads((out / "evaluation.json").read_text("utf-8"))
+        if before["what"] == plain(tables["what"]) and before.keys() <= tables.keys():
+            return
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # there is none, or it is damaged
+    numbers = (f"{out.name}_before{i or ''}" for i in count())
+    folder = next(path for name in numbers if not (path := out.with_name(name)).exists())
+    folder.mkdir()
+    for path in (*out.glob("evaluation.*"), *out.glob("nearest_*.png")):
+        path.rename(folder / path.name)
+    print_once(f"note: a report of other settings, weights or groups was here; now in {folder}")
 
 
 def draw_ratios(ax: "Axes", rows: Rows) -> None:

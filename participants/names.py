@@ -59,13 +59,13 @@ def one_spelling(names: Iterable[str]) -> list[str]:
     """The names, with the first of several ways to write a participant in the place of all.
 
     Such ways are 002_S_0295 and sub-ADNI002S0295, or OAS1_0001 and sub-OAS10001. Names of no known
-    study stay as they are.
+    study may differ in case only.
     """
     first: dict[str, str] = {}
 
     def key(name: str) -> tuple[str, str]:
         if participant_in(name).casefold() != normalized(name).casefold():
-            return name, ""
+            return normalized(name).casefold(), ""
         own = adni_name(name) if re.fullmatch(WHOLE_ADNI, name, re.IGNORECASE) else name
         return "", simplified(re.sub(r"(?i)OAS(?:IS)?([1-4])_?(?=\d{4})", r"OAS\1", own))
 

@@ -32,7 +32,7 @@ from evaluate import (
     measure_labels,
     measure_memorisation,
 )
-from evaluation import classifiers, features, metrics
+from evaluation import classifiers, features, metrics, report
 from evaluation.features import planted_copies
 from evaluation.metrics import copy_audit, pose
 from evaluation.report import as_markdown, as_narrow_tables, as_table, cell
@@ -386,11 +386,8 @@ def test_several_runs_have_an_interval_of_all_their_draws(
     options = ["--num-fake", 100, "--extractors", "encoder", "--metrics", "distribution"]
     argv = ["evaluate.py", trained.out, tmp_path / "other", *options]
     monkeypatch.setattr("sys.argv", [str(part) for part in argv])
-    (trained.out / "evaluation").mkdir()
-    (trained.out / "evaluation" / "nearest_pixels.png").touch()  # of an evaluation before
     evaluation.main()
     assert "# Over 2 runs" in capsys.readouterr().out
-    assert not (trained.out / "evaluation" / "nearest_pixels.png").exists()
     assert (trained.out.parent / "evaluation.md").read_text().startswith("# Over 2 runs\n\n| ")
     assert not [*trained.out.glob("evaluation/parts"), *tmp_path.glob("*/evaluation/parts")]
     with monkeypatch.context() as patch:  # a stop after the first run
@@ -604,6 +601,31 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_report(
     with pytest.raises(TypeError):  # another seed is another evaluation: nothing is reused
         evaluate(replace(options, seed=1))
     assert calls == [1]
+
+
+def test_a_report_of_other_settings_or_groups_is_kept(tmp_path, capsys):
+    out, what = tmp_path / "evaluation", {"kimg": 3.2, "seed": 0, "psi": float("nan")}
+    what_is_read = {"what": what | {"psi": None}, "labels": []}
+    out.mkdir()
+    (out / "nearest_pixels.png").touch()
+    (out / "parts").mkdir()
+    report.keep_other_report(out, {"what": what})  # none is there
+    for tables, folder in (
+        ({"what": what, "labels": [1], "anatomy": []}, None),
+        ({"what": what, "anatomy": []}, "evaluation_before"),
+        ({"what": what | {"seed": 1}, "labels": []}, "evaluation_before1"),
+    ):
+        (out / "evaluation.json").write_text(json.dumps(what_is_read))
+        report.keep_other_report(out, tables)
+        said = capsys.readouterr().out
+        assert (str(tmp_path / folder) in said) if folder else not said
+        assert (out / "evaluation.json").exists() is (folder is None)
+    assert [path.name for path in out.iterdir()] == ["parts"]
+    kept = tmp_path / "evaluation_before"
+    assert {path.name for path in kept.iterdir()} == {"evaluation.json", "nearest_pixels.png"}
+    (out / "evaluation.json").write_text("{")  # damaged: replaced
+    report.keep_other_report(out, {"what": what})
+    assert (out / "evaluation.json").exists() and not capsys.readouterr().out
 
 
 # The verdict, the forecast and narrow tables

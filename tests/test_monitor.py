@@ -470,6 +470,16 @@ def test_images_decide_what_is_done_at_the_end_of_an_epoch(config: Config, monke
     assert len(list((config.out / "grids").iterdir())) == 6
 
 
+def test_what_more_training_may_cure_is_said_at_the_end_only(config: Config, monkeypatch, capsys):
+    for name, rule in RULES.items():
+        bad = name in ("few shapes", "loader too slow")
+        monkeypatch.setitem(RULES, name, rule._replace(holds=lambda _, bad=bad: bad))
+    train(replace(config, epochs=2))
+    first, last = capsys.readouterr().out.split("\nwarning: loader too slow: ")
+    assert "warning" not in first and last.count("warning: few shapes: ") == 1
+    assert read_log(config.out)[0]["epoch"] == 1
+
+
 def test_grids_of_a_long_run_become_fewer(config: Config):
     drawn = [e for e in range(1, 10001) if e % grid_interval(config, e) == 0]
     assert drawn[:100] == list(range(1, 101)) and drawn[100:102] == [110, 120]

@@ -426,7 +426,14 @@ def test_two_spellings_of_a_participant_are_one(tmp_path: Path):
     assert {finder.named_in(path).participant for path in paths} == {"002_S_0295"}
     apart = ["sub-1-12", "sub-11-2", "PPMI_3103_1", "PPMI_31031", "sub-01", "1", "sub-X1S12345"]
     assert one_spelling([*apart, "sub-Y1S12345"]) == [*apart, "sub-Y1S12345"]
-    assert one_spelling(["1-12", "11-2", "a", "A"]) == ["1-12", "11-2", "a", "A"]
+    assert one_spelling(["1-12", "11-2", "P1", "p1", "Straße", "STRASSE"]) == [
+        "1-12",
+        "11-2",
+        "P1",
+        "P1",
+        "Straße",
+        "Straße",
+    ]
 
 
 def test_rows_of_a_participant_agree_on_sex(tmp_path: Path, capsys):

@@ -26,6 +26,7 @@ class Rule(NamedTuple):
     holds: Callable[[History], bool]
     problem: str
     advice: tuple[str | tuple[Callable[[Config], bool], str], ...]  # some only for some settings
+    passes: bool = False  # more training may cure it: a run speaks of it only at its end
 
     def advice_for(self, config: Config) -> str:
         """The advice that fits these settings."""
@@ -138,6 +139,7 @@ RULES = {
         f"noise alone makes more than {NOISE_LIMIT:.0%} of the variety of real slices, and its "
         "share no longer falls",
         ("train longer", (lambda c: c.noise, "set noise = False")),
+        passes=True,
     ),
     "odd spectrum": Rule(
         lambda h: stays_above(
@@ -154,11 +156,13 @@ RULES = {
             "train longer",
             "start from weights that draw heads, such as the demo generator's (init_from)",
         ),
+        passes=True,
     ),
     "too little variety": Rule(
         lambda h: h.recent("spread", MIN_MEASUREMENTS) < 0.5,
         "samples vary less than half as much as real slices, in the ways in which those vary most",
         ("train longer, with a lower learning_rate at the end", "raise r1_gamma"),
+        passes=True,
     ),
     "only blurred": Rule(
         lambda h: (
@@ -168,11 +172,13 @@ RULES = {
         "samples have the shapes of real slices, but not their fine detail: after a blur of all "
         "images recall is high",
         ("train longer, with a lower learning_rate at the end", "lower r1_gamma"),
+        passes=True,
     ),
     "few shapes": Rule(
         lambda h: any(h.recent(f"shapes_{r}", MIN_MEASUREMENTS) < 0.4 for r in ("1_1", "2_6")),
         "along the main components of real pixels, samples have less than 0.4 of the real spread",
         ("train longer", "start from weights that have learned many heads (init_from)"),
+        passes=True,
     ),
     "labels without signal": Rule(
         lambda h: (
@@ -186,11 +192,13 @@ RULES = {
         lambda h: label_effect(h) < 0.2,
         "samples do not show the class that was asked for",
         ("train longer", (lambda c: not without_ramp(c), "set label_ramp_kimg = 0")),
+        passes=True,
     ),
     "caricature": Rule(
         lambda h: label_effect(h) > 2,
         "the classes of samples differ more than those of real slices",
         ("train longer", (without_ramp, "set label_ramp_kimg to half of the run")),
+        passes=True,
     ),
     "loader too slow": Rule(
         lambda h: h.recent("data_wait") > 0.2,

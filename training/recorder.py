@@ -25,7 +25,7 @@ from dataset import Slices
 from evaluation import features, metrics, samples, variety
 from modules import Discriminator, Generator
 from training import logs
-from training.diagnosis import PANELS, diagnose, plot_curves, plot_losses
+from training.diagnosis import PANELS, RULES, diagnose, plot_curves, plot_losses
 from training.process import STOP, Stopped, most_of_ranks
 
 if TYPE_CHECKING:
@@ -280,8 +280,9 @@ class Recorder:
         self.lines.append(line)
         history = logs.history_of(self.lines, self.rows_of_epoch())
         self.epoch_rows = []
+        ended = line["epoch"] == self.config.epochs
         for name, text in diagnose(history, self.config).items():
-            if name not in self.warned:
+            if name not in self.warned and (ended or not RULES[name].passes):
                 self.warned.add(name)
                 utils.print_once(f"warning: {text}")
 
