@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 import utils
 from assets.demo_brains import write_demo
@@ -359,9 +359,8 @@ def decode_scan(paths: list[Path]) -> tuple[list[Tensor], tuple[float, float], l
         except UnidentifiedImageError:
             problems.append(f"{path}: not an image")
         except Exception as error:  # Pillow raises many types of errors
-            problems.append(
-                f"{path}: {getattr(error, 'strerror', None) or utils.first_line(error)}"
-            )
+            reason = getattr(error, "strerror", None) or utils.first_line(error)
+            problems.append(f"{path}: {reason}")
     deep = [image.is_floating_point() for image in images]
     if any(deep) and not all(deep):
         problems.append(f"{paths[0]}: 8-bit and other files in one scan have no common grey scale")
@@ -618,29 +617,16 @@ def normalize(images: Tensor) -> Tensor:
     return images[:, None].float() / 255 * 2 - 1
 
 
-@dataclass(frozen=True)
-class ImageNumbers(Sampler):
-    """The image numbers of each batch, made one range at a time: a long run has many batches."""
-
-    starts: range
-    share: int
-
-    def __iter__(self) -> Iterator[range]:
-        return (range(start, start + self.share) for start in self.starts)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-
 def make_loader(slices: Slices, config: Config, start: int, stop: int) -> DataLoader:
     """This rank's share of each batch, in order, from image `start` of the stream to `stop`."""
     batch = config.batch_size
     share = batch // utils.num_ranks()
     first = start + utils.rank() * share
+    starts = range(first, stop - batch + 1 + utils.rank() * share, batch)
     return DataLoader(
         TrainingSlices(slices, config),
         batch_size=None,  # an item is a batch
-        sampler=ImageNumbers(range(first, stop - batch + 1 + utils.rank() * share, batch), share),
+        sampler=(range(s, s + share) for s in starts),  # one at a time: a long run has many
         collate_fn=tuple,  # the default makes tensors of arrays
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,

@@ -402,58 +402,77 @@ def forecast(fakes: Slices, references: References, groups: Sequence[Group]) -> 
     One image of each extractor, Fréchet distance, step of a classifier and so on is timed here. The
     features of images in the cache take none.
     """
+    splits, few = references.splits, references.splits["test"].images[:20]
+    train, total = splits["train"], sum(len(s.images) for s in splits.values())
+    total += len(fakes.images)
+    parts = [
+        part
+        for extractor in (features.PIXELS, *references.extractors)
+        for part in forecast_of_extractor(extractor, fakes, references, groups)
+    ]
+    if "memorisation" in groups:
+        parts.append(("memorisation", seconds_of(metrics.normalise_pose, few) / len(few), total))
+    if "anatomy" in groups:
+        parts.append(("anatomy", seconds_of(metrics.segment, few[0]), total))
+    if "diversity" in groups:
+        pair = seconds_of(metrics.similarity, few, np.zeros((25, 2), int)) / 25
+        parts.append(("diversity", pair, 2 * metrics.NUM_PAIRS))
+    if "labels" in groups and len(train.classes) > 1:
+        y = utils.one_hot(splits["test"].labels[: len(few)], len(train.classes))
+        step = seconds_of(classifiers.fit_classifier, features.averaged(few), y, 0, 5) / 5
+        longer = 3 + len(fakes.images) / len(train.images)  # TR, TS and the longer TR+S
+        parts.append(("labels", step, NUM_SEEDS * classifiers.STEPS * longer))
+    found = dict.fromkeys(groups, 0.0)
+    for group, seconds, how_often in parts:
+        found[group] += seconds * how_often
+    return found
+
+
+def forecast_of_extractor(
+    extractor: features.Extractor, fakes: Slices, references: References, groups: Sequence[Group]
+) -> list[tuple[Group, float, float]]:
+    """What the groups do in the features of an extractor: group, seconds of one, how often."""
     splits, cache = references.splits, references.cache
     train, test = splits["train"], splits["test"]
-    fresh = {} if references.fresh is None else {"fresh": references.fresh}
-    sets = {"samples": fakes, **splits, **fresh}
-    total, few = sum(len(s.images) for s in splits.values()) + len(fakes.images), test.images[:20]
-    found, count = dict.fromkeys(groups, 0.0), 4 * utils.num_cores()
-    batches = np.resize(few, (count, *few.shape[1:]))
-    degraded = test.images[utils.random_rows(len(test.images), NUM_DEGRADED)]
-    others = [len(s.images) for s in sets.values() if s is not test]
-    n, m = (max(2, k // 2) for k in (min(others), len(test.images)))  # slices of halves
-    degrade, (*_, strongest) = list(features.DEGRADATIONS.values())[-1]
-    last = degrade(degraded, strongest)  # the last of which features are computed
-    num_degraded = len(degraded) * (1 + sum(len(s) for _, s in features.DEGRADATIONS.values()))
+    sets = {"samples": fakes, **splits}
+    sets |= {} if references.fresh is None else {"fresh": references.fresh}
 
-    def is_missing(images: np.ndarray, extractor: features.Extractor) -> bool:
+    def is_missing(images: np.ndarray) -> bool:
         return not utils.has_checksum(features.cached_path(images, extractor, cache))
 
-    for e in (features.PIXELS, *references.extractors):
-        image = seconds_of(features.compute_features, batches, e, None, 4) / count
-        width = features.compute_features(few[:1], e, None).shape[1]
-        x = np.random.default_rng(0).normal(size=(max(500, n, m), width)).astype(np.float32)
-        distance = seconds_of(metrics.frechet_distance, x[:n], x[:m])
-        new = sum(len(s.images) for s in sets.values() if is_missing(s.images, e))
-        if "distribution" in groups and e is not features.PIXELS:
-            some = Features(x[:500], np.arange(500).astype(str), np.zeros(500, int))
-            kernel = seconds_of(metrics.kernel_distance, some, some)
-            kernel *= (metrics.MAX_KERNEL / 500) ** 2
-            rows = 2 * (len(train.classes) + 2)
-            found["distribution"] += image * (new + 2 * variety.MAX_BLURRED * len(sets))
-            found["distribution"] += distance * metrics.NUM_HALVES * (len(sets) - 1)
-            found["distribution"] += rows * (kernel + 4 * distance)
-        if "calibration" in groups:
-            new = num_degraded * is_missing(last, e) + new * ("distribution" not in groups)
-            found["calibration"] += image * new + 60 * distance
-        if "memorisation" in groups and e.name in ("pixels", "encoder"):
-            pair = seconds_of(metrics.nearest_neighbour, x[:500], x[:500]) / 500**2
-            pairs = 2 * len(train.images) * (2 * len(fakes.images) + len(train.images))
-            found["memorisation"] += image * 2 * total + pair * 2 * (pairs + total**2)
-    if "memorisation" in groups:
-        found["memorisation"] += seconds_of(metrics.normalise_pose, few) / len(few) * total
-    if "anatomy" in groups:
-        found["anatomy"] = seconds_of(lambda: list(map(metrics.segment, few))) / len(few) * total
-    if "diversity" in groups:
-        pairs = np.zeros((25, 2), int)
-        found["diversity"] = seconds_of(metrics.similarity, few, pairs) / 25 * 2 * metrics.NUM_PAIRS
-    if "labels" in groups and len(train.classes) > 1:
-        y = utils.one_hot(test.labels[: len(few)], len(train.classes))
-        step = seconds_of(classifiers.fit_classifier, features.averaged(few), y, 0, 5) / 5
-        found["labels"] = (
-            step * NUM_SEEDS * classifiers.STEPS * (3 + len(fakes.images) / len(train.images))
-        )
-    return found
+    few, count = test.images[:20], 4 * utils.num_cores()
+    batches = np.resize(few, (count, *few.shape[1:]))
+    image = seconds_of(features.compute_features, batches, extractor, None, 4) / count
+    width = features.compute_features(few[:1], extractor, None).shape[1]
+    others = [len(s.images) for s in sets.values() if s is not test]
+    n, m = (max(2, k // 2) for k in (min(others), len(test.images)))  # slices of halves
+    x = np.random.default_rng(0).normal(size=(max(500, n, m), width)).astype(np.float32)
+    distance = seconds_of(metrics.frechet_distance, x[:n], x[:m])
+    new = sum(len(s.images) for s in sets.values() if is_missing(s.images))
+    parts: list[tuple[Group, float, float]] = []
+    if "distribution" in groups and extractor is not features.PIXELS:
+        some = Features(x[:500], np.arange(500).astype(str), np.zeros(500, int))
+        kernel = seconds_of(metrics.kernel_distance, some, some) * (metrics.MAX_KERNEL / 500) ** 2
+        rows = 2 * (len(train.classes) + 2)
+        parts += [
+            ("distribution", image, new + 2 * variety.MAX_BLURRED * len(sets)),
+            ("distribution", distance, metrics.NUM_HALVES * (len(sets) - 1) + 4 * rows),
+            ("distribution", kernel, rows),
+        ]
+    if "calibration" in groups:
+        degraded = test.images[utils.random_rows(len(test.images), NUM_DEGRADED)]
+        degrade, (*_, strongest) = list(features.DEGRADATIONS.values())[-1]
+        kinds = 1 + sum(len(strengths) for _, strengths in features.DEGRADATIONS.values())
+        last = degrade(degraded, strongest)  # the last of which features are computed
+        images = len(degraded) * kinds * is_missing(last) + new * ("distribution" not in groups)
+        parts += [("calibration", image, images), ("calibration", distance, 60)]
+    if "memorisation" in groups and extractor.name in ("pixels", "encoder"):
+        total, pair = sum(len(s.images) for s in (fakes, *splits.values())), x[:500]
+        pair = seconds_of(metrics.nearest_neighbour, pair, pair) / 500**2
+        pairs = 2 * len(train.images) * (2 * len(fakes.images) + len(train.images))
+        parts += [("memorisation", image, 2 * total)]
+        parts += [("memorisation", pair, 2 * (pairs + total**2))]
+    return parts
 
 
 def in_words(seconds: float) -> str:
@@ -598,22 +617,6 @@ def evaluate(options: Options) -> dict[str, Any]:
     return tables
 
 
-def over_runs(reports: list[dict[str, Any]]) -> Rows:
-    """Headline of the samples over several runs: means, ranges, intervals of all draws together."""
-    rows = []
-    heads = [[r for r in tables["headline"] if r["set"] == "samples"] for tables in reports]
-    for same in zip(*heads, strict=True):
-        row = {"extractor": same[0]["extractor"], "runs": len(same)}
-        for name in ("fd_test", "fd_infinite", "over_memory", "over_perfect"):
-            values = [r[name] for r in same if name in r]
-            if values:
-                row |= {name: float(np.mean(values)), f"{name}_range": [min(values), max(values)]}
-            if draws := [r[f"{name}_draws"]["values"] for r in same if f"{name}_draws" in r]:
-                row[f"{name}_interval"] = metrics.interval(np.concatenate(draws))
-        rows.append(row)
-    return rows
-
-
 def main() -> None:
     """The command line."""
     utils.work_alone()
@@ -626,7 +629,7 @@ def main() -> None:
         out = options.out or runs.output_folder(run, "evaluation", options.images)
         shutil.rmtree(out / "parts", ignore_errors=True)
     if len(reports) > 1 and "distribution" in options.metrics:
-        text = f"# Over {len(reports)} runs\n\n{report.as_narrow_tables(over_runs(reports))}"
+        text = f"# Over {len(reports)} runs\n\n{report.as_narrow_tables(report.over_runs(reports))}"
         folder = runs.output_folder(sources[0], "evaluation").parent.parent  # of the first run
         report.write_text(text, path := folder / "evaluation.md")
         utils.print_once(f"{text}\nreport: {path}")

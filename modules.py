@@ -3,12 +3,12 @@
 Notation: N images, C channels, H x W pixels, I inputs, O outputs, K kernel taps; `z` latents, `c`
 one-hot labels, `w` intermediate latents, `ws` one w for every layer. Images are in [-1, 1].
 
-References:
+References, numbered as in README.md:
     [1] Karras et al. 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958
     [2] Karras et al. 2019, A Style-Based Generator Architecture for GANs, arXiv:1812.04948
-    [3] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
-    [4] Miyato and Koyama 2018, cGANs with Projection Discriminator, arXiv:1802.05637
-    [5] Zhang 2019, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486
+    [4] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
+    [5] Miyato and Koyama 2018, cGANs with Projection Discriminator, arXiv:1802.05637
+    [11] Zhang 2019, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486
     [6] Karras et al. 2020, Training Generative Adversarial Networks with Limited Data,
         arXiv:2006.06676
 """
@@ -30,7 +30,7 @@ HIGH_RESOLUTION = 16  # pixels; features of this size and above have the dtype o
 
 
 def normalize_2nd_moment(x: Tensor) -> Tensor:
-    """Scale each row to unit mean square ([3], section 4.2). [N, C] -> [N, C]."""
+    """Scale each row to unit mean square ([4], section 4.2). [N, C] -> [N, C]."""
     return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 
@@ -40,7 +40,7 @@ def channels(resolution: int, channel_base: int, channel_max: int) -> int:
 
 
 def binomial_filter(x: Tensor, order: int, padding: int, gain: float = 1) -> Tensor:
-    """Low-pass filter ([5]) with the taps [1, 2, 1] (order 2) or [1, 3, 3, 1] (order 3).
+    """Low-pass filter ([11]) with the taps [1, 2, 1] (order 2) or [1, 3, 3, 1] (order 3).
 
     The taps sum to `gain`. The filter adds shifted images along each axis; a compiler makes one
     pass of the sum and of its derivatives of any order. On a CPU, outside of a second derivative,
@@ -97,12 +97,13 @@ def modulated_conv2d(
     """Convolution whose input channels are scaled per image by `styles` ([1], section 2.2).
 
     x [N, I, H, W], weight [O, I, K, K], styles [N, I] -> [N, O, H, W], or [N, O, 2H, 2W] with `up`,
-    by a transposed convolution of stride 2 and the low-pass filter. `demodulate` scales each output
-    map to the expected deviation `gain`.
+    by a transposed convolution of stride 2 and the low-pass filter. `demodulate` divides each
+    output map by the deviation that it would have if all inputs were independent with variance 1;
+    nothing is measured. Then it applies `gain`.
 
     The paper scales the weights of each image (equations 1 and 3). Scaling input and output gives
-    the same result, y = d * conv(s * x, W) with d_o = rsqrt(sum_i s_i^2 sum_k W_oik^2 + 1e-8), and
-    needs only one dense convolution for the whole batch.
+    the same result, y = d * conv(s * x, W) with d_o = gain * rsqrt(sum_i s_i^2 sum_k W_oik^2 +
+    1e-8), and needs only one dense convolution for the whole batch.
     """
     x = x * styles.to(x.dtype)[:, :, None, None]
     kernel = weight.to(x.dtype)
@@ -118,10 +119,11 @@ def modulated_conv2d(
 
 
 class EqualizedLinear(nn.Module):
-    """Fully connected layer with equalized learning rate ([3], section 4.1). [N, I] -> [N, O].
+    """Fully connected layer with equalized learning rate ([4], section 4.1). [N, I] -> [N, O].
 
     Weights are stored with a deviation of 1 / `lr_multiplier` and scaled in `forward`. So Adam
-    moves every layer at the same relative speed.
+    moves each layer, however wide, at the relative speed `lr_multiplier`: 1, or 0.01 in the mapping
+    network ([2], appendix C).
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class EqualizedLinear(nn.Module):
 
 
 class EqualizedConv2d(nn.Module):
-    """Convolution with equalized learning rate ([3], section 4.1). [N, I, H, W] -> [N, O, H, W]."""
+    """Convolution with equalized learning rate ([4], section 4.1). [N, I, H, W] -> [N, O, H, W]."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, gain: float = 1, down: bool = False
@@ -172,7 +174,8 @@ class SynthesisLayer(nn.Module):
     """Modulated 3x3 convolution, noise, bias, leaky ReLU ([1], figure 2d).
 
     One noise image is added to all feature maps, to each with a strength of its own ([2], section
-    2): so a map may carry noise, and the next layer may shape it, while others stay free of it.
+    2; [1] has one strength for all): so a map may carry noise, and the next layer may shape it,
+    while others stay free of it.
     """
 
     def __init__(
@@ -224,10 +227,11 @@ class ToRGB(nn.Module):
 
 
 class MinibatchStd(nn.Module):
-    """Append the standard deviation within small groups of images as one more map ([3], section 3).
+    """Append one constant map: the deviation within a small group of images ([4], section 3).
 
-    A group has as many images as the largest divisor of N up to `group_size`, so any batch size
-    works. For a prime N above `group_size` the map is constant.
+    Its value is the standard deviation over the group, averaged over maps and pixels. A group has
+    as many images as the largest divisor of N up to `group_size`, so any batch size works. For a
+    prime N above `group_size` an image is alone in its group, and the map says nothing.
     """
 
     def __init__(self, group_size: int = 4) -> None:
@@ -425,7 +429,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images and labels to logits, high for real ([1], section 4.1; label projection of [4]).
+    """Images and labels to logits, high for real ([1], section 4.1; label projection of [5]).
 
     The logit is a linear function of `features`, plus the product of `features` and the label's
     embedding. Training applies `augment` to images before it calls D.
@@ -479,7 +483,7 @@ class AdaptiveAugment(nn.Module):
     image that is not chosen keeps every bit. Settings: config.ada_*.
     """
 
-    P_MAX = 0.8  # beyond it changes leak into the samples ([6], figure 3)
+    P_MAX = 0.8  # above it some changes leak into the samples ([6], figure 3)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -567,10 +571,11 @@ class AdaptiveAugment(nn.Module):
 
     @torch.no_grad()
     def adapt(self, real_sign: Tensor, cur_nimg: int) -> None:
-        """Move p towards its target, every `ada_interval` steps ([6], section 3).
+        """Raise p if D is too sure of real images, else lower it ([6], section 3).
 
-        `real_sign` is the mean sign of D(real) in the step that just ended, over all ranks.
-        `cur_nimg` counts the images seen, including that step.
+        It is, if the mean sign of D(real) over `ada_interval` steps is above `ada_target`.
+        `real_sign` is the mean of the step that just ended, over all ranks; `cur_nimg` counts the
+        images seen, including that step.
         """
         config = self.config
         self.sign_sum += real_sign

@@ -8,15 +8,15 @@
 
 The same command resumes a run that was stopped. Settings and their defaults: config.py or --help.
 
-References:
+References, numbered as in README.md:
     [1] Karras et al. 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958
-    [2] Goodfellow et al. 2014, Generative Adversarial Nets, arXiv:1406.2661
     [3] Mescheder et al. 2018, Which Training Methods for GANs do actually Converge?,
         arXiv:1801.04406
     [4] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
-    [5] Shahbazi et al. 2022, Collapse by Conditioning, arXiv:2201.06578
-    [6] Huang et al. 2024, The GAN is dead; long live the GAN! A Modern Baseline GAN,
+    [9] Shahbazi et al. 2022, Collapse by Conditioning, arXiv:2201.06578
+    [10] Huang et al. 2024, The GAN is dead; long live the GAN! A Modern Baseline GAN,
         arXiv:2501.05441
+    [12] Goodfellow et al. 2014, Generative Adversarial Nets, arXiv:1406.2661
 """
 
 import argparse
@@ -42,7 +42,7 @@ from config import CPU, GPU, Config, UserError
 from dataset import Slices, load_slices, make_loader, normalize
 from evaluation.features import PRETRAINED, find_weights
 from modules import MEMORY_FORMAT, Discriminator, Generator, SynthesisNetwork, mixed_ws
-from training import logs, process, reports, runs
+from training import convolution, logs, process, reports, runs
 from training.compiler import Phases, Stats
 from training.memory import warn_of_too_little
 from training.recorder import FLUSH_STEPS, Recorder
@@ -50,6 +50,7 @@ from utils import first_line, num_ranks, print_once, rank, run_command, stream_s
 
 # Losses
 
+convolution.install()  # R1 and path lengths derive convolutions twice
 DRIFT = 0.01  # weight of the squared mean of the two logits of a pair
 
 
@@ -60,14 +61,18 @@ def r1_penalty(D: Discriminator, real: Tensor, c: Tensor) -> Tensor:
 
 
 def path_lengths(synthesis: SynthesisNetwork, ws: Tensor) -> Tensor:
-    """How far an image moves when its w moves ([1], section 3.2): |J^T y|, y random. -> [N]."""
+    """How far an image moves when its w moves ([1], section 3.2): |J^T y|, y random. -> [N].
+
+    Divided by the roots of the numbers of pixels and layers: so a weight of 2 is that of the paper,
+    ln 2 / (r^2 (ln r - ln 2)), at any resolution r.
+    """
 
     def projection(ws: Tensor) -> Tensor:
         img = synthesis(ws)
         return (img * torch.randn_like(img)).sum() / math.sqrt(img.shape[2] * img.shape[3])
 
     gradient = torch.func.grad(projection)(ws)  # [N, num_ws, w_dim]
-    return gradient.square().sum(2).mean(1).sqrt()  # mean: the number of layers does not matter
+    return gradient.square().sum(2).mean(1).sqrt()
 
 
 # Phases: each returns one weighted loss, and statistics to record
@@ -82,7 +87,7 @@ def generate(G: Generator, c: Tensor, config: Config) -> Tensor:
 
 
 def g_main(G: Generator, D: Discriminator, real: Tensor, c: Tensor, config: Config) -> Loss:
-    """Loss of G: non-saturating ([2]), or relativistic ([6]), with real images of the classes c."""
+    """Loss of G: non-saturating ([12]), or relativistic ([10]), with real images of classes c."""
     logits = D(D.augment(generate(G, c, config)), c)
     if config.relativistic:
         with torch.no_grad():
@@ -93,7 +98,10 @@ def g_main(G: Generator, D: Discriminator, real: Tensor, c: Tensor, config: Conf
 
 
 def g_path(G: Generator, c: Tensor, pl_mean: Tensor, config: Config) -> Loss:
-    """Path length penalty ([1], section 3.2): it pulls lengths to their running mean."""
+    """Path length penalty ([1], section 3.2): it pulls lengths to their running mean.
+
+    Training gives it the labels of half a batch, which saves time and memory.
+    """
     z = torch.randn(len(c), config.z_dim, device=c.device)
     lengths = path_lengths(G.synthesis, mixed_ws(G, z, c, config.style_mixing_prob))
     pl_mean = pl_mean.lerp(lengths.detach().mean(), config.pl_decay)
@@ -105,7 +113,7 @@ def g_path(G: Generator, c: Tensor, pl_mean: Tensor, config: Config) -> Loss:
 def d_main(
     G: Generator, D: Discriminator, real: Tensor, c: Tensor, c_fake: Tensor, config: Config
 ) -> Loss:
-    """Logistic loss of D ([2]), or relativistic: twice that of [6], so that a guess is 2 ln 2.
+    """Logistic loss of D ([12]), or relativistic: twice that of [10], so that a guess is 2 ln 2.
 
     The latter compares the two images of a pair, and leaves their level free; `DRIFT` pulls it to 0
     (as [4], appendix A.1), where the sign of a logit tells D's guess.
@@ -130,7 +138,8 @@ def d_r1(
 ) -> Loss:
     """R1 penalty ([3]) of weight `gamma` at the augmented images, the ones that D sees.
 
-    The relativistic loss adds R2, the same at generated images ([6]); both count twice, as it does.
+    The relativistic loss adds R2, the same at generated images ([10]); as that loss is doubled, the
+    weight of both is.
     """
     seen = {"r1": real}
     if config.relativistic:
@@ -203,11 +212,15 @@ class TrainingState:
             self.cur_nimg, self.best_fid = state["cur_nimg"], state["best_fid"]
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             run = self.config.out
-            raise UserError(f"{run}: its checkpoint does not fit: {first_line(error)}") from error
+            text = f"its checkpoint does not fit this version: {first_line(error)}"
+            raise UserError(f"{run}: {text}; use another --out") from error
 
 
 def lazy_adam(net: torch.nn.Module, learning_rate: float, interval: int) -> Adam:
-    """Adam, corrected for one extra step, of a penalty, every `interval` steps ([1], app. B)."""
+    """Adam with learning rate * r and betas ** r, where r = interval / (interval + 1).
+
+    So one extra step, of a penalty, every `interval` steps does not speed it up ([1], appendix B).
+    """
     ratio = interval / (interval + 1)
     return Adam(net.parameters(), learning_rate * ratio, (0.0, 0.99**ratio), eps=1e-8, fused=True)
 
@@ -227,7 +240,7 @@ def ema_step(state: TrainingState) -> None:
 
 
 def label_weight(config: Config, nimg: int) -> float:
-    """Factor of all labels at image `nimg`: it rises from 0 to 1 over `label_ramp_kimg` ([5])."""
+    """Factor of all labels at image `nimg`: it rises from 0 to 1 over `label_ramp_kimg` ([9])."""
     return min(1, nimg / (config.label_ramp_kimg * 1000)) if config.label_ramp_kimg else 1
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_POSITIONS = 5  # entries of c for each class, if c holds the position of a slice
-CHUNK = 500  # images that `map_in_chunks` works on at a time
+CHUNK = 100  # images that `map_in_chunks` works on at a time
 MIN_SHOWN = 96  # pixels: smaller images are enlarged in a picture that shows several
 CHECKSUM_MARK = b"CRC:"  # stands between a file's content and its checksum
 # Signals that ask a process to end
@@ -150,9 +150,10 @@ def map_on_cores(function: Callable, items: Sequence, bar: str | None, unit: str
 
 
 def map_in_chunks(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
-    """Call a function for some images at a time, which saves memory, and join the results."""
+    """Call a function for some images at a time, on all cores, and join the results."""
     starts = range(0, max(1, len(images)), CHUNK)
-    return np.concatenate([function(np.array(images[i : i + CHUNK])) for i in starts])
+    chunks = [images[start : start + CHUNK] for start in starts]
+    return np.concatenate(map_on_cores(lambda x: function(np.array(x)), chunks, None, "chunk"))
 
 
 # Seeds and labels
@@ -583,9 +584,8 @@ def label(text: object, width: int = 24, lines: int = 3) -> str:
     while len("".join(signs)) > room:
         middle = len(signs) // 2
         signs[middle - 1 : middle + 2] = ["…"]
-    return "\n".join(textwrap.wrap("".join(signs), width, break_on_hyphens=False)).replace(
-        "$", r"\$"
-    )
+    lines = textwrap.wrap("".join(signs), width, break_on_hyphens=False)
+    return "\n".join(lines).replace("$", r"\$")
 
 
 def show_tiles(

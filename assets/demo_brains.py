@@ -50,13 +50,8 @@ def load_template(path: Path = TEMPLATE) -> Template:
     gradient = torch.stack(torch.gradient(distance, spacing=file["spacing"].tolist()))
     gradient = gradient / gradient.square().sum(0).clamp(min=0.7)  # mm per mm of distance
     origin, spacing = (torch.tensor(file[k]).float() for k in ("origin", "spacing"))
-    return Template(
-        maps,
-        torch.cat([distance[None], gradient]),
-        origin,
-        spacing,
-        distance.flatten().sort().values,
-    )
+    distances = torch.cat([distance[None], gradient])
+    return Template(maps, distances, origin, spacing, distance.flatten().sort().values)
 
 
 def subject_rng(seed: int, number: int) -> torch.Generator:

@@ -102,7 +102,8 @@ def find_weights(path: Path | None, source: Weights) -> tuple[Path, str]:
         raise UserError(f"{what}: no such file; {source.how} installs it, or choose other features")
     digest = utils.sha256_of(path)
     if digest != source.sha256:
-        raise UserError(f"{path}: sha256 {digest[:8]}..., not {source.sha256[:8]}...")
+        text = f"sha256 {digest[:8]}..., not {source.sha256[:8]}...: another version, or damaged"
+        raise UserError(f"{path}: {text}; {source.how} installs it")
     if source.needs and importlib.util.find_spec(source.needs) is None:
         raise UserError(f"{source.name} needs {source.needs}: {source.how}")
     return path, digest
@@ -313,7 +314,13 @@ def compute_features(
     def work(start: int) -> Tensor:
         return extractor.network(to_tensor(images[start : start + batch])).cpu().flatten(1).float()
 
-    return torch.cat(utils.map_on_cores(work, range(0, len(images), batch), bar, "batch")).numpy()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # each thread would try all algorithms anew
+    try:
+        found = utils.map_on_cores(work, range(0, len(images), batch), bar, "batch")
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+    return torch.cat(found).numpy()
 
 
 def digest_of(images: np.ndarray, text: str = "") -> str:

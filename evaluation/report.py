@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataset import Slices
-from evaluation.verdict import LOW_PRECISION, precision_of, verdict
+from evaluation.metrics import interval
+from evaluation.verdict import LOW_PRECISION, Row, Rows, precision_of, verdict
 from utils import (
     label,
     new_figure,
@@ -25,8 +26,6 @@ from utils import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = dict[str, Any]  # a row of a table, by column
-Rows = list[Row]
 MAX_COLUMNS = 7  # of a table in Markdown
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)  # axis of ratios
 
@@ -107,6 +106,22 @@ def as_markdown(report: dict[str, Any]) -> str:
         "its planted copies are, but no copied parts: it is no guarantee of privacy. Measurements "
         "of different extractors cannot be compared.\n"
     )
+
+
+def over_runs(reports: list[dict[str, Any]]) -> Rows:
+    """Headline of the samples over several runs: means, ranges, intervals of all draws together."""
+    rows = []
+    heads = [[r for r in tables["headline"] if r["set"] == "samples"] for tables in reports]
+    for same in zip(*heads, strict=True):
+        row = {"extractor": same[0]["extractor"], "runs": len(same)}
+        for name in ("fd_test", "fd_infinite", "over_memory", "over_perfect"):
+            values = [r[name] for r in same if name in r]
+            if values:
+                row |= {name: float(np.mean(values)), f"{name}_range": [min(values), max(values)]}
+            if draws := [r[f"{name}_draws"]["values"] for r in same if f"{name}_draws" in r]:
+                row[f"{name}_interval"] = interval(np.concatenate(draws))
+        rows.append(row)
+    return rows
 
 
 def write_text(text: str, path: Path) -> None:

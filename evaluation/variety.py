@@ -7,16 +7,15 @@ recall after all images have been blurred alike.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dataset import Slices
 from evaluation import features, metrics
 from evaluation.metrics import Features
+from evaluation.verdict import Rows
 from utils import random_rows
 
-Rows = list[dict[str, Any]]
 MAX_BLURRED = 500  # slices of each set whose recall is measured with and without blur
 BLUR = 1.0  # pixels
 

@@ -1,15 +1,16 @@
 """What an evaluation means, in five sentences for readers who know none of its measures."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # a row of a table, by column
+Rows = list[Row]
 MIN_PARTICIPANTS = 10  # in the test set, for a verdict
 LOW_PRECISION = 0.05  # below it, what samples show of classes, people and variety means little
 CHANCE = 0.01  # share of test slices below the audit's threshold
 REAL = "real: test against train"  # a row of the distribution
 MIN_FOUND = 0.5  # share of planted copies that an audit must find to say that there are none
-MANY_COPIES = 0.1  # a share too near that no honest generator had, with MIN_PARTICIPANTS or more
+MANY = 0.1  # a share too near that no honest generator had, with MIN_PARTICIPANTS or more
 LIMITS = (
     "Do not use generated slices for diagnosis, as evidence about any person or disease, or as "
     "proof that data are anonymous."
@@ -46,10 +47,6 @@ def is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)  # JSON has null for other numbers
 
 
-def finite(row: Row, name: str) -> bool:
-    return is_finite(row.get(name))
-
-
 def is_of_other_data(report: dict[str, Any]) -> bool:
     """Whether the real slices are not those that the generator was trained on."""
     return "not the slices of this run" in report.get("what", {}).get("data", "")
@@ -64,7 +61,7 @@ def precision_of(report: dict[str, Any]) -> float:
 def closeness(report: dict[str, Any]) -> str:
     """By the first extractor's Fréchet distance over that of the training slices; "" if unknown."""
     for row in report.get("headline", ()):
-        if row["set"] == "samples" and finite(row, "over_memory"):
+        if row["set"] == "samples" and is_finite(row.get("over_memory")):
             ratio, (low, high) = row["over_memory"], row["over_memory_interval"]
             unseen = "people whom the generator never saw"
             whose = "other data than the run's" if is_of_other_data(report) else unseen
@@ -87,15 +84,14 @@ def variety(report: dict[str, Any]) -> str:
             share = f"only {precision_of(report):.0%} of them look like real slices at all"
             return f"Their variety cannot be judged, as {share}."
         grades = {0.4: "far smaller than that of", 0.8: "smaller than that of"}
-        how = next(
-            (words for limit, words in grades.items() if fake / real < limit), "about that of"
-        )
+        words = (words for limit, words in grades.items() if fake / real < limit)
+        how = next(words, "about that of")
         return (
             f"Their variety is {how} real slices: {fake:.0%} of the real training slices have a "
             f"like among {rows['samples']['slices']} of them, and {real:.0%} have one among as "
             "many slices of unseen people."
         )
-    rows = {r["pairs"]: r for r in report.get("diversity", ()) if finite(r, "ms_ssim")}
+    rows = {r["pairs"]: r for r in report.get("diversity", ()) if is_finite(r.get("ms_ssim"))}
     if len(rows) < 2:
         return ""
     (a, error), (b, other) = ((rows[k]["ms_ssim"], rows[k]["error"]) for k in ("fake", "real"))
@@ -103,9 +99,39 @@ def variety(report: dict[str, Any]) -> str:
     return f"Two of them are {how} alike than two real slices: {a:.2f} against {b:.2f} (1: equal)."
 
 
+class Audit(NamedTuple):
+    """How near the samples are to training slices, in one space of features."""
+
+    share: float  # of samples nearer to a training slice than 99 % of test slices are
+    by_chance: float  # the same of slices of test people, against the other test people
+    too_many: bool  # more than by chance
+    copied: bool  # too many, and training people are nearer to samples than other people
+    compared: bool  # whether people were compared
+    found: list[float]  # the share that was found of each kind of planted copies
+
+
+def audit_of(row: Row, memberships: Rows, people: float) -> Audit:
+    """The audit of a row of the memorisation table; `people` counts test participants.
+
+    Average heads are near to many slices, but no nearer to those of training participants.
+    """
+    share, (low, _) = row["share_too_near"], row["interval_over_participants"]
+    by_chance = row.get("share_by_chance")
+    by_chance = max(CHANCE, by_chance if is_finite(by_chance) else 0)
+    limits = [
+        m["auc_calibrated_interval"][0]
+        for m in memberships
+        if (m["space"], m["near"]) == (row["space"], "samples")
+        and is_finite(m.get("auc_calibrated"))
+    ]
+    near = limits[0] > 0.5 if limits else share >= (0.5 if people < MIN_PARTICIPANTS else MANY)
+    found = [value for name, value in row.items() if name.startswith("found_")]
+    return Audit(share, by_chance, low > by_chance, low > by_chance and near, bool(limits), found)
+
+
 def copies(report: dict[str, Any]) -> str:
     """By the space with most samples too near to training slices; "" if unknown."""
-    rows = [row for row in report.get("memorisation", ()) if finite(row, "share_too_near")]
+    rows = [r for r in report.get("memorisation", ()) if is_finite(r.get("share_too_near"))]
     if not rows:
         return ""
     if is_of_other_data(report):
@@ -113,72 +139,47 @@ def copies(report: dict[str, Any]) -> str:
             "Whether they copy training slices cannot be said: these are not the slices that the "
             "generator was trained on."
         )
-    limits = {
-        r["space"]: r["auc_calibrated_interval"][0]
-        for r in report.get("membership", ())
-        if r["near"] == "samples" and finite(r, "auc_calibrated")
-    }
-
-    few = report.get("what", {}).get("participants_test", math.inf) < MIN_PARTICIPANTS
-
-    def by_chance(row: Row) -> float:
-        """The share of slices of test people below the threshold of the other test people."""
-        return max(CHANCE, row["share_by_chance"] if finite(row, "share_by_chance") else 0)
-
-    def suspicion(row: Row) -> tuple[bool, bool, float]:
-        """Whether too many samples are too near; whether training people are nearer; the share.
-
-        Average heads are near to many slices, but no nearer to those of training participants.
-        """
-        share, (low, _) = row["share_too_near"], row["interval_over_participants"]
-        many = 0.5 if few else MANY_COPIES
-        near = limits[row["space"]] > 0.5 if row["space"] in limits else share >= many
-        return low > by_chance(row), low > by_chance(row) and near, share
-
-    row = max(rows, key=lambda row: suspicion(row)[1:])
-    some, many, share = suspicion(row)
-    planted = [value for name, value in row.items() if name.startswith("found_")]
+    people = report.get("what", {}).get("participants_test", math.inf)
+    audits = [audit_of(row, report.get("membership", []), people) for row in rows]
+    audit = max(audits, key=lambda audit: (audit.copied, audit.share))
+    least = min(audit.found, default=1.0)
     detail = (
-        f"{share:.1%} of the generated slices are nearer to a training slice than 99 % of unseen "
-        f"real slices are ({100 * by_chance(row):.2g} % by chance"
+        f"{audit.share:.1%} of the generated slices are nearer to a training slice than 99 % of "
+        f"unseen real slices are ({100 * audit.by_chance:.2g} % by chance"
     )
-    blind = min(planted, default=1.0) < MIN_FOUND
-    if blind:
-        detail += f"; of some kinds of copies hidden as a test only {min(planted):.0%} are found"
-    elif planted:
-        found = "all" if min(planted) == 1 else f"{min(planted):.0%} or more"
-        detail += f"; of copies hidden as a test, {found} are found"
-    if many:
+    if least < MIN_FOUND:
+        detail += f"; of some kinds of copies hidden as a test only {least:.0%} are found"
+    elif audit.found:
+        share = "all" if least == 1 else f"{least:.0%} or more"
+        detail += f"; of copies hidden as a test, {share} are found"
+    if audit.copied:
         return f"Copies of training slices were found: {detail}), so do not share these samples."
-    if not some and blind:
+    if audit.too_many:
+        why = ", but training participants are no nearer to the samples than other people"
+        return f"Look for copies among the nearest pairs: {detail}){why * audit.compared}."
+    if least < MIN_FOUND:
         return f"Copies of training slices cannot be ruled out: {detail})."
-    if not some:
-        return f"No copies of training slices were found: {detail})."
-    why = ", but training participants are no nearer to the samples than other people"
-    return f"Look for copies among the nearest pairs: {detail}){why * (row['space'] in limits)}."
+    return f"No copies of training slices were found: {detail})."
 
 
 def classes(report: dict[str, Any]) -> str:
     """By classifiers trained on samples and on real slices, else by ventricles; "" if unknown."""
     rows = {r["measurement"]: r for r in report.get("labels", ()) if r["unit"] == "participants"}
-    fake, real, grey = (
-        rows.get(k, {}).get("auc", math.nan) for k in ("TSTR", "TRTR", "TSTR, intensity alone")
-    )
+    names = "TSTR", "TRTR", "TSTR, intensity alone"
+    fake, real, grey = (rows.get(name, {}).get("auc", math.nan) for name in names)
     if math.isfinite(fake + real):
         low, high = rows["TSTR - TRTR"]["interval_over_participants"]
         how = "worse than" if high < 0 else "better than" if low > 0 else "about as well as"
-        more = (
-            ", but brightness and sharpness alone tell them as well" if grey > fake - 0.02 else ""
-        )
-        if real < 0.6:
-            more = ", but even real slices hardly show the classes"
+        more = ", but even real slices hardly show the classes" if real < 0.6 else ""
+        if grey > fake - 0.02 and not more:
+            more = ", but brightness and sharpness alone tell them as well"
         return (
             "A computer that learned the classes from generated slices tells them in unseen people "
             f"{how} one that learned from real slices ({fake:.2f} against {real:.2f}, where 0.5 "
             f"is guessing and 1 is always right){more}."
         )
     for row in report.get("anatomy", ()):
-        if row["area"] == "ventricles" and finite(row, "fake_effect"):
+        if row["area"] == "ventricles" and is_finite(row.get("fake_effect")):
             low, high = row["real_effect_interval"]
             how = "as" if low <= row["fake_effect"] <= high else "unlike"
             return (

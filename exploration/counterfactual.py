@@ -191,10 +191,8 @@ def table_of(changes: Changes, reference: Reference | None) -> list[dict[str, An
     deviations = in_deviations(change, values[0])
     for i, (name, unit) in enumerate(ATTRIBUTES.items()):
         row: dict[str, Any] = {"what": f"{name}, {unit}", "from": float(values[0, :, i].mean())}
-        row |= {
-            "change": float(change[i]),
-            "interval": [float(change[i] + s * half[i]) for s in (-1, 1)],
-        }
+        row["change"] = float(change[i])
+        row["interval"] = [float(change[i] - half[i]), float(change[i] + half[i])]
         row["in deviations"] = float(deviations[i])
         if reference is not None:
             row["reference"] = float(reference.change[i])

@@ -30,11 +30,8 @@ from modules import Generator
 NUM_SAMPLES = 1000  # samples that supervised directions are fitted to
 NUM_LATENTS = 4096  # latents whose w give axes and deviations
 NUM_STYLES = 4  # first layers whose style weights are factorised
-SUPERVISED = {
-    "larger ventricles": 0,
-    "larger brain": 1,
-    "tilt to the right": 3,
-}  # columns of ATTRIBUTES
+# columns of ATTRIBUTES
+SUPERVISED = {"larger ventricles": 0, "larger brain": 1, "tilt to the right": 3}
 NUM_EFFECTS = 64  # latents whose images show the effects of a direction
 EFFECTS = {name: i for i, name in enumerate(ATTRIBUTES) if name != "shift to the right"}
 SWEEP = (-3, -2, -1, 0, 1, 2, 3)  # deviations
@@ -193,10 +190,8 @@ def draw_directions(
 
 def draw_sharing(directions: list[Direction], path: Path) -> None:
     """Cosines between directions, as numbers in coloured cells."""
-    values, names = (
-        sharing(directions).round(2) + 0.0,
-        [utils.label(d.name, 24, 1) for d in directions],
-    )
+    values = sharing(directions).round(2) + 0.0  # no -0
+    names = [utils.label(d.name, 24, 1) for d in directions]
     figure = utils.new_figure(figsize=(0.7 * len(names) + 2.5, 0.6 * len(names) + 1.8))
     ax = figure.subplots()
     ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)

@@ -63,12 +63,10 @@ class Copies:
             raise UserError("reject_copies: the training slices are not here; set --data-root")
         if not runs.trained_on(model.source, real[1]):
             raise UserError(f"reject_copies: {runs.OTHER_DATA}")
-        train, test = (metrics.normalise_pose(real[0][k].images) for k in ("train", "test"))
+        train = metrics.normalise_pose(real[0]["train"].images)
         known = np.concatenate([train, train[:, :, ::-1]])  # mirrored too
         self.known = features.compute_features(known, features.PIXELS, None)
-        test_features = features.compute_features(test, features.PIXELS, None)
-        gaps, _ = metrics.nearest_neighbour(test_features, self.known)
-        self.threshold = float(np.percentile(gaps, THRESHOLD))
+        self.threshold = float(np.percentile(self.gaps(real[0]["test"].images), THRESHOLD))
 
     def gaps(self, images: np.ndarray) -> np.ndarray:
         """Distance of images [n, R, R] to the nearest training slice. -> [n]."""
@@ -156,13 +154,8 @@ def write_images(
                         kept.append(seed)
                         utils.save_grey(image, out / name / f"{name_of(seed)}.png")
                     where = f"{model.position_of(seed):.4f}" if model.G.by_position else ""
-                    row = (
-                        str(seed),
-                        name,
-                        where,
-                        f"{gap:.4f}" if copies else "",
-                        "yes" if keep else "no",
-                    )
+                    distance, kept_too = f"{gap:.4f}" if copies else "", "yes" if keep else "no"
+                    row = str(seed), name, where, distance, kept_too
                     new.append(dict(zip(COLUMNS, row, strict=True)))
                     bar.update(int(keep))
                 append_journal(out / JOURNAL, new)

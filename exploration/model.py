@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +13,7 @@ import utils
 from config import Config, Seed, Share, UserError, check_fields
 from dataset import Slices
 from evaluation import features, metrics
-from evaluation.samples import labels_of, latents
+from evaluation.samples import labels_of, latents, mapped
 from modules import Generator
 from training import process, runs
 
@@ -94,13 +93,10 @@ class Model:
         By "label", z is mapped with the other condition. By "w", all w move by the difference of
         the mean w of both conditions. -> [N, num_ws, w_dim].
         """
-        mapping = self.G.mapping
-        rows = zip(z.split(1), (to if self.by == "label" else c).split(1), strict=True)
-        with torch.no_grad():  # each row alone: the same bits in any company
-            ws = torch.cat([mapping(*row) for row in rows])
-            if self.by == "label" or not mapping.c_dim:
-                return ws
-            return ws + ((to - c) @ mapping.w_avg)[:, None]
+        ws = mapped(self.G, z, to if self.by == "label" else c, 1)
+        if self.by == "label" or not self.G.c_dim:
+            return ws
+        return ws + ((to - c) @ self.G.mapping.w_avg)[:, None]
 
     def c(self, label: int | np.ndarray, seeds: list[int]) -> Tensor:
         """Condition of seeds, in one class or each in its own. -> [N, c_dim], on G's device."""

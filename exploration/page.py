@@ -116,10 +116,7 @@ def about(G: Generator, config: Config, classes: Sequence[str], served: bool) ->
     """What the reader must know of the images, a paragraph each."""
     size = f"{config.img_resolution} × {config.img_resolution} pixels"
     weights = sum(p.numel() for p in G.parameters())
-    source, copies = (
-        "the built-in demo brains, synthetic slices made from the ICBM 152 template",
-        "",
-    )
+    source, copies = "the built-in demo brains, synthetic slices from the ICBM 152 template", ""
     if config.data_root is not None:
         source = f"the slices in the folder “{config.data_root.name}”"
         copies = " An image can resemble a training slice; evaluate.py measures how much."

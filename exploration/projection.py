@@ -84,9 +84,8 @@ class Projected(NamedTuple):
 
     def take(self, rows: Tensor | slice) -> "Projected":
         """Some of the slices."""
-        return Projected(
-            self.z[rows], self.offset[rows], {k: v[rows] for k, v in self.noise.items()}
-        )
+        noise = {name: values[rows] for name, values in self.noise.items()}
+        return Projected(self.z[rows], self.offset[rows], noise)
 
 
 def render(G: Generator, at: Projected, ws: Tensor) -> Tensor:
@@ -164,9 +163,8 @@ def project(
             parts.append(project_group(model.G, images[rows], c[rows], options, extractor, bar))
     names = parts[0].noise
     noise = {name: torch.cat([part.noise[name] for part in parts]) for name in names}
-    return Projected(
-        torch.cat([part.z for part in parts]), torch.cat([part.offset for part in parts]), noise
-    )
+    z, offset = (torch.cat([getattr(part, name) for part in parts]) for name in ("z", "offset"))
+    return Projected(z, offset, noise)
 
 
 def early_steps(options: Options) -> int:
@@ -353,49 +351,62 @@ def memory(errors: dict[str, np.ndarray]) -> str:
     return f"Training slices do not project far better than those of unseen people ({text})."
 
 
-def project_command(options: Options) -> Path:
-    """Project slices, change their class, write figures and errors. -> the folder."""
-    model = models.open_model(options)
+def read_chosen(options: Options, model: Model) -> Group | None:
+    """The images that the options name, if any. Raises UserError for classes that do not fit."""
     if options.label is not None and not options.images:
         raise UserError(f"class = {options.label}: is that of images, and none is named")
     if options.target is not None:
         model.index(options.target)
         if len(model.classes) < 2 or options.target == options.label:
             raise UserError(f"to = {options.target}: is no other class than that of the images")
-    chosen = Group("images", *read_images(options, model)) if options.images else None
-    if chosen and options.target and {model.index(options.target)} == {*chosen.labels}:
+    if not options.images:
+        return None
+    chosen = Group("images", *read_images(options, model))
+    if options.target and {model.index(options.target)} == {*chosen.labels}:
         raise UserError(f"to = {options.target}: all images have this class already")
-    extractor, device = None, next(model.G.parameters()).device
+    return chosen
+
+
+def project_and_draw(
+    model: Model, group: Group, options: Options, extractor: features.Extractor | None
+) -> np.ndarray:
+    """Project a group of slices, change their class, draw all. -> the error of each slice."""
+    c = conditions_of(model, group)
+    at = project(model, group.images, c, options, extractor)
+    found = pictures(model, at, c)
+    columns = {"slice": group.images, "projected": found}
+    columns["projected - slice"] = found.astype(float) - group.images
+    kinds = [model.classes[label] for label in group.labels]
+    if len(model.classes) > 1:
+        other = other_classes(model, group.labels, options.target)
+        changed = pictures(model, at, c, conditions_of(model, group._replace(labels=other)))
+        columns |= {"other class": changed, "other - projected": changed.astype(float) - found}
+        kinds = [f"{k} to {model.classes[i]}" for k, i in zip(kinds, other, strict=True)]
+    errors = error(found, group.images)
+    rows = zip(group.names, kinds, errors, strict=True)
+    names = [f"{name}, {kind}, error {e:.1f}" for name, kind, e in rows]
+    path = model.out / f"project_{group.name.replace(' ', '_')}.png"
+    draw_columns(columns, names, f"{group.name}; {DIFFERENCE}", path)
+    return errors
+
+
+def project_command(options: Options) -> Path:
+    """Project slices, change their class, write figures and errors. -> the folder."""
+    model = models.open_model(options)
+    chosen = read_chosen(options, model)
+    extractor, real = None, None
     if options.features == "dinov2":
+        device = next(model.G.parameters()).device
         extractor = features.load_dinov2(options.dinov2_weights, device)
-    real = None
     if chosen is None or options.features == "encoder":
         real = models.open_real(model, options, "no comparison with people, nor the run's encoder")
     if options.features == "encoder" and real:
         extractor = real.extractor
-    groups, rows, errors = groups_of(model, chosen, real, options), [], {}
-    for group in groups:
-        c = conditions_of(model, group)
-        at = project(model, group.images, c, options, extractor)
-        found = pictures(model, at, c)
-        columns = {"slice": group.images, "projected": found}
-        columns["projected - slice"] = found.astype(float) - group.images
-        errors[group.name] = error(found, group.images)
-        kinds = [model.classes[label] for label in group.labels]
-        if len(model.classes) > 1:
-            other = other_classes(model, group.labels, options.target)
-            changed = pictures(model, at, c, conditions_of(model, group._replace(labels=other)))
-            columns |= {"other class": changed, "other - projected": changed.astype(float) - found}
-            kinds = [f"{k} to {model.classes[i]}" for k, i in zip(kinds, other, strict=True)]
-        rows_of = zip(group.names, kinds, errors[group.name], strict=True)
-        names = [f"{name}, {kind}, error {e:.1f}" for name, kind, e in rows_of]
-        file = f"project_{group.name.replace(' ', '_')}.png"
-        draw_columns(columns, names, f"{group.name}; {DIFFERENCE}", model.out / file)
-        found_errors = errors[group.name]
-        row = {"projected": group.name, "n": len(found_errors)}
-        row["median_error"] = float(np.median(found_errors))
-        row["smallest_and_largest"] = [float(found_errors.min()), float(found_errors.max())]
-        rows.append(row)
+    errors, rows = {}, []
+    for group in groups_of(model, chosen, real, options):
+        errors[group.name] = e = project_and_draw(model, group, options, extractor)
+        row = {"projected": group.name, "n": len(e), "median_error": float(np.median(e))}
+        rows.append(row | {"smallest_and_largest": [float(e.min()), float(e.max())]})
     tables = {"errors": rows, "note": SENTENCE}
     if "test people" in errors:
         tables["memory"] = memory(errors)

@@ -15,12 +15,13 @@ from participants.names import (
     simplified,
     spellings,
 )
-from participants.tables import MANIFEST, Entry, read_manifest, read_table
+from participants.tables import MANIFEST, Entry, UnrelatedTable, read_manifest, read_table
 from utils import print_once
 
 PARTICIPANTS = ("participants.tsv", "participants.csv")  # tables that may lie beside the slices
 BASELINE = {"bl", "m0"}  # ADNI's VISCODE, and its month in BIDS
 MAX_LISTED = 5  # names in a hint
+WHOLE_PARTS = "numbers and short names must be a whole part of a path"
 VISIT_WORDS = r"ses|session|visit|timepoint|tp|wave"
 VISIT = re.compile(  # a word begins after another sign, or as the V of scanVisit2
     rf"(?-i:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))(?:{VISIT_WORDS})[-_ ]?(\d+)"
@@ -30,10 +31,6 @@ VISIT = re.compile(  # a word begins after another sign, or as the V of scanVisi
 )
 SCAN_OF_DAY = re.compile(r"mr[-_ ]?(\d+)", re.IGNORECASE)  # a visit if there is no other number
 DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
-
-
-class UnrelatedTable(UserError):
-    """A table names none of the scans."""
 
 
 class EntryFinder:
@@ -77,21 +74,28 @@ class EntryFinder:
         but for a class that `pick` chooses. Raises ValueError if it names several participants.
         """
         keys = keys_in(path)
-        scans = [self.scans[key] for key in keys if key in self.scans][:1]
-        named, rest = [key for key in keys if key in self.participants], normalized(str(path))
-        chosen: list[str] = []
-        for key in named:  # the longest first; a name within one is no other participant
+        scan = next((self.scans[key] for key in keys if key in self.scans), None)
+        people = self.people_in(keys, str(path))
+        entries = [rows[0] for rows in people] + ([scan] if scan else [])
+        names = sorted({entry.participant for entry in entries})
+        if len(names) > 1:
+            raise ValueError(f"names several participants of the table: {', '.join(names)}")
+        return scan if scan or not people else self.row_of(people[0], str(path))
+
+    def people_in(self, keys: list[str], path: str) -> list[list[Entry]]:
+        """The rows of each participant that a path names; `keys` are its parts, longest first."""
+        chosen, rest = [], normalized(path)
+        for key in (key for key in keys if key in self.participants):
+            # a name within a longer one is no other participant
             if not any(key in longer for longer in chosen) or key in keys_in(rest):
                 chosen.append(key)
                 rest = rest.replace(key, "/")
-        people = [self.participants[key] for key in chosen]
-        names = sorted({entry.participant for entry in scans + [rows[0] for rows in people]})
-        if len(names) > 1:
-            raise ValueError(f"names several participants of the table: {', '.join(names)}")
-        if scans or not people:
-            return scans[0] if scans else None
-        told = rows_of_visit(people[0], str(path))
-        rows = told or people[0]
+        return [self.participants[key] for key in chosen]
+
+    def row_of(self, person: list[Entry], path: str) -> Entry:
+        """What the rows of a participant say of the visit that a path shows, see `named_in`."""
+        told = rows_of_visit(person, path)
+        rows = told or person
         labelled = sorted((r for r in rows if r.label), key=visit_order) or rows
         labels, ages = {r.label for r in labelled}, {r.age for r in labelled}
         label = labelled[-1 if self.pick == "last" else 0].label
@@ -100,8 +104,8 @@ class EntryFinder:
                 raise ValueError("rows of its participant have no dates or ages to sort them by")
             self.picked += 1
             label = "" if self.pick == "none" else label
-        if told and label and len({row.label for row in people[0]} - {""}) > 1:
-            self.by_visit.append(str(path))
+        if told and label and len({row.label for row in person} - {""}) > 1:
+            self.by_visit.append(path)
         age = labelled[0].age if len(ages) == 1 else math.nan
         return labelled[0]._replace(scan="", label=label, age=age)
 
@@ -172,8 +176,8 @@ def find_entries(
     if hint := finder.hint(sorted(scans - found.keys())):
         print_once(f"note: {hint}")
     if table and not found:
-        whole = "numbers and short ids match only whole parts of a path"
-        raise UnrelatedTable(f"{table} names none of the scans; {whole}")
+        text = f"{table} names none of the scans, such as {min(scans)}"
+        raise UnrelatedTable(f"{text}; {WHOLE_PARTS}")
     return entries | found if table else found | entries
 
 
@@ -189,6 +193,6 @@ def participants_by_scan(scans: set[str], entries: Mapping[str, Entry]) -> dict[
         text = f"{len(shown)} scans are of {len(people)} participants by their names"
         print_once(f"{text}, such as {min(shown)} of {shown[min(shown)]}")
     if unknown := scans - entries.keys() - shown.keys():
-        text = f"{len(unknown)} scans count as a participant each, as neither their names"
-        print_once(f"{text} nor a table show whose they are, such as {min(unknown)}")
+        text = f"{len(unknown)} scans, such as {min(unknown)}, count as one participant each"
+        print_once(f"warning: {text}: if people have several scans, give --table")
     return {scan: scan for scan in scans} | shown | {k: e.participant for k, e in entries.items()}

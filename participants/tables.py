@@ -53,6 +53,10 @@ class Entry(NamedTuple):
     date: str = ""  # YYYY-MM-DD
 
 
+class UnrelatedTable(UserError):
+    """A table names none of the scans."""
+
+
 # Files
 
 
@@ -193,7 +197,7 @@ def choose_columns(
     for what, plain in COLUMNS.items():
         fitting = [c for name in plain.split() for c in header if plain_column(c) == name]
         known[what] = [c for c in fitting if not all(map(is_missing, cells[c]))] or fitting
-    choose_names(path, known, cells, given, names)
+    useless = choose_names(path, known, cells, given, names)
     for what, name in given.items():
         if what not in COLUMNS:
             raise UserError(f"columns: no {what!r}; there are {', '.join(COLUMNS)}")
@@ -209,6 +213,9 @@ def choose_columns(
             text = f"columns {' and '.join(alike)} may both be the {what}"
             raise UserError(f"{path}: {text}; rename one, or give prepare.py --columns {what} NAME")
     if not {"scan", "participant"} & found.keys():
+        if useless:
+            text = f"column {' and '.join(useless)} names none of the scans"
+            raise UnrelatedTable(f"{path}: {text}: is it the right table?")
         text = "rename one to scan or participant, or give prepare.py --columns scan NAME"
         raise UserError(f"{path}: no column names scans or participants; {text}")
     return found
@@ -220,12 +227,13 @@ def choose_names(
     cells: Mapping[str, Sequence[str]],
     given: Mapping[str, str],
     names: set[str] | None,
-) -> None:
+) -> list[str]:
     """Leave only those columns of scans and participants in `known` that name one of `names`.
 
     A column `id` whose values repeat holds participants. Numbers of rows are no scans if another
-    column names participants.
+    column names participants. -> the columns of scans that name none.
     """
+    useless: list[str] = []
     scans, people = known["scan"], known["participant"]
     people += [c for c in scans if plain_column(c) == "id" and len(set(cells[c])) < len(cells[c])]
     scans = [c for c in scans if c not in people]
@@ -239,6 +247,7 @@ def choose_names(
             print_once(f"note: {path}: {text}")
         scans = [c for c in scans if c in named]
     known["scan"] = scans
+    return useless
 
 
 def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = None) -> list[Entry]:

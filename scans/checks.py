@@ -116,7 +116,8 @@ def read_folder(root: Path, table: Path | None, columns: dict[str, str]) -> Chec
         seen[file.participant].add(file.label)
     if several := sorted(name for name, labels in seen.items() if len(labels) > 1):
         text = f"{len(several)} participants have slices of several classes, such as {several[0]}"
-        utils.print_once(f"note: {text}: if these are other people, rename their files")
+        advice = "right if their class changed between visits; if they are two people, rename one"
+        utils.print_once(f"note: {text}: {advice}")
     if doubt := dataset.doubtful_classes(classes, splits["train"]):
         utils.print_once(f"note: {doubt}: training will need --any-classes")
     print_kinds(slices, [ranges for _, ranges, _ in read if ranges])
@@ -284,9 +285,8 @@ def report_duplicates(folder: CheckedFolder) -> None:
     exact_duplicates(folder)
     same, most = near_duplicates(folder)
     if most > 0:
-        text = "edges of all other test slices and the training slices nearest to them correlate"
-        text += f" by at most {most:.2f}"
-        utils.print_once(text)
+        text = f"most similar other slices of test and training set: correlation {most:.2f}"
+        utils.print_once(f"{text} (the same image from {SAME_EDGES} on)")
     of_scans = defaultdict(list)
     for pair in sorted(same, key=lambda pair: -pair.score):
         of_scans[pair.test.file.scan, pair.train.file.scan].append(pair)
@@ -407,5 +407,6 @@ def check(
     text = "no participant and no picture is in both train and test; every file can be read"
     whose = {s.file.scan for s in folder.slices if s.file.participant == s.file.scan}
     if unknown := [scan for scan in whose if not participant_in(scan)]:
-        text += f"; {len(unknown)} scans count as a participant each, by their names alone"
+        text += f"; whose {len(unknown)} scans are is not known, so they were not compared"
+        text += ": give --table"
     utils.print_once(text)

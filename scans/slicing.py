@@ -6,9 +6,10 @@ A volume is a file that nibabel opens (NIfTI, Analyze, MGH, MINC, PAR/REC, AFNI)
 DICOM files if the program dcm2niix is installed, at any depth, through links too. `import_scans`
 says which are left out. A volume's row of the table is the one whose scan, or else whose
 participant, is part of its path. Plain numbers count only if they are a whole file or folder name,
-since others may be dates. Without a table the class is the first folder, SCANS/CLASS/..., and the
-participant is a name such as sub-01, 002_S_0295 or OAS1_0001 in the path, else the next folder,
-else the file name. The class CN of a table becomes NC, and a CDR above 0 becomes AD.
+since others may be dates. A BIDS data set has a table of its own. Without a table the class is the
+first folder, SCANS/CLASS/..., and the participant is a name such as sub-01, 002_S_0295 or OAS1_0001
+in the path, else the next folder, else the file name. The class CN of a table becomes NC, and a CDR
+above 0 becomes AD.
 """
 
 import csv
@@ -23,6 +24,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -32,9 +34,18 @@ import tyro
 import utils
 from config import UserError
 from dataset import LEFT_OUT, SPLITS
-from participants.matching import VISIT_WORDS, EntryFinder
+from participants.matching import PARTICIPANTS, VISIT_WORDS, EntryFinder
 from participants.names import normalized, one_spelling, participant_in, plain_name, stem
-from participants.tables import MANIFEST, Entry, count_known, manifest_rows, usual_class
+from participants.tables import (
+    COLUMNS,
+    MANIFEST,
+    Entry,
+    count_known,
+    manifest_rows,
+    plain_column,
+    read_rows,
+    usual_class,
+)
 from scans.finding import Reasons, find_volumes
 from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
 
@@ -116,33 +127,32 @@ def entry_of_volume(
     return entry
 
 
+def with_own_table(options: ImportOptions) -> ImportOptions:
+    """The options, with the table of a BIDS data set if none is given and it has classes."""
+    path = options.scans / PARTICIPANTS[0]
+    if options.table or not path.is_file() or not any(options.scans.glob("sub-*")):
+        return options
+    known = {*COLUMNS["class"].split(), plain_column(options.columns.get("class", ""))}
+    if known.isdisjoint(map(plain_column, read_rows(path)[0])):
+        utils.print_once(f"note: {path} is not used: it has no column of classes (--columns)")
+        return options
+    utils.print_once(f"no --table: {path} is used")
+    return replace(options, table=path)
+
+
 def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reasons) -> list[Scan]:
     """The volumes that have a class and a participant; `problems` gets the others, with reasons.
 
     Raises UserError if the table cannot be read, or no volume has one of the wanted classes.
     """
     insides = [path.relative_to(options.scans) for path in volumes]
-    finder = None
+    finder, wanted = None, set(options.classes or ())
     if options.table:
         names = [inside.parent / stem(inside.name) for inside in insides]
         finder = EntryFinder(options.table, options.columns, names, options.unknown_visit)
-    wanted, labels, visits = set(options.classes or ()), set(), visit_folders(insides)
-    if finder:
         wanted = set(map(usual_class, wanted))
-    found, stems = [], Counter(stem(path.name).casefold() for path in volumes)
-    for path, inside in zip(volumes, insides, strict=True):
-        name = stem(path.name)
-        try:
-            entry = entry_of_volume(inside, finder, visits)
-        except ValueError as error:
-            problems[str(inside)] = str(error)
-            continue
-        labels.add(entry.label)
-        if options.classes is not None and entry.label not in wanted:
-            problems[str(inside)] = f"class {entry.label} (--classes)"
-        else:
-            own = name if stems[name.casefold()] == 1 else str(inside.parent / name)
-            found.append(Scan(path, id_of(entry.scan or own), entry))
+    scans = scans_of(options.scans, insides, finder, problems)
+    labels = {scan.entry.label for scan in scans}
     if finder and not labels:
         text = "no volume has a class; --columns class NAME names its column"
         if set(problems.values()) == {UNNAMED}:
@@ -150,25 +160,54 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
         raise UserError(f"{options.table}: {text}{counts_of(problems)}")
     if missing := sorted(wanted - labels):
         raise UserError(f"classes: no {', '.join(missing)}; there are {', '.join(sorted(labels))}")
+    found = []
+    for scan in scans:
+        if options.classes is None or scan.entry.label in wanted:
+            found.append(scan)
+        else:
+            problems[inside_of(scan, options)] = f"class {scan.entry.label} (--classes)"
     if finder:
         print_matches(finder, [scan.entry for scan in found], problems)
     else:
-        names = one_spelling(scan.entry.participant for scan in found)
-        found = [
-            scan._replace(entry=scan.entry._replace(participant=name))
-            for scan, name in zip(found, names, strict=True)
-        ]
-        alone = [s.name for s in found if s.entry.participant == stem(s.path.name)]
-        if alone := sorted(name for name in alone if not participant_in(name)):
-            text = f"{len(alone)} scans lie in no folder of a person, and there is no table"
-            utils.print_once(f"note: {text}: their file names count as participants")
+        found = with_one_spelling(found)
     counts = Counter(scan.name.casefold() for scan in found)
-    alike = [counts[scan.name.casefold()] for scan in found]
-    for scan, count in zip(found, alike, strict=True):
-        if count > 1:
-            inside = str(scan.path.relative_to(options.scans))
-            problems[inside] = f"{count} volumes would get the id {scan.name}"
-    return [scan for scan, count in zip(found, alike, strict=True) if count == 1]
+    for scan in found:
+        if (count := counts[scan.name.casefold()]) > 1:
+            text = "several volumes are one scan; --pattern chooses one"
+            problems[inside_of(scan, options)] = f"{text}: {scan.name} ({count} volumes)"
+    return [scan for scan in found if counts[scan.name.casefold()] == 1]
+
+
+def scans_of(
+    root: Path, insides: list[Path], finder: EntryFinder | None, problems: Reasons
+) -> list[Scan]:
+    """The volumes that have a class and a participant; `problems` gets the others."""
+    scans, visits = [], visit_folders(insides)
+    stems = Counter(stem(inside.name).casefold() for inside in insides)
+    for inside in insides:
+        name = stem(inside.name)
+        try:
+            entry = entry_of_volume(inside, finder, visits)
+        except ValueError as error:
+            problems[str(inside)] = str(error)
+            continue
+        own = name if stems[name.casefold()] == 1 else str(inside.parent / name)
+        scans.append(Scan(root / inside, id_of(entry.scan or own), entry))
+    return scans
+
+
+def with_one_spelling(scans: list[Scan]) -> list[Scan]:
+    """Scans whose folders or names show participants, each written in one way."""
+    names = one_spelling(scan.entry.participant for scan in scans)
+    scans = [
+        scan._replace(entry=scan.entry._replace(participant=name))
+        for scan, name in zip(scans, names, strict=True)
+    ]
+    alone = [s.name for s in scans if s.entry.participant == stem(s.path.name)]
+    if alone := sorted(name for name in alone if not participant_in(name)):
+        text = f"{len(alone)} scans lie in no folder of a person, and there is no table"
+        utils.print_once(f"note: {text}: their file names count as participants")
+    return scans
 
 
 def print_matches(finder: EntryFinder, entries: list[Entry], problems: Reasons) -> None:
@@ -178,10 +217,8 @@ def print_matches(finder: EntryFinder, entries: list[Entry], problems: Reasons) 
     text = f"{unnamed} volumes have no row, {len(entries)} are of a wanted class"
     utils.print_once(f"{text}; of these the table gives the {known}")
     if finder.picked and finder.pick != "none":
-        text = (
-            f"{finder.picked} scans show no visit: class of their participant's {finder.pick} row"
-        )
-        utils.print_once(text)
+        text = f"class of their participant's {finder.pick} row"
+        utils.print_once(f"{finder.picked} scans show no visit: {text}")
     if finder.by_visit:
         text = f"{len(finder.by_visit)} scans have the class of the visit or date in their path"
         utils.print_once(f"{text}, such as {finder.by_visit[0]}")
@@ -371,6 +408,7 @@ def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> N
     """
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # errors are printed here
     problems: Reasons = {}
+    options = with_own_table(options)
     volumes = find_volumes(options.scans, options.pattern, options.contrast, problems)
     if not volumes:
         text = "no NIfTI file or other volume, no DICOM folder"

@@ -24,6 +24,7 @@ from nibabel.spatialimages import SpatialImage
 from scipy import ndimage
 
 from config import Range, Seed, UserError, check_fields
+from participants.matching import PARTICIPANTS
 from scans.finding import CONTRASTS, contrast_of, other_contrast
 from utils import otsu_threshold
 
@@ -55,7 +56,8 @@ class ImportOptions:
     out: Path
     """Folder for {train,test}/CLASS/ID_SLICE.png, manifest.csv, left_out.csv; repeat to resume."""
     table: Path | None = None
-    """CSV or TSV of scans or participants (ADNI, OASIS, BIDS); None: SCANS/CLASS/ is the class."""
+    """CSV or TSV of scans or participants (ADNI, OASIS, BIDS); None: SCANS/participants.tsv of a
+    BIDS data set, if it has classes; else SCANS/CLASS/ is the class."""
     columns: dict[str, str] = field(default_factory=dict)
     """Other names of the columns class, age, scan, participant, sex, visit, date: class DX age AGE.
     An empty name says that the table has no such column."""
@@ -92,7 +94,7 @@ class ImportOptions:
         check_fields(self)
         if self.window is not None and self.window[0] >= self.window[1]:
             raise UserError(f"window = {self.window}: black must be below white")
-        if self.columns and self.table is None:
+        if self.columns and self.table is None and not (self.scans / PARTICIPANTS[0]).is_file():
             raise UserError("columns: there is no --table that has them")
         if self.contrast not in ("any", *CONTRASTS):
             allowed = ", ".join(("any", *CONTRASTS))

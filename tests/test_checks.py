@@ -71,7 +71,7 @@ def test_what_is_not_known_about_people_is_said(tmp_path, capsys):
                 Image.fromarray(textured(number)[0]).save(file)
     check(root, out=tmp_path / "s.png", cache=tmp_path / "cache")
     out = capsys.readouterr().out
-    assert "every file can be read; 5 scans count as a participant each" in out
+    assert "every file can be read; whose 5 scans are is not known" in out
     assert "5 participants have slices of several classes, such as test 0" in out
 
 

@@ -107,25 +107,6 @@ def expect_error(root: Path, *words: str) -> None:
         assert word in str(error.value)
 
 
-def test_a_missing_root_is_named(tmp_path: Path):
-    expect_error(tmp_path / "nowhere", "data_root", "nowhere", "no such folder")
-
-
-def test_a_root_without_class_folders_is_named(tmp_path: Path):
-    expect_error(tmp_path, str(tmp_path), "no class folders")
-
-
-def test_an_empty_class_is_named(data_root: Path):
-    for path in (data_root / "test" / "NC").iterdir():
-        path.unlink()
-    expect_error(data_root, str(data_root / "test" / "NC"), "no image files")
-
-
-def test_train_without_test_is_an_error(data_root: Path):
-    (data_root / "test").rename(data_root.with_name("elsewhere"))
-    expect_error(data_root, "train/ but no test/")
-
-
 def pictures(folder: Path, *names: str) -> None:
     """Small images, for which folders are made."""
     for name in names:
@@ -170,6 +151,10 @@ MISTAKES = {  # what lies there, and what the message says of it
     "no classes in a split": (
         lambda r: pictures(r, "train/1_0.png", "test/2_0.png"),
         "{root}/train holds no class folders", "; 1 images lie in {root}/train itself",
+    ),
+    "no test set": (
+        lambda r: pictures(r, "train/AD/1_0.png", "train/NC/2_0.png"),
+        "train/ but no test/", "add test/, or leave out both",
     ),
     "patients in classes": (
         lambda r: pictures(r, "AD/p1/1_0.png", "NC/p2/2_0.png"),
@@ -240,12 +225,6 @@ def test_classes_that_differ_are_listed(data_root: Path):
     expect_error(data_root, "classes differ", "['AD', 'NC']", "['AD', 'CN']")
 
 
-def test_a_participant_on_both_sides_is_named(data_root: Path):
-    source = data_root / "train" / "AD" / "1_0.png"
-    (data_root / "test" / "AD" / "1_7.png").write_bytes(source.read_bytes())
-    expect_error(data_root, "1 participant(s) on both sides", ": 1")
-
-
 def test_too_few_participants_to_split_name_the_class(tmp_path: Path):
     root = write_folder(tmp_path / "flat", {"": 2}, slices=1)
     next((root / "NC").iterdir()).unlink()
@@ -294,7 +273,10 @@ def test_a_test_set_with_scans_of_training_people_is_refused(tmp_path: Path, stu
 def test_the_numbers_of_adni_s_images_need_a_table(tmp_path: Path, capsys):
     root = write_people(tmp_path / "flat", "2{1:04}{2}")  # names such as 200070_80
     find_slices(root)
-    assert "24 scans count as a participant each" in capsys.readouterr().out
+    assert (
+        "warning: 24 scans, such as 200000, count as one participant each"
+        in capsys.readouterr().out
+    )
     table = tmp_path / "table.csv"
     rows = [f'"I2{p:04}{v}","{p:03}_S_{p:04}","AD"' for p in range(12) for v in range(2)]
     table.write_text("\n".join(['"Image Data ID","Subject","Group"', *rows]) + "\n")

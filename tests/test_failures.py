@@ -277,7 +277,7 @@ def change_first(state: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("D"), "its checkpoint does not fit: 'D'"),
+        (lambda state: state.pop("D"), "its checkpoint does not fit this version: .D."),
         (change_first, "its checkpoint does not fit"),
         (lambda state: state["g_opt"].update(state={}, param_groups=[]), "does not fit"),
         (lambda state: state.update(D=3), "does not fit"),
@@ -507,7 +507,6 @@ def test_of_many_processes_one_decodes(tmp_path: Path, monkeypatch):
 def test_a_long_run_takes_no_memory_before_it_starts(config: Config):
     slices = load_slices(config)[0]["train"]
     loader = make_loader(slices, config, 0, 10**12)
-    assert len(loader) == 10**12 // 4
     assert len(next(iter(loader))[0]) == 4
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import predict as prediction
 import utils
-from config import Config
+from config import Config, UserError
 from dataset import load_slices
 from evaluation import report
 from predict import (
@@ -251,6 +251,8 @@ def test_runs_that_differ_in_three_settings_have_a_table(
     four_runs, figures, tmp_path: Path, capsys
 ):
     plot_comparison(four_runs, [tmp_path / "c.png"])
+    with pytest.raises(UserError, match="is no run"):
+        plot_comparison([tmp_path / "nowhere"], [tmp_path / "x.png"])
     figure = figures["c.png"]
     assert_apart(figure)
     found = words(figure)

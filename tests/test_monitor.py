@@ -282,15 +282,15 @@ def test_few_test_participants_give_no_verdict(tmp_path):
     few = {"test_participants": 19} | ILL["labels without signal"]
     assert diagnose(write_run(tmp_path, **few)) == {}
     history = read_history(write_run(tmp_path, **few))
-    assert verdict(history) == "Fewer than 20 test participants cannot tell how good samples are."
+    assert verdict(history) == "The test set has 19 people; a verdict needs 20."
 
 
 def test_what_lies_outside_of_its_green_range_is_named(tmp_path):
     assert out_of_range(read_history(write_run(tmp_path))) == []
     run = write_run(tmp_path, leak_border=[0, 0, 0, 6.0, 6.0, 7.5], vary_z=0.1, vary_noise=0.5)
     assert out_of_range(read_history(run)) == [
-        "What moves a pixel, z: 0.1, healthy from 0.3 to 1.2",
-        "Leaks, border, grey levels: 7.5, healthy from -1 to 2",
+        "What moves a pixel, z: 0.1 (healthy: 0.3 to 1.2)",
+        "Leaks, border, grey levels: 7.5 (healthy: -1 to 2)",
     ]
 
 

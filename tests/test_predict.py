@@ -17,7 +17,6 @@ from predict import (
     Options,
     mixed,
     pixels,
-    plot_comparison,
     predict,
     probe_by_participant,
     sample_class,
@@ -84,11 +83,6 @@ def test_a_generator_of_positions_draws_any_of_them(config: Config, tmp_path):
     assert (again == high).all() and not (low == high).all()
     a, b = (sample_class(G, 1, [0, s], Options()) for s in (1, 2))
     assert (a[0] == b[0]).all()  # each seed has its own position
-
-
-def test_the_latent_of_a_seed_does_not_depend_on_the_others():
-    assert torch.equal(latents([5, 2], 8)[:1], latents([5], 8))
-    assert not torch.equal(latents([5], 8), latents([2], 8))
 
 
 def test_sampling_equals_the_generator(run: Path):
@@ -290,13 +284,3 @@ def test_pixels_are_averaged_and_spread_is_even():
         49,
         99,
     ]
-
-
-@pytest.mark.drawn
-def test_runs_can_be_compared(run: Path, config: Config, tmp_path):
-    other = replace(config, learning_rate=0.001, epochs=1, out=run.with_name("slow"))
-    train(other)
-    plot_comparison([run, other.out], [tmp_path / "comparison.png"])
-    assert Image.open(tmp_path / "comparison.png").size[0] > 600
-    with pytest.raises(UserError, match="is no run"):
-        plot_comparison([tmp_path / "nowhere"], [tmp_path / "x.png"])

@@ -368,6 +368,37 @@ def test_what_lacks_is_named_with_the_option_that_helps(tmp_path: Path, capsys):
     assert "0% women" in out and "11 x the head reaches beyond the slice (--size): " in out
 
 
+def test_a_bids_data_set_is_its_own_table(tmp_path: Path, capsys):
+    root, (values, affine) = tmp_path / "bids", head()
+    for i in range(4):
+        write(root / f"sub-0{i}" / "anat" / f"sub-0{i}_T1w.nii", values, affine)
+    (table := root / "participants.tsv").write_text(
+        "participant_id\tdx\n" + "".join(f"sub-0{i}\t{'AD' if i < 2 else 'CN'}\n" for i in range(4))
+    )
+    options = ImportOptions(root, tmp_path / "out", slices=2, size=64)
+    import_scans(options)
+    assert f"no --table: {table} is used" in capsys.readouterr().out
+    assert [r["class"] for r in manifest(options.out)] == ["AD", "AD", "NC", "NC"]
+    table.write_text(table.read_text().replace("dx", "condition"))
+    with pytest.raises(UserError, match="class sub-00: too few"):
+        import_scans(replace(options, out=tmp_path / "b"))
+    assert f"note: {table} is not used: it has no column of classes" in capsys.readouterr().out
+    import_scans(replace(options, out=tmp_path / "c", columns={"class": "condition"}))
+    assert files(tmp_path / "c").keys() == files(options.out).keys()
+
+
+def test_several_volumes_of_one_scan_ask_for_a_pattern(tmp_path: Path):
+    root, (values, affine) = tmp_path / "oasis", head()
+    for scan in ("OAS1_0001_MR1", "OAS1_0002_MR1"):
+        for i in (1, 2):
+            write(root / scan / f"{scan}_mpr-{i}_anon.nii", values, affine)
+    (root / "table.csv").write_text("ID,CDR\nOAS1_0001_MR1,0\nOAS1_0002_MR1,1\n")
+    options = ImportOptions(root, tmp_path / "out", root / "table.csv", slices=2, size=64)
+    text = "4 x several volumes are one scan; --pattern chooses one: OAS1_0001_MR1 (2 volumes)"
+    with pytest.raises(UserError, match=re.escape(text) + " or similar"):
+        import_scans(options)
+
+
 def test_names_in_another_spelling_are_asked_about(options: ImportOptions, capsys):
     text = options.table.read_text().replace("I100,000_S_0001", "x1,0_s_1")
     options.table.write_text(text)
@@ -420,17 +451,6 @@ def test_16_bits_keep_more_grey_levels(options: ImportOptions):
     import_scans(replace(options, bits=16))
     with Image.open(next(options.out.rglob("*.png"))) as image:
         assert image.mode.startswith("I;16") and len(np.unique(np.asarray(image))) > 300
-
-
-def test_without_a_table_the_folders_are_the_classes(options: ImportOptions, tmp_path: Path):
-    values, affine = head()
-    root = tmp_path / "folders"
-    for i, name in enumerate(("AD/sub-01", "AD/sub-02", "NC/sub-03", "NC/sub-04")):
-        write(root / name / f"T1w_{i}.nii", values, affine)
-    import_scans(replace(options, scans=root, table=None))
-    assert {(r["class"], r["participant"]) for r in manifest(options.out)} == {
-        ("AD", "sub-01"), ("AD", "sub-02"), ("NC", "sub-03"), ("NC", "sub-04"),
-    }  # fmt: skip
 
 
 def test_no_bad_volume_stops_the_rest_and_each_has_its_reason(options: ImportOptions, capsys):
@@ -630,13 +650,6 @@ def test_the_split_is_by_participant_even_in_class_age_and_sex():
     assert split == split_participants(found[::-1], 0.2, 0, {})
     assert split != split_participants(found, 0.2, 1, {})
     assert split == split_participants(found, 0.2, 5, split)
-
-
-def test_a_participant_of_two_classes_is_on_one_side():
-    rng = np.random.default_rng(0)
-    found = people(10, "AD", rng) + people(10, "NC", rng)
-    found.append(Scan(Path("x"), "x", found[0].entry._replace(label="NC")))
-    assert set(split_participants(found, 0.2, 0, {})) == {s.entry.participant for s in found}
 
 
 # DICOM

@@ -48,9 +48,12 @@ class OperationCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.kernels: set[int] = set()  # sides of the kernels of convolutions
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func._overloadpacket.__name__] += 1
+        self.counts[name := func._overloadpacket.__name__] += 1
+        if name in ("convolution", "convolution_backward"):
+            self.kernels.add(args[1 if name == "convolution" else 2].shape[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -73,6 +76,7 @@ def operations(channel_max: int) -> dict[str, Counter[str]]:
         with OperationCounter() as counter:
             phase(*args)[0].backward()
         found[phase.__name__] = counter.counts
+        assert counter.kernels == {1, 3}, phase  # none as large as an image
     return found
 
 
@@ -97,6 +101,27 @@ def test_second_derivatives_do_not_go_channel_by_channel_on_a_cpu(config: Config
             counts[phase.__name__] = counter.counts
         found.append(counts)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("conv", "shape", "how"),
+    [
+        (F.conv2d, (4, 3, 3, 3), {"padding": 1}),
+        (F.conv2d, (4, 3, 3, 3), {"stride": 2}),
+        (F.conv2d, (3, 1, 2, 2), {"groups": 3, "dilation": 2}),
+        (F.conv_transpose2d, (3, 4, 3, 3), {"stride": 2}),
+    ],
+)
+def test_second_derivatives_of_convolutions_are_right(conv, shape, how):
+    bias = torch.randn(shape[1] if conv is F.conv_transpose2d else shape[0]).double()
+    values = [torch.randn(2, 3, 6, 6).double(), torch.randn(shape).double(), bias]
+    values = [value.requires_grad_() for value in values]
+    assert torch.autograd.gradgradcheck(lambda *a: conv(*a, **how), values, fast_mode=True)
+    with OperationCounter() as counter:  # of PyTorch's own formula, a kernel is as large as x
+        y = conv(*values, **how).square().sum()
+        first = torch.autograd.grad(y, values[0], create_graph=True)[0]
+        first.square().sum().backward()
+    assert counter.kernels == {shape[-1]}
 
 
 def graph_nodes(channel_max: int, names: tuple[str, ...]) -> dict[str, int]:

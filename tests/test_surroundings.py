@@ -17,9 +17,6 @@ import train
 from config import Config
 from utils import (
     images_seen,
-    new_figure,
-    num_ranks,
-    rank,
     read_safetensors,
     run_command,
     write_safetensors,
@@ -92,11 +89,6 @@ def test_figures_need_no_backend_of_a_notebook(tmp_path: Path):
     assert path.stat().st_size > 1000
 
 
-def test_a_figure_has_the_size_that_was_asked_for(monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "nonsense")
-    assert new_figure(figsize=(3, 2)).get_size_inches().tolist() == [3, 2]
-
-
 LEFT_OVER = [
     ({"RANK": "3", "WORLD_SIZE": "8"}, "RANK = 3, WORLD_SIZE = 8, but no MASTER_ADDR, MASTER_PORT"),
     ({"RANK": "3"}, "RANK = 3"),
@@ -156,13 +148,6 @@ def test_other_commands_ignore_ranks(config, tmp_path, monkeypatch, left, _):
     set_only(monkeypatch, left)
     code, text = run(monkeypatch, "train", "--diagnose", "no")
     assert code == 2 and text.startswith("error: no is no run"), text
-
-
-def test_ranks_are_forgotten(monkeypatch):
-    set_only(monkeypatch, {"RANK": "3", "WORLD_SIZE": "8"})
-    assert (rank(), num_ranks()) == (3, 8)
-    assert run(monkeypatch, "prepare", "clean", "--cache", "nowhere")[0] == 2
-    assert (rank(), num_ranks()) == (0, 1)
 
 
 @pytest.mark.slow

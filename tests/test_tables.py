@@ -52,16 +52,6 @@ def test_bids_is_read(tmp_path: Path):
     assert second[1:3] == ("sub-02", "NC") and math.isnan(second.age) and second.sex == "M"
 
 
-@pytest.mark.parametrize("text", [ADNI.replace(",", ";"), "\ufeff" + ADNI, ADNI + "\n\n"])
-def test_what_spreadsheet_programs_make_of_it_is_read(tmp_path: Path, text):
-    assert len(read_table(write(tmp_path, text), {})) == 3
-
-
-def test_a_table_of_an_old_program_is_read(tmp_path: Path):
-    text = "subject,class\nm\xfcller,AD\n".encode("latin-1")
-    assert read_table(write(tmp_path, text), {})[0].participant == "m\xfcller"
-
-
 def test_columns_can_be_named(tmp_path: Path):
     path = write(tmp_path, "who,what,years\na,AD,70\nb,NC,71\n")
     given = {"participant": "who", "class": "what", "age": "years"}
@@ -314,11 +304,12 @@ def test_flat_files_of_aibl_and_ppmi_are_found_by_their_number(tmp_path: Path):
 def test_only_words_for_visits_choose_a_row(tmp_path: Path):
     table = write(tmp_path, "subject,visit,dx\np100,1,CN\np100,2,AD\n")
     paths = ["cases_2/p100/T1", "p100/phases-1/x", "diseases2/p100", "visit2/p100"]
-    paths += ["p100/scanVisit2", "p100/V3"]
+    paths += ["p100/scanVisit2", "p100/V3", "p100_visit1", "p100/2/x"]
     table.write_text(table.read_text() + "p100,3,\n")
     finder = EntryFinder(table, {}, paths)
-    assert [finder.named_in(path).label for path in paths] == ["", "", "", "AD", "AD", ""]
-    assert finder.by_visit == ["visit2/p100", "p100/scanVisit2"]
+    found = [finder.named_in(path).label for path in paths]
+    assert found == ["", "", "", "AD", "AD", "", "NC", ""]
+    assert finder.by_visit == ["visit2/p100", "p100/scanVisit2", "p100_visit1"]
 
 
 def test_classes_are_renamed_in_any_case(tmp_path: Path, capsys):
@@ -355,13 +346,6 @@ def test_the_class_is_that_of_the_visit_that_a_path_shows(tmp_path: Path, path, 
         table = write(tmp_path, text)
         for pick, label in (("none", none), ("first", first), ("last", last)):
             assert EntryFinder(table, {}, [path], pick).named_in(path).label == label
-
-
-def test_numbers_of_visits_need_their_word(tmp_path: Path):
-    table = write(tmp_path, "subject,visit,dx\np100,1,CN\np100,2,AD\n")
-    paths = ["p100/ses-02/x", "p100_visit1", "p100/2/x"]
-    finder = EntryFinder(table, {}, paths)
-    assert [finder.named_in(path).label for path in paths] == ["AD", "NC", ""]
 
 
 def test_a_visit_in_a_name_beats_the_number_of_the_scan_of_a_day(tmp_path: Path):
@@ -495,7 +479,7 @@ def test_a_column_that_stands_twice_is_named(tmp_path: Path):
         "subject,class\rm\xfcller,AD\rb,NC\r".encode("cp1252"),
         "subject,class\r\nm\xfcller,AD\r\nb,NC".encode("utf-8-sig"),
         "subject\tclass\nm\xfcller\tAD\nb\tNC\n".encode("utf-16"),
-        "sep=;\nsubject;class\nm\xfcller;AD\nb;NC\n".encode("cp1252"),
+        "sep=;\nsubject;class\nm\xfcller;AD\nb;NC\n\n\n".encode("cp1252"),
         'subject|class\n"m\xfcller"|"AD"\nb|NC\n'.encode(),
     ],
 )

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -36,7 +37,7 @@ class Phases:
         self, mode: str, phases: Sequence[Callable] = (), compile_one: Callable | None = None
     ) -> None:
         self.phases, self.compile_one, self.graphs = phases, compile_one, mode == "graphs"
-        self.proven: set[Callable] = set()  # phases that ran once, compiled
+        self.calls: Counter[Callable] = Counter()  # of compiled phases, without an error
         self.cached: set[Callable] = set()  # phases that another process has compiled
         self.compiled: dict[Callable, Callable] = {}
         self.beside = mode == "auto"  # compilation beside training has yet to start
@@ -82,7 +83,7 @@ class Phases:
 
     def __call__(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
         """One update by a phase, on its own random stream. -> statistics, averaged over ranks."""
-        if phase in self.compiled and phase not in self.proven:
+        if phase in self.compiled and self.calls[phase] < (3 if self.graphs else 1):
             stats = self.first_call(phase, optimizer, seed, *args)
         else:
             stats = self.backward(phase, seed, *args)
@@ -95,11 +96,11 @@ class Phases:
         return stats
 
     def first_call(self, phase: Callable, optimizer: Adam, seed: int, *args: Any) -> Stats:
-        """`backward` of a phase that is compiled now, or found in the cache.
+        """`backward` of a phase that is compiled now, or found in the cache; graphs need a few.
 
         Without other processes it raises Stopped if it is asked to stop while it compiles.
         """
-        cached = phase in self.cached
+        cached = phase in self.cached or self.calls[phase] > 0
         told = (lambda _: None) if cached else print_once
         told(f"compiling {phase.__name__} ...")
         started = time.perf_counter()
@@ -115,7 +116,7 @@ class Phases:
             self.close()
             optimizer.zero_grad(set_to_none=True)
             stats = self.backward(phase, seed, *args)
-        self.proven.add(phase)
+        self.calls[phase] += 1
         return stats
 
     def backward(self, phase: Callable, seed: int, *args: Any) -> Stats:
@@ -137,6 +138,7 @@ class CompilerProcesses:
         self.context = multiprocessing.get_context("spawn")
         self.compile_one, self.args, self.most = compile_one, args, most
         self.waiting, self.running = list(names), {}
+        self.threads = max(1, num_cores() // max(1, min(most, len(names))))
         self.poll()
 
     def poll(self) -> dict[str, float | None]:
@@ -148,8 +150,7 @@ class CompilerProcesses:
                 del self.running[name]
         while self.waiting and len(self.running) < self.most:
             name = self.waiting.pop(0)
-            threads = max(1, num_cores() // self.most)
-            args = self.compile_one, threads, name, *self.args
+            args = self.compile_one, self.threads, name, *self.args
             child = self.context.Process(target=run_quietly, args=args, daemon=True)
             child.start()
             self.running[name] = child, time.monotonic()

@@ -220,7 +220,7 @@ def diagnose(history: History, config: Config) -> dict[str, str]:
 def verdict(history: History) -> str:
     """How far samples are from real slices by their newest FID, in one sentence."""
     if (people := history.recent("test_participants")) < MIN_PEOPLE:
-        return f"Fewer than {MIN_PEOPLE} test participants cannot tell how good samples are."
+        return f"The test set has {people:.0f} people; a verdict needs {MIN_PEOPLE}."
     fid, reference = (history.recent(name, last=1) for name in ("fid", "fid_real"))
     if not math.isfinite(fid + reference) or reference <= 0:
         return "The distance to real slices is not measured yet."
@@ -241,7 +241,7 @@ def out_of_range(history: History) -> list[str]:
             value = math.nan if name in NO_RANGE else history.recent(name, last=1)
             if math.isfinite(value) and not healthy[0] <= value <= healthy[1]:
                 low, high = (f"{limit:.2g}" for limit in healthy)
-                found.append(f"{title}, {label}: {value:.3g}, healthy from {low} to {high}")
+                found.append(f"{title}, {label}: {value:.3g} (healthy: {low} to {high})")
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,24 +98,25 @@ def truncate_logs(run: Path, up_to: int) -> tuple[list[dict[str, Any]], np.ndarr
     log, rows = read_log(run), read_losses(run)
     lines, kept = [line for line in log if line["nimg"] <= up_to], rows[rows[:, 0] <= up_to]
     header = ",".join(("nimg", *STATS)) + "\n"
-
-    def log_text() -> str:
-        return "".join(json.dumps(line) + "\n" for line in lines)
-
-    for name, start, whole, count, text in (  # numbers of undamaged and of kept lines, with header
-        ("log.jsonl", "", len(log), len(lines), log_text),
-        ("losses.csv", header, 1 + len(rows), 1 + len(kept), lambda: header + losses_text(kept)),
-    ):
-        path = run / name
-        content = path.read_bytes() if path.exists() else b""
-        if (damaged := content.count(b"\n") - whole) > 0:
-            print_once(f"note: {path}: {damaged} lines that cannot be read are left out")
-        sound = content.startswith(start.encode()) and content.endswith(b"\n")
-        if damaged > 0 or count < whole or not sound:
-            write_atomically(
-                path, lambda partial, text=text: partial.write_text(text(), newline="\n")
-            )
+    replace_log(
+        run / "log.jsonl", "", len(log), len(lines),
+        lambda: "".join(json.dumps(line) + "\n" for line in lines),
+    )  # fmt: skip
+    replace_log(run / "losses.csv", header, len(rows), len(kept), lambda: losses_text(kept))
     return lines, kept
+
+
+def replace_log(
+    path: Path, header: str, undamaged: int, kept: int, text: Callable[[], str]
+) -> None:
+    """Write a log anew, if lines are damaged or not kept; `text` makes the lines that are kept."""
+    content = path.read_bytes() if path.exists() else b""
+    if (damaged := content.count(b"\n") - header.count("\n") - undamaged) > 0:
+        print_once(f"note: {path}: {damaged} lines that cannot be read are left out")
+    sound = content.startswith(header.encode()) and content.endswith(b"\n")
+    if damaged > 0 or kept < undamaged or not sound:
+        whole = header + text()
+        write_atomically(path, lambda partial: partial.write_text(whole, newline="\n"))
 
 
 class History(NamedTuple):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +26,7 @@ from utils import SIGNALS, compiled_folder, first_line, mark_used, num_ranks, ra
 # Variables that start ranks, with torchrun or by hand; LOCAL_RANK only matters for GPUs
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
 SAID_AFTER = 5  # seconds of waiting for other ranks
+MOST_WAITED = timedelta(hours=3)  # for rank 0, which decodes and measures alone
 ALARM = getattr(signal, "SIGALRM", None)  # Windows has no alarm
 
 
@@ -134,9 +136,8 @@ def unusable_gpu() -> str:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         told = ""
-    found = {
-        k.strip().lower(): v.strip() for k, _, v in (s.partition(":") for s in told.split("\n"))
-    }
+    lines = (line.partition(":") for line in told.split("\n"))
+    found = {key.strip().lower(): value.strip() for key, _, value in lines}
     driver, cuda = found.get("driver version", "unknown"), found.get("cuda version", "unknown")
     needs = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return (
@@ -233,7 +234,7 @@ def join_ranks(backend: str) -> None:
     said.start()
     try:
         with STOP.default_handlers():
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=MOST_WAITED)
     except (ValueError, dist.DistError) as error:
         raise UserError(f"{text}: {first_line(error)}; {advice}") from error
     finally:

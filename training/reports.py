@@ -98,9 +98,8 @@ def print_diagnosis(run: Path) -> None:
     run = run_folder(run)
     config, _, _ = read_run_config(run)
     history = read_history(run)
-    found = [*diagnose(history, config).values(), *out_of_range(history)]
-    nothing = "No rule finds a problem."
+    found = list(diagnose(history, config).values()) or ["No rule finds a problem."]
     if (count := len(history.measured("fid"))) < MIN_MEASUREMENTS:
-        nothing += f" Most rules need {MIN_MEASUREMENTS} measurements, and there are {count}."
-    print_once("\n".join([verdict(history), *(found or [nothing])]))
+        found.append(f"Most rules need {MIN_MEASUREMENTS} measurements, and there are {count}.")
+    print_once("\n".join([verdict(history), *found, *out_of_range(history)]))
     plot_curves(history, run / "curves.png", config)

@@ -16,7 +16,7 @@ import utils
 from config import Config, UserError
 from dataset import Slices, load_slices, require_no_class
 from modules import Generator
-from participants.matching import UnrelatedTable
+from participants.tables import UnrelatedTable
 
 OTHER_DATA = "not the slices of this run, or another split: this tells nothing of memorisation"
 RUNS = Path("runs")
@@ -367,7 +367,8 @@ def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]
         raise UserError(f"init_from = {source}: holds no checkpoint, and no {D.name}")
     for name in [n for n in NETWORK if n != "noise"]:  # noise inputs may be left out or added
         if (theirs := settings.get(name)) != (ours := getattr(config, name)):
-            raise UserError(f"init_from = {source}: has {name} = {theirs}, now {ours}")
+            text = f"has {name} = {theirs}, now {ours}; leave {name} out to take over the former"
+            raise UserError(f"init_from = {source}: {text}")
     if not c_dim and "mapping.embed.weight" in state["G"]:
         raise UserError(f"init_from = {source}: has classes, this run has none")
     return {name: state[name] for name in ("G", "D", "G_ema")}
