@@ -192,10 +192,15 @@ class Config:
 
 
 def check_fields(options: Any) -> None:
-    """Compare the fields of a dataclass with their types and Ranges. Raises UserError."""
+    """Compare the fields of a dataclass with their types and Ranges; ~ in a path becomes the home.
+
+    Raises UserError.
+    """
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         if not fits(value := getattr(options, name), hint):
             raise UserError(f"{name} = {value}: must be {in_words(hint)}")
+        if isinstance(value, Path):
+            object.__setattr__(options, name, value.expanduser())  # frozen
 
 
 def fits(value: Any, hint: Any) -> bool:

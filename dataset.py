@@ -32,7 +32,7 @@ import utils
 from assets.demo_brains import write_demo
 from config import Config, UserError
 from participants.matching import PARTICIPANTS, find_entries, participants_by_scan
-from participants.names import number_of
+from participants.names import normalized, number_of
 from participants.tables import MANIFEST, Entry
 
 SPLITS = ("train", "test")
@@ -44,6 +44,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 MAX_SIDE = 8192  # pixels, of a file's longer side
 TEST_SHARE = 0.2  # of the participants of each class, for a folder without train/ and test/
 LEFT_OUT = "left_out.csv"  # written by the import
+MACOSX = "__MACOSX"  # a folder that its archives leave behind
 MAX_SEEN = 20_000  # files that are looked at where slices are missing
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar")
 # Names of folders, in any case, that stand for a split
@@ -110,7 +111,7 @@ def rows_by_scan(files: list[SliceFile]) -> list[list[int]]:
 def visible_paths(folder: Path) -> list[Path]:
     """All files and folders in a folder but hidden ones. Raises UserError if it cannot be read."""
     try:
-        return [path for path in folder.iterdir() if path.name[0] != "."]
+        return [path for path in folder.iterdir() if path.name[0] != "." and path.name != MACOSX]
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
 
@@ -140,7 +141,7 @@ def what_to_do_with(path: Path) -> str:
         text = f"{len(images)} images lie in {path} itself"
         return f"; {text}: they belong into a folder for each class, such as {path / 'NC'}"
     if images and path not in parents | roots:
-        deep = f"images lie too deep, such as {images[0]}"
+        deep = f"images lie too deep, such as {images[0]}: move them to CLASS/SCAN_SLICE"
         return f"; did you mean {min(roots)}?" if len(roots) == 1 else f"; {deep}"
     return f"; unpack {found['archive'][0]} first" if found["archive"] else ""
 
@@ -169,8 +170,8 @@ def split_by_participant(files: list[SliceFile]) -> Splits:
     present = set.intersection(*({f.label for f in part} for part in splits.values()))
     for file in files:
         if file.label not in present:
-            folder = file.path.parent
-            raise UserError(f"{folder}: too few participants to split them; make train/ and test/")
+            text = "too few participants to split them, by files named SCAN_SLICE"
+            raise UserError(f"{file.path.parent}: {text}; make train/ and test/")
     return splits
 
 
@@ -201,7 +202,8 @@ def shared_participants(splits: Splits) -> list[str]:
     first = ", ".join(sorted(shared)[:5])
     text = f"{len(shared)} participant(s) on both sides of the split: {first}"
     advice = "move all slices to CLASS folders without train/ and test/: then they are split anew"
-    return [f"{text}; {advice}"] if shared else []
+    names = "if these name no people, rename files to SCAN_SLICE or give --table"
+    return [f"{text}; {advice}; {names}"] if shared else []
 
 
 def read_splits(
@@ -227,7 +229,7 @@ def read_splits(
             raise UserError(f"{root} has {' and '.join(similar)}: rename them to train and test")
     parents = [root / split for split in SPLITS] if has_split else [root]
     names, found = zip(*map(find_class_folders, parents), strict=True)
-    if has_split and names[0] != names[1]:
+    if has_split and [*map(normalized, names[0])] != [*map(normalized, names[1])]:
         raise UserError(f"classes differ: {parents[0]} has {names[0]}, {parents[1]} {names[1]}")
     scans = {file.scan for files in found for file in files}
     entries = find_entries(scans, root, table, columns)

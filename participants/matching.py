@@ -8,6 +8,7 @@ from pathlib import Path
 
 from config import UserError
 from participants.names import (
+    DATE,
     keys_in,
     normalized,
     one_spelling,
@@ -29,8 +30,9 @@ VISIT = re.compile(  # a word begins after another sign, or as the V of scanVisi
     r"|miriad_\d+_[a-z]+_[mf]_(\d+)",
     re.IGNORECASE,
 )
-SCAN_OF_DAY = re.compile(r"mr[-_ ]?(\d+)", re.IGNORECASE)  # a visit if there is no other number
-DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
+# MR2 is a visit if there is no other number, but MR_3T is a scanner
+SCAN_OF_DAY = re.compile(r"(?<![a-z])mr[-_ ]?(\d+)(?![\d.]*t|\d)", re.IGNORECASE)
+CONTRASTS = {"t1", "t2", "pd"}  # words in the names of files that are no visits
 
 
 class EntryFinder:
@@ -55,6 +57,7 @@ class EntryFinder:
         self.scans: dict[str, Entry] = {}
         self.participants: dict[str, list[Entry]] = defaultdict(list)
         self.known: dict[str, str] = {}  # names of the table by their simplified form
+        self.depth: int | None = None  # of the folder that plain numbers name, 0 is the topmost
         entries = read_table(path, columns, names)
         people = one_spelling(entry.participant for entry in entries)
         for written, person in zip(entries, people, strict=True):
@@ -65,6 +68,13 @@ class EntryFinder:
             for key in spellings(written.participant) | spellings(person):
                 self.participants[key].append(entry)
             self.known |= {simplified(name): name for name in written[:2] if name}
+        numbers = defaultdict(set)
+        for path in paths or ():
+            for depth, part in enumerate(Path(path).parts):
+                if part.isdigit() and part in self.participants:
+                    numbers[depth].add(part)
+        if numbers:
+            self.depth = max(numbers, key=lambda depth: (len(numbers[depth]), -depth))
 
     def named_in(self, path: Path | str) -> Entry | None:
         """The entry that a path or a scan's id names, or None.
@@ -85,7 +95,11 @@ class EntryFinder:
     def people_in(self, keys: list[str], path: str) -> list[list[Entry]]:
         """The rows of each participant that a path names; `keys` are its parts, longest first."""
         chosen, rest = [], normalized(path)
+        parts = Path(path).parts
+        number = "" if self.depth is None else "".join(parts[self.depth : self.depth + 1])
         for key in (key for key in keys if key in self.participants):
+            if self.depth is not None and key.isdigit() and key in parts and key != number:
+                continue  # a session or a count
             # a name within a longer one is no other participant
             if not any(key in longer for longer in chosen) or key in keys_in(rest):
                 chosen.append(key)
@@ -138,6 +152,8 @@ def rows_of_visit(rows: list[Entry], path: str) -> list[Entry]:
     """The rows whose date, or else whose visit, a path shows; empty if it shows none of them."""
     dates = {"-".join(found) for found in DATE.findall(path)}
     visits = {simplified(word) for word in re.split(r"[\W_]+", path) if not word.isdigit()}
+    folders = {simplified(word) for word in re.split(r"[\W_]+", str(Path(path).parent))}
+    visits -= CONTRASTS - folders
     numbers = ["".join(found) for found in VISIT.findall(path)] or SCAN_OF_DAY.findall(path)
     visits |= {str(int(number)) for number in numbers}
     if visits & BASELINE:
@@ -170,6 +186,7 @@ def find_entries(
                 found[scan] = entry
         except ValueError as error:
             unclear.append(f"{scan} {error}")
+    found = with_named_participants(found)
     print_once(f"{source} names {len(found)} of {len(scans)} scans")
     if unclear:
         print_once(f"note: of {len(unclear)} scans it cannot be told whose they are: {unclear[0]}")
@@ -179,6 +196,17 @@ def find_entries(
         text = f"{table} names none of the scans, such as {min(scans)}"
         raise UnrelatedTable(f"{text}; {WHOLE_PARTS}")
     return entries | found if table else found | entries
+
+
+def with_named_participants(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Entries by scan or path: where a table tells no participant, the name in the key counts."""
+    names = participants_of(entries)
+    whose = [
+        names.get(key, entry.participant) if entry.participant == entry.scan else entry.participant
+        for key, entry in entries.items()
+    ]
+    people = zip(entries.items(), one_spelling(whose), strict=True)
+    return {key: entry._replace(participant=person) for (key, entry), person in people}
 
 
 def participants_by_scan(scans: set[str], entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -195,4 +223,6 @@ def participants_by_scan(scans: set[str], entries: Mapping[str, Entry]) -> dict[
     if unknown := scans - entries.keys() - shown.keys():
         text = f"{len(unknown)} scans, such as {min(unknown)}, count as one participant each"
         print_once(f"warning: {text}: if people have several scans, give --table")
-    return {scan: scan for scan in scans} | shown | {k: e.participant for k, e in entries.items()}
+    whose = {scan: scan for scan in sorted(scans)} | shown
+    whose |= {k: e.participant for k, e in entries.items()}
+    return dict(zip(whose, one_spelling(whose.values()), strict=True))

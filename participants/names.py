@@ -7,13 +7,15 @@ from collections.abc import Collection, Iterable
 from itertools import groupby
 from pathlib import Path
 
-# Names of participants in BIDS, in ADNI and its sister studies, OASIS-1 to -4, AIBL, PPMI, MIRIAD
+# Names of participants in BIDS (and sub-PD-001, which it forbids), in ADNI and its sister studies,
+# OASIS-1 to -4, AIBL, PPMI, MIRIAD
 PARTICIPANT = re.compile(
-    r"(?<![a-z0-9])sub-[^\W_]+|(?<![a-z0-9])\d{1,3}_S_\d{4,5}(?![a-z0-9])"
+    r"(?<![a-z0-9])sub-(?:[a-z]{2,}-(?=[^\W_]*\d))?[^\W_]+|(?<![a-z0-9])\d{1,3}_S_\d{4,5}(?![a-z0-9])"
     r"|OAS[1-4]_?\d{4}(?!\d)|(?<![a-z0-9])(?:AIBL|PPMI|MIRIAD)_\d+",
     re.IGNORECASE,
 )
 ADNI = re.compile(r"(?<!\d)(\d{1,3})_?S_?(\d{4,5})(?!\d)", re.IGNORECASE)  # site, number
+DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
 WHOLE_ADNI = f"(sub-)?(ADNI)?{ADNI.pattern}"
 
 
@@ -111,6 +113,8 @@ def keys_in(path: Path | str) -> list[str]:
     found = {"".join(parts[i : j + 1]) for i in words for j in words if i <= j < i + 24}
     whole = {part.removeprefix("sub-") for part in path.parts} | set(path.parts)
     telling = {key for key in found if len(key.encode()) > 3 and not key.isdigit()} | whole
+    dates, undated = [found[0] for found in DATE.finditer(str(path))], DATE.sub("/", str(path))
+    telling = {k for k in telling if k in undated or not any(k in d and k != d for d in dates)}
     telling |= set(re.findall(r"^[^\W\d_]+\d+(?![^\W_])", path.name))
     telling |= set(re.findall(r"(?<![a-z0-9])(?:AIBL|PPMI)_(\d+)", str(path), re.IGNORECASE))
     telling |= {kind(str(path)) for kind in (participant_in, adni_name, roster_name)}

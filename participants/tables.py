@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from participants.names import participant_in, plain_name, spellings, stem
+from participants.names import normalized, participant_in, plain_name, spellings, stem
 from utils import first_line, print_once
 
 MANIFEST = "manifest.csv"
@@ -91,8 +91,7 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
         print_once(f"note: {path} is read as {WINDOWS}, such as {part!r}; {advice}")
     told = re.match(r'"?sep=(.)"?\n', text)  # a first line that Excel writes
     text = text[told.end() :] if told else text
-    first = text.partition("\n")[0]
-    delimiter = told[1] if told else max("\t,;|", key=first.count)
+    delimiter = told[1] if told else max("\t,;|", key=lambda sign: regularity(text, sign))
     try:
         lines = list(csv.reader(io.StringIO(text), delimiter=delimiter))
     except csv.Error as error:
@@ -102,9 +101,22 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
         raise UserError(f"{path} holds no row")
     header, *rows = lines
     for number, row in enumerate(rows, 2):
-        if len(row) != len(header):
+        if any(row[len(header) :]):
             raise UserError(f"{path}: row {number} has {len(row)} cells, the header {len(header)}")
-    return header, rows
+    if short := sum(len(row) < len(header) for row in rows):  # Excel leaves out empty last cells
+        text = "rows are shorter than the header: their last cells count as empty"
+        print_once(f"note: {path}: {short} of {len(rows)} {text}")
+    return header, [(row + [""] * len(header))[: len(header)] for row in rows]
+
+
+def regularity(text: str, delimiter: str) -> tuple[float, int]:
+    """How well a sign splits a table: the share of rows as long as the header, and its cells."""
+    try:
+        lines = [*csv.reader(io.StringIO(text[:100_000]), delimiter=delimiter)][:100]
+    except csv.Error:
+        return 0, 0
+    counts = [len(line) for line in lines if line] or [0]
+    return (counts.count(counts[0]) / len(counts) if counts[0] > 1 else 0), counts[0]
 
 
 # Cells
@@ -122,7 +134,7 @@ def is_missing(cell: str) -> bool:
 
 def usual_class(name: str) -> str:
     """NC for CN and Control, AD for Dementia, in any case; other names unchanged."""
-    return RENAMED.get(name.casefold(), name)
+    return RENAMED.get(name.casefold(), normalized(name))
 
 
 def class_of(value: str, column: str) -> str:
@@ -165,6 +177,7 @@ def day_comes_first(values: Sequence[str]) -> bool:
 
 def participant_of(value: str, column: str) -> str:
     """The participant in a cell, "" if none; ADNI's and AIBL's roster number 3 is RID 3."""
+    value = re.sub(r"^(\d+)\.0$", r"\1", value)  # pandas writes numbers so beside empty cells
     roster = plain_column(column) == "rid" and value.isdigit()
     return "" if is_missing(value) else f"RID {int(value)}" if roster else value
 
@@ -236,13 +249,16 @@ def choose_names(
     useless: list[str] = []
     scans, people = known["scan"], known["participant"]
     people += [c for c in scans if plain_column(c) == "id" and len(set(cells[c])) < len(cells[c])]
-    scans = [c for c in scans if c not in people]
+    listed = scans = [c for c in scans if c not in people]
+    if people:  # T1 is no scan, if it stands beside many participants
+        pairs = {c: len(set(zip(cells[c], cells[people[0]], strict=True))) for c in scans}
+        scans = [c for c in scans if 2 * len(set(cells[c])) > pairs[c]]
     if names is not None:
         named = [c for c in scans + people if any(names & named_by(v, c) for v in cells[c])]
         people.sort(key=lambda c: c not in named)
         if people and people[0] in named:
             named = [c for c in named if not counts_rows(cells[c])]
-        if (useless := [c for c in scans if c not in named]) and "scan" not in given:
+        if (useless := [c for c in listed if c not in named]) and "scan" not in given:
             text = f"column {' and '.join(useless)} names no file, and is not used"
             print_once(f"note: {path}: {text}")
         scans = [c for c in scans if c in named]
@@ -255,20 +271,27 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
 
     `given` names columns that are called otherwise than in `COLUMNS`; an empty name says that the
     table has no such column. `names` are the parts of all paths that could name a scan. Raises
-    UserError if the file is no table, a column is missing, or a class is no plain name.
+    UserError if the file is no table or a column is missing. A class that is no plain name counts
+    as empty.
     """
     header, rows = read_rows(path)
     cells = dict(zip(header, zip(*rows, strict=True), strict=False))
     column = choose_columns(path, header, cells, given, names)
     entries, name, unnamed = [], column.get("class", ""), []
-    odd, day_first = [], "date" in column and day_comes_first(cells[column["date"]])
+    dates = cells[column["date"]] if "date" in column else ()
+    odd, day_first, invalid, classes = [], day_comes_first(dates), [], {}
+    slashes = [v for v in dates if re.match(r"\d{1,2}/\d", v)]
+    if slashes and not day_first and not any(int(v.split("/")[1]) > 12 for v in slashes):
+        print_once(f"note: {path}: dates such as {slashes[0]} are read as month/day/year")
     for row in zip(*(cells[c] for c in column.values()), strict=True):
         cell = defaultdict(str, zip(column, row, strict=True))
         scan, label = stem(cell["scan"]), class_of(cell["class"], name)
         if is_missing(scan):
             scan = ""
+        label = classes.setdefault(label.casefold(), label)  # MCI and mci are one class
         if label and not plain_name(label):
-            raise UserError(f"{path}: {label[:40]!r} in column {name!r} is no valid name")
+            invalid.append(label)
+            label = ""
         participant = participant_of(cell["participant"], column.get("participant", ""))
         date = date_of(cell["date"], day_first)
         if not date and not is_missing(cell["date"]):
@@ -285,6 +308,9 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
             unread = [v for v in unreadable(cells[column[what]], column[what], what) if v]
             such = f", such as {unread[0][:20]!r}" if unread else ""
             print_once(f"note: {path}: {without} of {len(rows)} rows have no readable {what}{such}")
+    if invalid:
+        text = f"{len(invalid)} classes are no valid names of folders, such as {invalid[0][:40]!r}"
+        print_once(f"note: {path}: {text}: they count as empty")
     if odd:
         print_once(f"note: {path}: {len(odd)} dates cannot be read, such as {odd[0][:20]!r}")
     if unnamed:

@@ -21,7 +21,8 @@ Reasons = dict[str, str]  # why something is left out, by its path inside SCANS
 PAIRS = {".hdr": (".img", ".img.gz"), ".par": (".rec",), ".head": (".brik", ".brik.gz")}
 SINGLE = (".nii", ".nii.gz", ".mgz", ".mgh", ".mnc", ".mnc.gz")
 ENDINGS = (*SINGLE, *PAIRS, *(ending for own in PAIRS.values() for ending in own))
-ASIDE = {"sourcedata", "derivatives", "code", "fmap"}  # folders of BIDS that hold no scan
+# Folders that hold no scan, of BIDS and of the Human Connectome Project
+ASIDE = {"sourcedata", "derivatives", "code", "fmap", "mninonlinear"}
 PHASE = re.compile(r"_part-(phase|real|imag)(_|$)", re.IGNORECASE)
 
 # BIDS suffixes: what stands after the last underscore of a name
@@ -52,6 +53,7 @@ CERTAIN = {
     "output of FreeSurfer": r"(.+_)?(aseg|aparc[+.].*|brainmask|wmparc|([lr]h\.)?ribbon)(\.\w+)?",
     "output of SPM or CAT12": r"(s\d*)?(m0?w|w|r)[cp][1-6].+|u_rc[1-6].+",
     "output of FSL": r".+_(pve_\d|pveseg|mixeltype|prob_\d|fseg)",
+    "output of the HCP pipelines": r"T[12]w(Divided|Mul)ByT2w.*|.*BiasField.*",
     "mask or segmentation": r".*masks?|.+_(d|prob)?seg(_\d)?",
 }
 CERTAIN = {why: re.compile(pattern, re.IGNORECASE) for why, pattern in CERTAIN.items()}

@@ -34,7 +34,13 @@ import tyro
 import utils
 from config import UserError
 from dataset import LEFT_OUT, SPLITS
-from participants.matching import PARTICIPANTS, VISIT_WORDS, EntryFinder
+from participants.matching import (
+    PARTICIPANTS,
+    VISIT_WORDS,
+    WHOLE_PARTS,
+    EntryFinder,
+    with_named_participants,
+)
 from participants.names import normalized, one_spelling, participant_in, plain_name, stem
 from participants.tables import (
     COLUMNS,
@@ -51,14 +57,19 @@ from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_vo
 
 UNNAMED = "no row of the table names it"
 VISIT_FOLDER = re.compile(
-    r"bl|baseline|screening|follow[-_ ]?up[-_ ]?\d*"
+    r"bl|baseline|screening|follow[-_ ]?up[-_ ]?\d*|\d(\.\d+)? ?T"
     rf"|({VISIT_WORDS}|month|year)[-_ ]?([mv]?\d\w{{0,3}}|bl)",
     re.IGNORECASE,
 )
-VISIT_OR_PERSON = re.compile(  # such as V1, M12, 2009-11-14
-    r"pre|post|[vm]\d{1,3}|(19|20)\d\d[-_ ]?\d\d[-_ ]?\d\d", re.IGNORECASE
+VISIT_OR_PERSON = re.compile(  # such as V1, M12, 2009, 2009-11-14
+    r"pre|post|[vm]\d{1,3}|(19|20)\d\d([-_ ]?\d\d[-_ ]?\d\d)?", re.IGNORECASE
 )
-MAX_LETTERS = 80  # of a scan's id
+# At the end of a name: P1_bl, P1-m12, P1_2009-11-14; 12_20252_2_0 of UK Biobank
+VISIT_AT_END = re.compile(
+    rf"(?<=[^\W_])(_20\d{{3}}_\d_\d|[-_ ]({VISIT_FOLDER.pattern}|{VISIT_OR_PERSON.pattern}))$",
+    re.IGNORECASE,
+)
+MAX_BYTES = 80  # of a scan's id
 MAX_NAMES, MAX_REASONS = 5, 30  # that are printed
 MANIFEST_SECONDS = 5  # from one writing of the manifest to the next; a kill may cost this much work
 Split = dict[str, str]  # train or test, by participant
@@ -79,10 +90,10 @@ class Scan(NamedTuple):
 def id_of(name: str) -> str:
     """A scan's id from any name: valid as a file name on any system, and not too long."""
     plain = re.sub(r"[^\w.+-]+", "-", normalized(name)).strip("-.")
-    if len(plain) <= MAX_LETTERS and plain:
+    if len(plain.encode()) <= MAX_BYTES and plain:
         return plain
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
-    return f"{plain[: MAX_LETTERS - 9]}-{digest}"
+    return f"{plain.encode()[: MAX_BYTES - 9].decode(errors='ignore')}-{digest}"
 
 
 def visit_folders(insides: list[Path]) -> set[str]:
@@ -156,8 +167,10 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
     if finder and not labels:
         text = "no volume has a class; --columns class NAME names its column"
         if set(problems.values()) == {UNNAMED}:
-            text = "it names no volume; numbers and short ids match only whole parts of a path"
-        raise UserError(f"{options.table}: {text}{counts_of(problems)}")
+            text = f"it names no volume; {WHOLE_PARTS}"
+        hint = finder.hint(name for name, why in problems.items() if why == UNNAMED)
+        hint = f"; {hint.partition(': ')[2]}" if hint else ""
+        raise UserError(f"{options.table}: {text}{hint}{counts_of(problems)}")
     if missing := sorted(wanted - labels):
         raise UserError(f"classes: no {', '.join(missing)}; there are {', '.join(sorted(labels))}")
     found = []
@@ -167,8 +180,14 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
         else:
             problems[inside_of(scan, options)] = f"class {scan.entry.label} (--classes)"
     if finder:
-        print_matches(finder, [scan.entry for scan in found], problems)
+        entries = with_named_participants({inside_of(s, options): s.entry for s in found})
+        found = with_participants(found, [entry.participant for entry in entries.values()])
+        print_matches(finder, list(entries.values()), problems)
     else:
+        if len(labels) == 1 and options.classes is None:
+            (only,) = labels
+            advice = f"did you mean {options.scans / only}, or a --table? --classes {only} takes it"
+            raise UserError(f"{options.scans}: holds one class only, {only}; {advice}")
         found = with_one_spelling(found)
     counts = Counter(scan.name.casefold() for scan in found)
     for scan in found:
@@ -196,13 +215,24 @@ def scans_of(
     return scans
 
 
+def with_participants(scans: list[Scan], names: Iterable[str]) -> list[Scan]:
+    """The scans, with other names of their participants."""
+    pairs = zip(scans, names, strict=True)
+    return [scan._replace(entry=scan.entry._replace(participant=name)) for scan, name in pairs]
+
+
 def with_one_spelling(scans: list[Scan]) -> list[Scan]:
-    """Scans whose folders or names show participants, each written in one way."""
-    names = one_spelling(scan.entry.participant for scan in scans)
-    scans = [
-        scan._replace(entry=scan.entry._replace(participant=name))
-        for scan, name in zip(scans, names, strict=True)
-    ]
+    """Scans whose folders or names show participants, each written in one way, without visits."""
+    names = [scan.entry.participant for scan in scans]
+    people = defaultdict(set)
+    for name in names:
+        people[VISIT_AT_END.sub("", name)].add(name)
+    if several := {person: min(own) for person, own in people.items() if len(own) > 1}:
+        person, visit = min(several.items())
+        text = f"{len(several)} participants have several visits by the ends of names"
+        utils.print_once(f"{text}: {visit} is one of {person}")
+    names = [p if (p := VISIT_AT_END.sub("", name)) in several else name for name in names]
+    scans = with_participants(scans, one_spelling(names))
     alone = [s.name for s in scans if s.entry.participant == stem(s.path.name)]
     if alone := sorted(name for name in alone if not participant_in(name)):
         text = f"{len(alone)} scans lie in no folder of a person, and there is no table"
@@ -420,6 +450,8 @@ def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> N
     utils.ensure_writable(options.out)
     rows = rows_before(scans, options)
     before = {row["participant"]: row["split"] for row in rows.values()}
+    names = one_spelling([*before, *(scan.entry.participant for scan in scans)])
+    scans = with_participants(scans, names[len(before) :])
     scans = [scan for scan in scans if has_header(scan, problems, options)]
     if not scans:
         raise UserError(f"{options.scans}: no volume could be used{counts_of(problems)}")

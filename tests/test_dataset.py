@@ -270,6 +270,27 @@ def test_a_test_set_with_scans_of_training_people_is_refused(tmp_path: Path, stu
         find_slices(tmp_path / "ours")
 
 
+def test_a_table_without_participants_does_not_hide_those_in_names(tmp_path: Path):
+    rows = ["Image Data ID,Group"]
+    for number, split in enumerate(("train", "test")):
+        for person in range(4):
+            scan, label = f"I{number}{person}00", ("AD", "NC")[person % 2]
+            pictures(tmp_path / "ours", f"{split}/{label}/002_S_000{person}_{scan}_0.png")
+            rows.append(f"{scan},{label}")
+    table = tmp_path / "ids.csv"
+    table.write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"4 participant\(s\) on both sides of the split: 002_S"):
+        find_slices(tmp_path / "ours", table=table)
+
+
+@pytest.mark.parametrize("names", [("P000", "p000"), ("Zo\xeb1", "Zoe\u03081")])
+def test_names_that_differ_in_case_or_accents_are_one_person(tmp_path: Path, names):
+    for split, name in zip(("train", "test"), names, strict=True):
+        pictures(tmp_path, *(f"{split}/{label}/{name}{label}_0.png" for label in "AB"))
+    with pytest.raises(UserError, match=r"2 participant\(s\) on both sides"):
+        find_slices(tmp_path)
+
+
 def test_the_numbers_of_adni_s_images_need_a_table(tmp_path: Path, capsys):
     root = write_people(tmp_path / "flat", "2{1:04}{2}")  # names such as 200070_80
     find_slices(root)

@@ -274,7 +274,9 @@ def test_two_spellings_in_names_of_volumes_are_one_participant(tmp_path: Path):
 def test_a_table_that_names_no_volume_is_said(options: ImportOptions, tmp_path: Path):
     table = tmp_path / "other.csv"
     table.write_text("subject,dx\n1001,AD\n1002,CN\n")
-    with pytest.raises(UserError, match="it names no volume; numbers and short ids match only"):
+    with pytest.raises(
+        UserError, match="it names no volume; numbers and short names must be a whole"
+    ):
         import_scans(replace(options, table=table))
 
 
@@ -387,6 +389,60 @@ def test_a_bids_data_set_is_its_own_table(tmp_path: Path, capsys):
     assert files(tmp_path / "c").keys() == files(options.out).keys()
 
 
+def import_of(root: Path, paths: list[str], out: str = "out", **options) -> ImportOptions:
+    """Import the same head from all these paths, without a table."""
+    values, affine = head()
+    for path in paths:
+        write(root / path, values, affine)
+    chosen = ImportOptions(root, root.with_name(out), slices=2, size=64, **options)
+    import_scans(chosen)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("paths", "people"),
+    [
+        ("{c}1_20252_2_0/T1/x {c}1_20252_3_0/T1/x {c}2_20252_2_0/T1/x", "1 2_20252_2_0"),
+        ("{c}1_bl/x {c}1_m12/x {c}2_bl/x {c}2_V2/x", "1 2"),
+        ("{c}1_2009-11-14/x {c}1_2010-11-14/x {c}2/x", "1 2"),
+        ("1.5T/{c}1/x 1.5T/{c}2/x 3T/{c}1/x", "1 2"),
+        ("2019/{c}1/x 2019/{c}2/x 2020/{c}3/x", "1 2 3"),
+    ],
+)
+def test_visits_and_scanners_in_names_of_folders_are_no_people(tmp_path: Path, paths, people):
+    files = [f"{c}/{path.format(c=c)}.nii" for c in ("AD", "NC") for path in paths.split()]
+    options = import_of(tmp_path / "scans", files)
+    found = {row["participant"] for row in manifest(options.out) if row["class"] == "AD"}
+    assert found == {f"AD{name}" for name in people.split()}
+
+
+def test_a_folder_too_high_is_no_class(tmp_path: Path, capsys):
+    files = [f"study/{c}/{c}{i}/x.nii" for c in ("AD", "NC") for i in (1, 2)]
+    with pytest.raises(UserError, match=r"holds one class only, study; did you mean .*scans/study"):
+        import_of(tmp_path / "scans", files)
+    import_of(tmp_path / "scans", [], classes=("study",))
+
+
+def test_a_later_import_keeps_the_side_of_people_written_otherwise(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    for step, name in enumerate(("sub-ADNI{i:03}S{i:04}", "{i:03}_S_{i:04}")):
+        names = [f"{c}/{name.format(i=2 * i + k)}/x{step}.nii"
+                 for k, c in enumerate(("AD", "NC")) for i in range(4)]  # fmt: skip
+        options = import_of(tmp_path / f"scans{step}", names)
+    rows = manifest(options.out)
+    sides = {(row["participant"], row["split"]) for row in rows}
+    assert len(rows) == 16 and len(sides) == 8
+
+
+def test_hints_are_given_where_a_table_names_nothing(tmp_path: Path):
+    (table := tmp_path / "t.csv").write_text("SUB_ID,DX\n50002,AD\n50003,NC\n")
+    with pytest.raises(UserError, match="no row names 0050002; did you mean 50002") as error:
+        import_of(
+            tmp_path / "scans", ["0050002/x.nii"], table=table, columns={"participant": "SUB_ID"}
+        )
+    assert "\n" not in str(error.value)
+
+
 def test_several_volumes_of_one_scan_ask_for_a_pattern(tmp_path: Path):
     root, (values, affine) = tmp_path / "oasis", head()
     for scan in ("OAS1_0001_MR1", "OAS1_0002_MR1"):
@@ -410,8 +466,12 @@ def test_names_of_any_script_and_length_become_ids_of_scans():
     assert [id_of(n) for n in ("Müller 1", "日本", "a/b", " x.", "sub-01_T1w")] == [
         "Müller-1", "日本", "a-b", "x", "sub-01_T1w",
     ]  # fmt: skip
-    long = [id_of("ADNI_" + "x" * 120 + end) for end in "ab"]
-    assert max(map(len, long)) == 80 and long[0] != long[1] and plain_name(long[0])
+    long = [id_of("ADNI_" + "\u4e2d" * 70 + end) for end in "ab"]
+    assert (
+        77 < max(len(name.encode()) for name in long) <= 80
+        and long[0] != long[1]
+        and plain_name(long[0])
+    )
 
 
 def test_a_bad_volume_takes_no_place_in_test(options: ImportOptions):

@@ -63,13 +63,10 @@ def test_columns_can_be_named(tmp_path: Path):
     [
         ("", {}, "holds no row"),
         ("subject,class\n", {}, "holds no row"),
-        ("subject,class\na\n", {}, "row 2 has 1 cells, the header 2"),
+        ("subject,class\na,AD,x\n", {}, "row 2 has 3 cells, the header 2"),
         ("what,age\na,1\n", {}, "no column names scans or participants"),
         ("subject,class\na,AD\n", {"class": "DX"}, "no column 'DX'; it has subject, class"),
         ("subject,class\na,AD\n", {"colour": "class"}, "columns: no 'colour'"),
-        ("subject,class\na,../../x\n", {}, "'../../x' in column 'class' is no valid name"),
-        ("subject,class\na,/etc\n", {}, "is no valid name"),
-        ("subject,class\na," + "A" * 1000 + "\n", {}, "is no valid name"),
         (b"PK\x03\x04", {}, "save it as CSV"),
         ('subject,class\na,"' + "x" * 200_000 + '"\n', {}, "is no table: field larger"),
     ],
@@ -79,6 +76,71 @@ def test_a_bad_table_is_named(tmp_path: Path, content, columns, words):
     with pytest.raises(UserError, match=words.replace(".", r"\.")) as error:
         read_table(path, columns)
     assert str(path) in str(error.value) or "columns:" in words
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "A" * 1000, "AD/MCI"])
+def test_a_class_that_cannot_be_a_folder_counts_as_empty(tmp_path: Path, capsys, name):
+    table = write(tmp_path, f"subject,class\na,{name}\nb,AD\n")
+    assert [entry.label for entry in read_table(table, {})] == ["", "AD"]
+    said = capsys.readouterr().out
+    assert f"1 classes are no valid names of folders, such as {name[:40]!r}" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("Subject;Group;Notes (age, drugs)\na;AD;x\nb;CN;y, z\n", [("a", "AD"), ("b", "NC")]),
+        ("Subject;Group;MMSE, CDR, ADAS\na;AD;1\n", [("a", "AD")]),
+        ("subject,class,notes\na,AD\nb,CN,x\nc\n", [("a", "AD"), ("b", "NC"), ("c", "")]),
+        ("subject,class\na,AD,,\n", [("a", "AD")]),
+        ("subject,class\na,MCI\nb,mci\nc,Mci\n", [("a", "MCI"), ("b", "MCI"), ("c", "MCI")]),
+        ("subject,class\na,\xc4lter\nb,A\u0308lter\n", [("a", "\xc4lter"), ("b", "\xc4lter")]),
+        ("subject,class\n50002.0,AD\n,CN\n", [("50002", "AD")]),
+    ],
+)
+def test_tables_that_people_have_are_read(tmp_path: Path, text, rows):
+    entries = read_table(write(tmp_path, text), {})
+    assert [(entry.participant, entry.label) for entry in entries] == rows
+
+
+def test_a_contrast_in_a_column_of_scans_is_no_scan(tmp_path: Path):
+    table = write(
+        tmp_path, "Subject,Scan,Group\np100,T1,AD\np200,T1,CN\np300,T1,CN\np400,T2,CN\np500,T1,AD\n"
+    )
+    finder = EntryFinder(table, {}, ["p200/T1"])
+    assert finder.named_in("p200/T1").label == "NC"
+
+
+def test_numbers_of_people_are_looked_for_at_one_depth(tmp_path: Path):
+    table = write(tmp_path, "subject,dx\n1,AD\n2,CN\n3,AD\n4,CN\n")
+    paths = [f"{person}/{session}/T1" for person in (1, 2, 3, 4, 98) for session in (1, 2)]
+    finder = EntryFinder(table, {}, paths)
+    found = [getattr(finder.named_in(path), "participant", None) for path in paths]
+    assert found == ["1", "1", "2", "2", "3", "3", "4", "4", None, None]
+    table = write(tmp_path, "subject,dx\n01-02,AD\n01-03,CN\n")
+    finder = EntryFinder(table, {})
+    assert finder.named_in("01-09/2011-01-02/x") is None
+    assert finder.named_in("01-03/2011-01-02/x").participant == "01-03"
+
+
+def test_contrasts_and_field_strengths_are_no_visits(tmp_path: Path):
+    table = write(tmp_path, "Subject,Timepoint,Group\np100,T1,CN\np100,T2,AD\np100,3,MCI\n")
+    paths = {"p100/followup/T1": "", "p100/T2/T1": "AD", "p100/MR_3T/x": "", "p100/MR3/x": "MCI"}
+    finder = EntryFinder(table, {}, paths)
+    assert {path: finder.named_in(path).label for path in paths} == paths
+
+
+def test_a_date_that_may_be_of_two_days_is_told(tmp_path: Path, capsys):
+    for day, told in ((5, True), (25, False)):
+        table = write(tmp_path, f"subject,class,Acq Date\na,AD,03/{day:02}/2006\n")
+        assert read_table(table, {})[0].date == f"2006-03-{day:02}"
+        assert ("read as month/day/year" in capsys.readouterr().out) is told
+
+
+def test_a_hyphen_may_follow_the_group_of_a_participant():
+    names = ("sub-PD-001_T1w", "sub-HC-002_x", "sub-01-78", "sub-a_ses-1", "sub-NYU-51/anat")
+    found = [participant_in(name) for name in names]
+    assert found == ["sub-PD-001", "sub-HC-002", "sub-01", "sub-a", "sub-NYU-51"]
 
 
 def test_a_missing_table_is_named(tmp_path: Path):
