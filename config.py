@@ -155,7 +155,7 @@ class Config:
     r1_interval: Interval = 16
     """Number of steps between R1 penalties, 1 or more."""
     pl_weight: NotNegative = 2.0
-    """Weight of path length regularization, 0 or more; 0: off, but Adam stays corrected for it."""
+    """Weight of path length regularization, 0 or more; 0: off, with Adam's steps as with it."""
     pl_interval: Interval = 4
     """Number of steps between path length penalties, 1 or more."""
     pl_decay: Annotated[float, Range(0, 1, above=True)] = 0.01

@@ -141,7 +141,8 @@ def entry_of_volume(
 def with_own_table(options: ImportOptions) -> ImportOptions:
     """The options, with the table of a BIDS data set if none is given and it has classes."""
     path = options.scans / PARTICIPANTS[0]
-    if options.table or not path.is_file() or not any(options.scans.glob("sub-*")):
+    own = path.is_file() and any(options.scans.glob("sub-*"))
+    if options.table or not own or options.columns.get("class") == "":
         return options
     known = {*COLUMNS["class"].split(), plain_column(options.columns.get("class", ""))}
     if known.isdisjoint(map(plain_column, read_rows(path)[0])):

@@ -154,7 +154,10 @@ def test_a_name_that_could_be_a_scan_is_kept_without_its_origin(tmp_path: Path):
     assert "NC/x_brain.nii" in find(tmp_path, pattern="*_brain*")[0]  # asked for by its name
 
 
-@pytest.mark.parametrize("name", ["mwp1a", "rc1a", "wc1a", "a_seg", "a_pve_0", "a_mask", "aseg"])
+@pytest.mark.parametrize(
+    "name",
+    ["mwp1a", "rc1a", "wc1a", "a_seg", "a_pve_0", "a_mask", "aseg", "T1wDividedByT2w_ribbon"],
+)
 def test_some_outputs_are_known_without_their_scan(name):
     assert derived(name, ()) and not derived(name[1:-2] + "zz", ())
 
