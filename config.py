@@ -199,8 +199,18 @@ def check_fields(options: Any) -> None:
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         if not fits(value := getattr(options, name), hint):
             raise UserError(f"{name} = {value}: must be {in_words(hint)}")
-        if isinstance(value, Path):
-            object.__setattr__(options, name, value.expanduser())  # frozen
+        if isinstance(value, Path | tuple):
+            object.__setattr__(options, name, at_home(value))  # frozen
+
+
+def at_home(value: Any) -> Any:
+    """A path, or the paths of a tuple, with the home in the place of ~. Raises UserError."""
+    if isinstance(value, tuple):
+        return tuple(map(at_home, value))
+    try:
+        return value.expanduser() if isinstance(value, Path) else value
+    except RuntimeError as error:
+        raise UserError(f"{value}: there is no such home") from error
 
 
 def fits(value: Any, hint: Any) -> bool:

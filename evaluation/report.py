@@ -140,6 +140,7 @@ def keep_other_report(out: Path, tables: dict[str, Any]) -> None:
             return
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return  # there is none, or it is damaged
+    out = out.resolve()  # "." has no name
     numbers = (f"{out.name}_before{i or ''}" for i in count())
     folder = next(path for name in numbers if not (path := out.with_name(name)).exists())
     folder.mkdir()

@@ -32,7 +32,7 @@ VISIT = re.compile(  # a word begins after another sign, or as the V of scanVisi
 )
 # MR2 is a visit if there is no other number, but MR_3T is a scanner
 SCAN_OF_DAY = re.compile(r"(?<![a-z])mr[-_ ]?(\d+)(?![\d.]*t|\d)", re.IGNORECASE)
-CONTRASTS = {"t1", "t2", "pd"}  # words in the names of files that are no visits
+CONTRASTS = {"t1", "t2", "pd"}  # whole names of files that are no visits
 
 
 class EntryFinder:
@@ -73,8 +73,9 @@ class EntryFinder:
             for depth, part in enumerate(Path(path).parts):
                 if part.isdigit() and part in self.participants:
                     numbers[depth].add(part)
-        if numbers:
-            self.depth = max(numbers, key=lambda depth: (len(numbers[depth]), -depth))
+        most = max(map(len, numbers.values()), default=0)
+        deepest = [depth for depth, found in numbers.items() if len(found) == most]
+        self.depth = deepest[0] if len(deepest) == 1 else None
 
     def named_in(self, path: Path | str) -> Entry | None:
         """The entry that a path or a scan's id names, or None.
@@ -98,7 +99,7 @@ class EntryFinder:
         parts = Path(path).parts
         number = "" if self.depth is None else "".join(parts[self.depth : self.depth + 1])
         for key in (key for key in keys if key in self.participants):
-            if self.depth is not None and key.isdigit() and key in parts and key != number:
+            if number.isdigit() and key.isdigit() and key in parts and key != number:
                 continue  # a session or a count
             # a name within a longer one is no other participant
             if not any(key in longer for longer in chosen) or key in keys_in(rest):
@@ -152,8 +153,9 @@ def rows_of_visit(rows: list[Entry], path: str) -> list[Entry]:
     """The rows whose date, or else whose visit, a path shows; empty if it shows none of them."""
     dates = {"-".join(found) for found in DATE.findall(path)}
     visits = {simplified(word) for word in re.split(r"[\W_]+", path) if not word.isdigit()}
-    folders = {simplified(word) for word in re.split(r"[\W_]+", str(Path(path).parent))}
-    visits -= CONTRASTS - folders
+    if (name := Path(path).name.casefold()) in CONTRASTS:
+        folders = {simplified(word) for word in re.split(r"[\W_]+", str(Path(path).parent))}
+        visits -= {name} - folders
     numbers = ["".join(found) for found in VISIT.findall(path)] or SCAN_OF_DAY.findall(path)
     visits |= {str(int(number)) for number in numbers}
     if visits & BASELINE:

@@ -10,12 +10,12 @@ from pathlib import Path
 # Names of participants in BIDS (and sub-PD-001, which it forbids), in ADNI and its sister studies,
 # OASIS-1 to -4, AIBL, PPMI, MIRIAD
 PARTICIPANT = re.compile(
-    r"(?<![a-z0-9])sub-(?:[a-z]{2,}-(?=[^\W_]*\d))?[^\W_]+|(?<![a-z0-9])\d{1,3}_S_\d{4,5}(?![a-z0-9])"
+    r"(?<![a-z0-9])sub-(?-i:[A-Z]{2,4}-(?=\d))?[^\W_]+|(?<![a-z0-9])\d{1,3}_S_\d{4,5}(?![a-z0-9])"
     r"|OAS[1-4]_?\d{4}(?!\d)|(?<![a-z0-9])(?:AIBL|PPMI|MIRIAD)_\d+",
     re.IGNORECASE,
 )
 ADNI = re.compile(r"(?<!\d)(\d{1,3})_?S_?(\d{4,5})(?!\d)", re.IGNORECASE)  # site, number
-DATE = re.compile(r"(?<!\d)(\d{4})-?(\d{2})-?(\d{2})(?!\d)")
+DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)-?(0\d|1[012])-?([012]\d|3[01])(?!\d)")
 WHOLE_ADNI = f"(sub-)?(ADNI)?{ADNI.pattern}"
 
 

@@ -7,7 +7,7 @@ import csv
 import io
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -103,9 +103,10 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     for number, row in enumerate(rows, 2):
         if any(row[len(header) :]):
             raise UserError(f"{path}: row {number} has {len(row)} cells, the header {len(header)}")
-    if short := sum(len(row) < len(header) for row in rows):  # Excel leaves out empty last cells
-        text = "rows are shorter than the header: their last cells count as empty"
-        print_once(f"note: {path}: {short} of {len(rows)} {text}")
+    # some programs leave out empty last cells
+    if short := [i for i, row in enumerate(rows, 2) if len(row) < len(header)]:
+        text = f"rows, such as row {short[0]}, are shorter than the header"
+        print_once(f"note: {path}: {len(short)} {text}: their last cells count as empty")
     return header, [(row + [""] * len(header))[: len(header)] for row in rows]
 
 
@@ -251,8 +252,9 @@ def choose_names(
     people += [c for c in scans if plain_column(c) == "id" and len(set(cells[c])) < len(cells[c])]
     listed = scans = [c for c in scans if c not in people]
     if people:  # T1 is no scan, if it stands beside many participants
-        pairs = {c: len(set(zip(cells[c], cells[people[0]], strict=True))) for c in scans}
-        scans = [c for c in scans if 2 * len(set(cells[c])) > pairs[c]]
+        pairs = {c: {*zip(cells[c], cells[people[0]], strict=True)} for c in scans}
+        pairs = {c: [scan for scan, _ in pairs[c] if not is_missing(scan)] for c in scans}
+        scans = [c for c in scans if 2 * len(set(pairs[c])) > len(pairs[c])]
     if names is not None:
         named = [c for c in scans + people if any(names & named_by(v, c) for v in cells[c])]
         people.sort(key=lambda c: c not in named)
@@ -279,16 +281,18 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
     column = choose_columns(path, header, cells, given, names)
     entries, name, unnamed = [], column.get("class", ""), []
     dates = cells[column["date"]] if "date" in column else ()
-    odd, day_first, invalid, classes = [], day_comes_first(dates), [], {}
-    slashes = [v for v in dates if re.match(r"\d{1,2}/\d", v)]
-    if slashes and not day_first and not any(int(v.split("/")[1]) > 12 for v in slashes):
-        print_once(f"note: {path}: dates such as {slashes[0]} are read as month/day/year")
+    odd, day_first, invalid = [], day_comes_first(dates), []
+    classes = spellings_of_classes(cells[name], name) if name else {}
+    slashes = [m for v in dates if (m := re.match(r"\d{1,2}/(\d{1,2})/", v))]
+    if slashes and not day_first and not any(int(m[1]) > 12 for m in slashes):
+        text = f"dates such as {slashes[0].string} are read as month/day/year"
+        print_once(f"note: {path}: {text}")
     for row in zip(*(cells[c] for c in column.values()), strict=True):
         cell = defaultdict(str, zip(column, row, strict=True))
         scan, label = stem(cell["scan"]), class_of(cell["class"], name)
         if is_missing(scan):
             scan = ""
-        label = classes.setdefault(label.casefold(), label)  # MCI and mci are one class
+        label = classes.get(label.casefold(), label)
         if label and not plain_name(label):
             invalid.append(label)
             label = ""
@@ -316,10 +320,19 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
     if unnamed:
         text = f"{len(unnamed)} of {len(rows)} rows have no participant, such as {unnamed[0]}"
         print_once(f"note: {path}: {text}: each counts as a participant of its own")
-    for old in sorted(set(cells[column["class"]])) if "class" in column else ():
-        if usual_class(old) != old:
-            print_once(f"{path}: class {old} is called {usual_class(old)}")
+    for old in sorted({*cells[name]} if name and plain_column(name) not in RATINGS else ()):
+        new = classes.get(usual_class(old).casefold(), old)
+        if new != old and not is_missing(old):
+            print_once(f"{path}: class {old} is called {new}")
     return agree_on_sex(path, entries)
+
+
+def spellings_of_classes(cells: Sequence[str], column: str) -> dict[str, str]:
+    """The most frequent spelling of each class of a column, by the class in lower case."""
+    found: dict[str, str] = {}
+    for label, _ in Counter(class_of(cell, column) for cell in cells).most_common():
+        found.setdefault(label.casefold(), label)
+    return found
 
 
 def unreadable(values: Sequence[str], column: str, what: str) -> list[str]:

@@ -405,8 +405,7 @@ def check(
         lines = "\n  ".join(folder.problems)
         raise UserError(f"{root}: training would fail or its evaluation would mislead:\n  {lines}")
     text = "no participant and no picture is in both train and test; every file can be read"
-    whose = {s.file.scan for s in folder.slices if s.file.participant == s.file.scan}
+    whose = {f.scan for f in files if f.participant == f.scan} - folder.entries.keys()
     if unknown := [scan for scan in whose if not participant_in(scan)]:
-        text += f"; whose {len(unknown)} scans are is not known, so they were not compared"
-        text += ": give --table"
+        text += f"; whose {len(unknown)} scans are is not known: give --table to compare people"
     utils.print_once(text)

@@ -53,7 +53,7 @@ CERTAIN = {
     "output of FreeSurfer": r"(.+_)?(aseg|aparc[+.].*|brainmask|wmparc|([lr]h\.)?ribbon)(\.\w+)?",
     "output of SPM or CAT12": r"(s\d*)?(m0?w|w|r)[cp][1-6].+|u_rc[1-6].+",
     "output of FSL": r".+_(pve_\d|pveseg|mixeltype|prob_\d|fseg)",
-    "output of the HCP pipelines": r"T[12]w(Divided|Mul)ByT2w.*|.*BiasField.*",
+    "output of the HCP pipelines": r"T[12]w(Divided|Mul)ByT2w.*|BiasField(_.*)?",
     "mask or segmentation": r".*masks?|.+_(d|prob)?seg(_\d)?",
 }
 CERTAIN = {why: re.compile(pattern, re.IGNORECASE) for why, pattern in CERTAIN.items()}

@@ -53,7 +53,15 @@ from participants.tables import (
     usual_class,
 )
 from scans.finding import Reasons, find_volumes
-from scans.volumes import CutSlices, ImportOptions, cut, find_converter, open_volume, read_volume
+from scans.volumes import (
+    NO_TABLE,
+    CutSlices,
+    ImportOptions,
+    cut,
+    find_converter,
+    open_volume,
+    read_volume,
+)
 
 UNNAMED = "no row of the table names it"
 VISIT_FOLDER = re.compile(
@@ -61,8 +69,8 @@ VISIT_FOLDER = re.compile(
     rf"|({VISIT_WORDS}|month|year)[-_ ]?([mv]?\d\w{{0,3}}|bl)",
     re.IGNORECASE,
 )
-VISIT_OR_PERSON = re.compile(  # such as V1, M12, 2009, 2009-11-14
-    r"pre|post|[vm]\d{1,3}|(19|20)\d\d([-_ ]?\d\d[-_ ]?\d\d)?", re.IGNORECASE
+VISIT_OR_PERSON = re.compile(  # such as V1, M12, 2009-11-14
+    r"pre|post|[vm]\d{1,3}|(19|20)\d\d[-_ ]?\d\d[-_ ]?\d\d", re.IGNORECASE
 )
 # At the end of a name: P1_bl, P1-m12, P1_2009-11-14; 12_20252_2_0 of UK Biobank
 VISIT_AT_END = re.compile(
@@ -142,6 +150,8 @@ def with_own_table(options: ImportOptions) -> ImportOptions:
     """The options, with the table of a BIDS data set if none is given and it has classes."""
     path = options.scans / PARTICIPANTS[0]
     own = path.is_file() and any(options.scans.glob("sub-*"))
+    if options.table is None and options.columns and not own:
+        raise UserError(NO_TABLE)
     if options.table or not own or options.columns.get("class") == "":
         return options
     known = {*COLUMNS["class"].split(), plain_column(options.columns.get("class", ""))}
@@ -172,6 +182,9 @@ def match_to_table(options: ImportOptions, volumes: list[Path], problems: Reason
         hint = finder.hint(name for name, why in problems.items() if why == UNNAMED)
         hint = f"; {hint.partition(': ')[2]}" if hint else ""
         raise UserError(f"{options.table}: {text}{hint}{counts_of(problems)}")
+    if finder:
+        in_any_case = {label.casefold(): label for label in labels}
+        wanted = {in_any_case.get(name.casefold(), name) for name in wanted}
     if missing := sorted(wanted - labels):
         raise UserError(f"classes: no {', '.join(missing)}; there are {', '.join(sorted(labels))}")
     found = []
@@ -222,18 +235,20 @@ def with_participants(scans: list[Scan], names: Iterable[str]) -> list[Scan]:
     return [scan._replace(entry=scan.entry._replace(participant=name)) for scan, name in pairs]
 
 
+def without_visit(name: str) -> str:
+    """A participant's name without a visit at its end, if it then still holds a number."""
+    person = VISIT_AT_END.sub("", name)
+    named = participant_in(name) or not re.search(r"\d", person)
+    return name if named else person
+
+
 def with_one_spelling(scans: list[Scan]) -> list[Scan]:
     """Scans whose folders or names show participants, each written in one way, without visits."""
     names = [scan.entry.participant for scan in scans]
-    people = defaultdict(set)
-    for name in names:
-        people[VISIT_AT_END.sub("", name)].add(name)
-    if several := {person: min(own) for person, own in people.items() if len(own) > 1}:
-        person, visit = min(several.items())
-        text = f"{len(several)} participants have several visits by the ends of names"
-        utils.print_once(f"{text}: {visit} is one of {person}")
-    names = [p if (p := VISIT_AT_END.sub("", name)) in several else name for name in names]
-    scans = with_participants(scans, one_spelling(names))
+    people = list(map(without_visit, names))
+    if cut := sorted((a, b) for a, b in zip(names, people, strict=True) if a != b):
+        utils.print_once("note: {} counts as a visit of {}, and so on".format(*cut[0]))
+    scans = with_participants(scans, one_spelling(people))
     alone = [s.name for s in scans if s.entry.participant == stem(s.path.name)]
     if alone := sorted(name for name in alone if not participant_in(name)):
         text = f"{len(alone)} scans lie in no folder of a person, and there is no table"
@@ -449,10 +464,10 @@ def import_scans(options: Annotated[ImportOptions, tyro.conf.arg(name="")]) -> N
         text = f"none of {len(volumes)} volumes can be used"
         raise UserError(f"{options.scans}: {text}{counts_of(problems)}")
     utils.ensure_writable(options.out)
-    rows = rows_before(scans, options)
-    before = {row["participant"]: row["split"] for row in rows.values()}
+    before = {r["participant"]: r.get("split", "") for r in manifest_rows(options.out).values()}
     names = one_spelling([*before, *(scan.entry.participant for scan in scans)])
     scans = with_participants(scans, names[len(before) :])
+    rows = rows_before(scans, options)
     scans = [scan for scan in scans if has_header(scan, problems, options)]
     if not scans:
         raise UserError(f"{options.scans}: no volume could be used{counts_of(problems)}")

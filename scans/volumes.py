@@ -47,6 +47,9 @@ GAP = re.compile(
 )
 
 
+NO_TABLE = "columns: there is no --table that has them"
+
+
 @dataclass(frozen=True)
 class ImportOptions:
     """Which slices to cut. Raises UserError naming the option, its value and what is allowed."""
@@ -95,7 +98,7 @@ class ImportOptions:
         if self.window is not None and self.window[0] >= self.window[1]:
             raise UserError(f"window = {self.window}: black must be below white")
         if self.columns and self.table is None and not (self.scans / PARTICIPANTS[0]).is_file():
-            raise UserError("columns: there is no --table that has them")
+            raise UserError(NO_TABLE)
         if self.contrast not in ("any", *CONTRASTS):
             allowed = ", ".join(("any", *CONTRASTS))
             raise UserError(f"contrast = {self.contrast}: must be one of {allowed}")

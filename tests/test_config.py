@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from config import CPU, GPU, Config, UserError
+from evaluate import Options
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,11 @@ def test_every_field_is_documented_in_the_help(capsys):
         line = source.split(f"    {field.name}: ")[1].split('"""')[1]
         assert " ".join(line.split()[:4]) in text, field.name
         assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_a_path_may_begin_with_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Config(out=Path("~/run")).out == tmp_path / "run"
+    assert Options(runs=(Path("~/a"), Path("b"))).runs == (tmp_path / "a", Path("b"))
+    with pytest.raises(UserError, match="~nobody_here/x: there is no such home"):
+        Config(cache=Path("~nobody_here/x"))

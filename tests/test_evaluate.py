@@ -601,7 +601,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_report(
     assert calls == [1]
 
 
-def test_a_report_of_other_settings_or_groups_is_kept(tmp_path, capsys):
+def test_a_report_of_other_settings_or_groups_is_kept(tmp_path, monkeypatch, capsys):
     out, what = tmp_path / "evaluation", {"kimg": 3.2, "seed": 0, "psi": float("nan")}
     what_is_read = {"what": what | {"psi": None}, "labels": []}
     out.mkdir()
@@ -621,6 +621,9 @@ def test_a_report_of_other_settings_or_groups_is_kept(tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["parts"]
     kept = tmp_path / "evaluation_before"
     assert {path.name for path in kept.iterdir()} == {"evaluation.json", "nearest_pixels.png"}
+    monkeypatch.chdir(out)
+    (out / "evaluation.json").write_text("{}")
+    report.keep_other_report(Path(), {"what": what})  # not a report: replaced
     (out / "evaluation.json").write_text("{")  # damaged: replaced
     report.keep_other_report(out, {"what": what})
     assert (out / "evaluation.json").exists() and not capsys.readouterr().out

@@ -144,6 +144,7 @@ def test_outputs_beside_a_scan_are_left_out(tmp_path: Path):
 
 def test_a_name_that_could_be_a_scan_is_kept_without_its_origin(tmp_path: Path):
     scans = ["c1_001", "m01", "s02", "w3", "r1", "rc1", "p0a", "y_4", "x_brain", "y_restore", "wmX"]
+    scans.append("a_N4BiasFieldCorrected")
     touch(tmp_path / "NC", *(f"{name}.nii" for name in scans))
     found, problems = find(tmp_path)
     assert len(found) == len(scans) and not problems
@@ -156,7 +157,7 @@ def test_a_name_that_could_be_a_scan_is_kept_without_its_origin(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "name",
-    ["mwp1a", "rc1a", "wc1a", "a_seg", "a_pve_0", "a_mask", "aseg", "T1wDividedByT2w_ribbon"],
+    ["mwp1a", "rc1a", "wc1a", "a_seg", "a_pve_0", "a_mask", "aseg", "T1wDividedByT2w", "BiasField"],
 )
 def test_some_outputs_are_known_without_their_scan(name):
     assert derived(name, ()) and not derived(name[1:-2] + "zz", ())

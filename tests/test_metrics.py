@@ -82,6 +82,19 @@ def test_frechet_distance_of_known_gaussians():
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
 
 
+def test_distances_equal_those_of_torch_fidelity():
+    fid = pytest.importorskip("torch_fidelity.metric_fid")
+    kid = pytest.importorskip("torch_fidelity.metric_kid")
+    x, y = gaussians(400, 64, 0), gaussians(300, 64, 1, 0.2)
+    stats = [{"mu": v.mean(0), "sigma": np.cov(v, rowvar=False)} for v in (x, y)]
+    theirs = fid.fid_statistics_to_metric(*stats, verbose=False)
+    assert frechet_distance(x, y) == pytest.approx(next(iter(theirs.values())), rel=1e-4)
+    kernel = {"kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None}
+    kernel |= {"kid_kernel": "poly", "kid_kernel_poly_coef0": 1}
+    one = kid.kernel_mmd(x[:300].astype(float), y.astype(float), **kernel)
+    assert kernel_distance(alone(x[:300]), alone(y))[0] == pytest.approx(one, rel=1e-4)
+
+
 class Passing(torch.nn.Module):
     """Features in, features out, in the place of a network."""
 

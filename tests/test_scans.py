@@ -27,7 +27,7 @@ from dataset import find_slices, load_slices
 from participants.names import plain_name
 from participants.tables import Entry
 from scans import slicing
-from scans.slicing import Scan, id_of, import_scans, split_participants
+from scans.slicing import Scan, id_of, import_scans, split_participants, without_visit
 from scans.volumes import ImportOptions, cut, read_volume, resample
 
 VOXEL = 3  # mm
@@ -400,11 +400,10 @@ def import_of(root: Path, paths: list[str], out: str = "out", **options) -> Impo
 @pytest.mark.parametrize(
     ("paths", "people"),
     [
-        ("{c}1_20252_2_0/T1/x {c}1_20252_3_0/T1/x {c}2_20252_2_0/T1/x", "1 2_20252_2_0"),
+        ("{c}1_20252_2_0/T1/x {c}1_20252_3_0/T1/x {c}2_20252_2_0/T1/x", "1 2"),
         ("{c}1_bl/x {c}1_m12/x {c}2_bl/x {c}2_V2/x", "1 2"),
         ("{c}1_2009-11-14/x {c}1_2010-11-14/x {c}2/x", "1 2"),
         ("1.5T/{c}1/x 1.5T/{c}2/x 3T/{c}1/x", "1 2"),
-        ("2019/{c}1/x 2019/{c}2/x 2020/{c}3/x", "1 2 3"),
     ],
 )
 def test_visits_and_scanners_in_names_of_folders_are_no_people(tmp_path: Path, paths, people):
@@ -412,6 +411,20 @@ def test_visits_and_scanners_in_names_of_folders_are_no_people(tmp_path: Path, p
     options = import_of(tmp_path / "scans", files)
     found = {row["participant"] for row in manifest(options.out) if row["class"] == "AD"}
     assert found == {f"AD{name}" for name in people.split()}
+
+
+def test_what_looks_like_a_visit_may_be_the_end_of_a_name():
+    kept = ["002_S_2010", "sub-2001", "sub-V01", "AD_M01", "brain_1900", "V01", "P1_x"]
+    assert [*map(without_visit, kept)] == kept
+    cut = {"P1_bl": "P1", "P1-m12": "P1", "P1 V2": "P1", "12_20252_2_0": "12"}
+    assert [*map(without_visit, cut)] == list(cut.values())
+
+
+def test_people_named_like_years_have_several_scans(tmp_path: Path):
+    files = [f"AD/{person}/{person}_{scan}.nii" for person in (2001, 2002) for scan in "abc"]
+    files += [file.replace("AD", "NC").replace("200", "201") for file in files]
+    rows = manifest(import_of(tmp_path / "scans", files).out)
+    assert {row["participant"] for row in rows} == {"2001", "2002", "2011", "2012"}
 
 
 def test_a_folder_too_high_is_no_class(tmp_path: Path, capsys):
@@ -427,6 +440,7 @@ def test_a_later_import_keeps_the_side_of_people_written_otherwise(tmp_path: Pat
         names = [f"{c}/{name.format(i=2 * i + k)}/x{step}.nii"
                  for k, c in enumerate(("AD", "NC")) for i in range(4)]  # fmt: skip
         options = import_of(tmp_path / f"scans{step}", names)
+        import_scans(options)  # again: it goes on
     rows = manifest(options.out)
     sides = {(row["participant"], row["split"]) for row in rows}
     assert len(rows) == 16 and len(sides) == 8

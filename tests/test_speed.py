@@ -110,12 +110,13 @@ def test_second_derivatives_do_not_go_channel_by_channel_on_a_cpu(config: Config
         (F.conv2d, (4, 3, 3, 3), {"stride": 2}),
         (F.conv2d, (3, 1, 2, 2), {"groups": 3, "dilation": 2}),
         (F.conv_transpose2d, (3, 4, 3, 3), {"stride": 2}),
+        (F.conv1d, (2, 3, 3), {"padding": 1}),  # as many outputs as images
     ],
 )
 def test_second_derivatives_of_convolutions_are_right(conv, shape, how):
     bias = torch.randn(shape[1] if conv is F.conv_transpose2d else shape[0]).double()
-    values = [torch.randn(2, 3, 6, 6).double(), torch.randn(shape).double(), bias]
-    values = [value.requires_grad_() for value in values]
+    x = torch.randn(2, 3, *[6] * (len(shape) - 2)).double()
+    values = [value.requires_grad_() for value in (x, torch.randn(shape).double(), bias)]
     assert torch.autograd.gradgradcheck(lambda *a: conv(*a, **how), values, fast_mode=True)
     with OperationCounter() as counter:  # of PyTorch's own formula, a kernel is as large as x
         y = conv(*values, **how).square().sum()
@@ -400,6 +401,23 @@ def test_bfloat16_gradients_stay_close(config: Config):
     for name, exact in found[0].items():
         assert torch.cosine_similarity(found[1][name], exact, dim=0) > 0.99, name
         assert not torch.equal(found[1][name], exact)
+
+
+def test_a_graph_that_fails_when_it_is_recorded_is_given_up(config: Config, capsys):
+    state, real, c = step_inputs(config)
+    phases, calls = Phases("off"), []
+
+    def recorded(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no graph")
+        return g_main(*args)
+
+    phases.graphs, phases.compiled = True, {g_main: recorded}
+    for _ in range(3):
+        phases(g_main, state.g_opt, 0, state.G, state.D, real, c, config)
+    said = capsys.readouterr().out
+    assert said.count("training goes on uncompiled, because g_main") == 1 and len(calls) == 2
 
 
 def test_what_ran_once_is_not_blamed_on_the_compiler_later(config: Config):

@@ -93,7 +93,7 @@ def test_a_class_that_cannot_be_a_folder_counts_as_empty(tmp_path: Path, capsys,
         ("Subject;Group;MMSE, CDR, ADAS\na;AD;1\n", [("a", "AD")]),
         ("subject,class,notes\na,AD\nb,CN,x\nc\n", [("a", "AD"), ("b", "NC"), ("c", "")]),
         ("subject,class\na,AD,,\n", [("a", "AD")]),
-        ("subject,class\na,MCI\nb,mci\nc,Mci\n", [("a", "MCI"), ("b", "MCI"), ("c", "MCI")]),
+        ("subject,class\na,mci\nb,MCI\nc,MCI\n", [("a", "MCI"), ("b", "MCI"), ("c", "MCI")]),
         ("subject,class\na,\xc4lter\nb,A\u0308lter\n", [("a", "\xc4lter"), ("b", "\xc4lter")]),
         ("subject,class\n50002.0,AD\n,CN\n", [("50002", "AD")]),
     ],
@@ -121,11 +121,18 @@ def test_numbers_of_people_are_looked_for_at_one_depth(tmp_path: Path):
     finder = EntryFinder(table, {})
     assert finder.named_in("01-09/2011-01-02/x") is None
     assert finder.named_in("01-03/2011-01-02/x").participant == "01-03"
+    table = write(tmp_path, "subject,dx\n0123-45,AD\n1,CN\n2,AD\n1001,AD\n1002,AD\n1003,CN\n")
+    assert EntryFinder(table, {}).named_in("0123-45-02_T1").participant == "0123-45"
+    deep = ["s1/1001/x", "s1/1002/x", "s2/cohort/1003/x"]
+    assert EntryFinder(table, {}, deep).named_in(deep[-1]).participant == "1003"
+    with pytest.raises(ValueError, match="several participants of the table: 1, 2"):
+        EntryFinder(table, {}, ["1/2/T1", "2/1/T1"]).named_in("1/2/T1")
 
 
 def test_contrasts_and_field_strengths_are_no_visits(tmp_path: Path):
     table = write(tmp_path, "Subject,Timepoint,Group\np100,T1,CN\np100,T2,AD\np100,3,MCI\n")
     paths = {"p100/followup/T1": "", "p100/T2/T1": "AD", "p100/MR_3T/x": "", "p100/MR3/x": "MCI"}
+    paths |= {"p100_T1": "NC", "p100_T2": "AD"}
     finder = EntryFinder(table, {}, paths)
     assert {path: finder.named_in(path).label for path in paths} == paths
 
@@ -135,12 +142,16 @@ def test_a_date_that_may_be_of_two_days_is_told(tmp_path: Path, capsys):
         table = write(tmp_path, f"subject,class,Acq Date\na,AD,03/{day:02}/2006\n")
         assert read_table(table, {})[0].date == f"2006-03-{day:02}"
         assert ("read as month/day/year" in capsys.readouterr().out) is told
+    table = write(tmp_path, "subject,class,Acq Date\na,AD,3/4 2006\n")
+    assert read_table(table, {})[0].date == ""
 
 
 def test_a_hyphen_may_follow_the_group_of_a_participant():
     names = ("sub-PD-001_T1w", "sub-HC-002_x", "sub-01-78", "sub-a_ses-1", "sub-NYU-51/anat")
     found = [participant_in(name) for name in names]
     assert found == ["sub-PD-001", "sub-HC-002", "sub-01", "sub-a", "sub-NYU-51"]
+    slices = (f"sub-anna{end}" for end in ("-ses1", "-t1", "-001", "-V2"))
+    assert set(map(participant_in, slices)) == {"sub-anna"}
 
 
 def test_a_missing_table_is_named(tmp_path: Path):
@@ -505,6 +516,9 @@ def test_numbers_of_rows_are_no_scans(tmp_path: Path, capsys):
     assert "column scan names no file" in capsys.readouterr().out
     finder = EntryFinder(table, {"scan": ""}, ["p200/z9"])
     assert finder.named_in("p200/z9").label == "NC"  # as told: there is no column of scans
+    rows = "p100,I11,AD\np200,,AD\np300,,AD\np400,,CN\n"  # few scans are known
+    table = write(tmp_path, f"subject,Image Data ID,dx\n{rows}")
+    assert EntryFinder(table, {}, ["I11/x"]).named_in("I11/x").participant == "p100"
 
 
 def test_nearly_the_same_names_are_shown(tmp_path: Path):

@@ -612,6 +612,15 @@ def test_the_average_has_the_half_life_asked_for(config: Config):
     assert all(torch.allclose(q, torch.tensor(0.5)) for q in state.G_ema.parameters())
 
 
+def test_the_average_follows_at_once_in_the_beginning(config: Config):
+    state, _, _ = step_inputs(replace(config, ema_rampup=0.05))
+    for p in state.G.parameters():
+        p.data.fill_(1)
+    state.cur_nimg = 4
+    ema_step(state)
+    assert all(torch.allclose(q, torch.ones([]), atol=1e-3) for q in state.G_ema.parameters())
+
+
 # Runs
 
 

@@ -28,7 +28,7 @@ def double_backward(
         pairs = ((ggI, weight), (input, ggW))
         known = [(x, w) for x, w in pairs if x is not None and w is not None]
         parts = [torch.convolution(x, w, None, *how) for x, w in known]
-        parts += [] if ggb is None else [ggb[:, None, None].expand_as(gO)]
+        parts += [] if ggb is None else [ggb.reshape(-1, *[1] * (gO.dim() - 2)).expand_as(gO)]
         ggO = sum(parts) if parts else None
     first = torch.ops.aten.convolution_backward
     if wanted[1] and ggW is not None:
