@@ -106,6 +106,7 @@ RULES = {
         past_its_best,
         "FID is getting worse: the last three values are more than 20 % above the lowest one",
         ("use best.pt", (augments("dataset", "none"), "set augment = ada in the next run")),
+        passes=True,  # in the cooldown
     ),
     "p at its cap": Rule(
         lambda h: h.recent("ada_p") > AdaptiveAugment.P_MAX - 1e-6,
