@@ -177,7 +177,8 @@ def split_by_participant(files: list[SliceFile]) -> Splits:
 
 def find_class_folders(folder: Path) -> tuple[list[str], list[SliceFile]]:
     """Class names and files of FOLDER/CLASS/*. Raises UserError if there are none."""
-    classes = sorted(path.name for path in visible_paths(folder) if path.is_dir())
+    classes = [path.name for path in visible_paths(folder) if path.is_dir()]
+    classes.sort(key=normalized)  # both ways to write an accent have one place
     try:
         if not classes:
             raise UserError(f"{folder} holds no class folders (CLASS/ID_SLICE.jpeg)")

@@ -154,8 +154,8 @@ def write_images(
                         kept.append(seed)
                         utils.save_grey(image, out / name / f"{name_of(seed)}.png")
                     where = f"{model.position_of(seed):.4f}" if model.G.by_position else ""
-                    distance, kept_too = f"{gap:.4f}" if copies else "", "yes" if keep else "no"
-                    row = str(seed), name, where, distance, kept_too
+                    distance = f"{gap:.4f}" if copies else ""
+                    row = str(seed), name, where, distance, "yes" if keep else "no"
                     new.append(dict(zip(COLUMNS, row, strict=True)))
                     bar.update(int(keep))
                 append_journal(out / JOURNAL, new)

@@ -57,7 +57,6 @@ class EntryFinder:
         self.scans: dict[str, Entry] = {}
         self.participants: dict[str, list[Entry]] = defaultdict(list)
         self.known: dict[str, str] = {}  # names of the table by their simplified form
-        self.depth: int | None = None  # of the folder that plain numbers name, 0 is the topmost
         entries = read_table(path, columns, names)
         people = one_spelling(entry.participant for entry in entries)
         for written, person in zip(entries, people, strict=True):
@@ -68,14 +67,7 @@ class EntryFinder:
             for key in spellings(written.participant) | spellings(person):
                 self.participants[key].append(entry)
             self.known |= {simplified(name): name for name in written[:2] if name}
-        numbers = defaultdict(set)
-        for path in paths or ():
-            for depth, part in enumerate(Path(path).parts):
-                if part.isdigit() and part in self.participants:
-                    numbers[depth].add(part)
-        most = max(map(len, numbers.values()), default=0)
-        deepest = [depth for depth, found in numbers.items() if len(found) == most]
-        self.depth = deepest[0] if len(deepest) == 1 else None
+        self.depth = depth_of_numbers(paths or (), self.participants)
 
     def named_in(self, path: Path | str) -> Entry | None:
         """The entry that a path or a scan's id names, or None.
@@ -142,6 +134,21 @@ class EntryFinder:
             return ""
         old, new = (", ".join(names) for names in zip(*chosen, strict=True))
         return f"{self.path}: no row names {old}; did you mean {new}? Rename the rows or the files"
+
+
+def depth_of_numbers(paths: Iterable[Path | str], names: Collection[str]) -> int | None:
+    """The depth at which most plain numbers in paths are `names`, from 0; None for several or none.
+
+    At others they are sessions or counts.
+    """
+    found = defaultdict(set)
+    for path in paths:
+        for depth, part in enumerate(Path(path).parts):
+            if part.isdigit() and part in names:
+                found[depth].add(part)
+    most = max(map(len, found.values()), default=0)
+    depths = [depth for depth, numbers in found.items() if len(numbers) == most]
+    return depths[0] if len(depths) == 1 else None
 
 
 def visit_order(row: Entry) -> tuple:

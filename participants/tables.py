@@ -134,7 +134,7 @@ def is_missing(cell: str) -> bool:
 
 
 def usual_class(name: str) -> str:
-    """NC for CN and Control, AD for Dementia, in any case; other names unchanged."""
+    """NC for CN and Control, AD for Dementia, in any case; other names but `normalized`."""
     return RENAMED.get(name.casefold(), normalized(name))
 
 
@@ -161,7 +161,7 @@ def sex_of(value: str, column: str) -> str:
     return next((sex for sex, words in SEXES.items() if value.lower() in words), "")
 
 
-def date_of(value: str, day_first: bool = False) -> str:
+def date_of(value: str, day_first: bool | None = False) -> str:
     """A date as YYYY-MM-DD, "" if there is none; ADNI writes 10/12/2005 for the 12th of October."""
     slashes = "%d/%m/%" if day_first else "%m/%d/%"
     for form in ("%Y-%m-%d", "%Y/%m/%d", "%d.%m.%", "%d-%b-%", slashes):
@@ -171,9 +171,11 @@ def date_of(value: str, day_first: bool = False) -> str:
     return ""
 
 
-def day_comes_first(values: Sequence[str]) -> bool:
-    """Whether a column of dates with slashes has the day before the month: some are above 12."""
-    return any(int(v.partition("/")[0]) > 12 for v in values if re.match(r"\d{1,2}/\d", v))
+def day_comes_first(values: Sequence[str]) -> bool | None:
+    """Whether dates with slashes have the day before the month; None if they could be either."""
+    found = [re.match(r"(\d{1,2})/(\d{1,2})/", value) for value in values]
+    first, second = (max((int(m[i]) for m in found if m), default=0) for i in (1, 2))
+    return True if first > 12 else None if 0 < second <= 12 else False
 
 
 def participant_of(value: str, column: str) -> str:
@@ -191,6 +193,12 @@ def named_by(value: str, column: str) -> set[str]:
 def counts_rows(cells: Sequence[str]) -> bool:
     """Whether a column holds the numbers of the rows, from 0 or 1 on."""
     return cells in [tuple(map(str, range(first, first + len(cells)))) for first in (0, 1)]
+
+
+def are_shared(scans: Sequence[str], people: Sequence[str]) -> bool:
+    """Whether the values of a column, such as T1, stand beside two participants each, or more."""
+    pairs = {pair for pair in zip(scans, people, strict=True) if not is_missing(pair[0])}
+    return 2 * len({scan for scan, _ in pairs}) <= len(pairs)
 
 
 # Entries
@@ -251,10 +259,8 @@ def choose_names(
     scans, people = known["scan"], known["participant"]
     people += [c for c in scans if plain_column(c) == "id" and len(set(cells[c])) < len(cells[c])]
     listed = scans = [c for c in scans if c not in people]
-    if people:  # T1 is no scan, if it stands beside many participants
-        pairs = {c: {*zip(cells[c], cells[people[0]], strict=True)} for c in scans}
-        pairs = {c: [scan for scan, _ in pairs[c] if not is_missing(scan)] for c in scans}
-        scans = [c for c in scans if 2 * len(set(pairs[c])) > len(pairs[c])]
+    if people:
+        scans = [c for c in scans if not are_shared(cells[c], cells[people[0]])]
     if names is not None:
         named = [c for c in scans + people if any(names & named_by(v, c) for v in cells[c])]
         people.sort(key=lambda c: c not in named)
@@ -283,10 +289,9 @@ def read_table(path: Path, given: Mapping[str, str], names: set[str] | None = No
     dates = cells[column["date"]] if "date" in column else ()
     odd, day_first, invalid = [], day_comes_first(dates), []
     classes = spellings_of_classes(cells[name], name) if name else {}
-    slashes = [m for v in dates if (m := re.match(r"\d{1,2}/(\d{1,2})/", v))]
-    if slashes and not day_first and not any(int(m[1]) > 12 for m in slashes):
-        text = f"dates such as {slashes[0].string} are read as month/day/year"
-        print_once(f"note: {path}: {text}")
+    if day_first is None:
+        such = next(date for date in dates if re.match(r"\d{1,2}/", date))
+        print_once(f"note: {path}: dates such as {such} are read as month/day/year")
     for row in zip(*(cells[c] for c in column.values()), strict=True):
         cell = defaultdict(str, zip(column, row, strict=True))
         scan, label = stem(cell["scan"]), class_of(cell["class"], name)

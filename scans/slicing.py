@@ -54,7 +54,6 @@ from participants.tables import (
 )
 from scans.finding import Reasons, find_volumes
 from scans.volumes import (
-    NO_TABLE,
     CutSlices,
     ImportOptions,
     cut,
@@ -151,7 +150,7 @@ def with_own_table(options: ImportOptions) -> ImportOptions:
     path = options.scans / PARTICIPANTS[0]
     own = path.is_file() and any(options.scans.glob("sub-*"))
     if options.table is None and options.columns and not own:
-        raise UserError(NO_TABLE)
+        raise UserError("columns: there is no --table that has them")
     if options.table or not own or options.columns.get("class") == "":
         return options
     known = {*COLUMNS["class"].split(), plain_column(options.columns.get("class", ""))}
@@ -238,8 +237,7 @@ def with_participants(scans: list[Scan], names: Iterable[str]) -> list[Scan]:
 def without_visit(name: str) -> str:
     """A participant's name without a visit at its end, if it then still holds a number."""
     person = VISIT_AT_END.sub("", name)
-    named = participant_in(name) or not re.search(r"\d", person)
-    return name if named else person
+    return person if re.search(r"\d", person) else name
 
 
 def with_one_spelling(scans: list[Scan]) -> list[Scan]:

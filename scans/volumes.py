@@ -24,7 +24,6 @@ from nibabel.spatialimages import SpatialImage
 from scipy import ndimage
 
 from config import Range, Seed, UserError, check_fields
-from participants.matching import PARTICIPANTS
 from scans.finding import CONTRASTS, contrast_of, other_contrast
 from utils import otsu_threshold
 
@@ -45,9 +44,6 @@ GAP = re.compile(
     r"missing (images|DICOMs)|images may be missing|interslice distance varies|positions repeated",
     re.IGNORECASE,
 )
-
-
-NO_TABLE = "columns: there is no --table that has them"
 
 
 @dataclass(frozen=True)
@@ -97,8 +93,6 @@ class ImportOptions:
         check_fields(self)
         if self.window is not None and self.window[0] >= self.window[1]:
             raise UserError(f"window = {self.window}: black must be below white")
-        if self.columns and self.table is None and not (self.scans / PARTICIPANTS[0]).is_file():
-            raise UserError(NO_TABLE)
         if self.contrast not in ("any", *CONTRASTS):
             allowed = ", ".join(("any", *CONTRASTS))
             raise UserError(f"contrast = {self.contrast}: must be one of {allowed}")

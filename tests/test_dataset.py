@@ -36,6 +36,7 @@ from dataset import (
     normalize,
     pad_to_square,
 )
+from participants.names import normalized
 from prepare import clean
 from scans.checks import check
 from training import runs
@@ -289,6 +290,16 @@ def test_names_that_differ_in_case_or_accents_are_one_person(tmp_path: Path, nam
         pictures(tmp_path, *(f"{split}/{label}/{name}{label}_0.png" for label in "AB"))
     with pytest.raises(UserError, match=r"2 participant\(s\) on both sides"):
         find_slices(tmp_path)
+
+
+def test_class_folders_may_write_an_accent_in_both_ways(tmp_path: Path):
+    for split, name in (("train", "\xc4lter"), ("test", "A\u0308lter")):
+        pictures(tmp_path, f"{split}/{name}/{split}1_0.png", f"{split}/B/{split}2_0.png")
+    classes, splits = find_slices(tmp_path)
+    for files in splits.values():
+        assert {normalized(f.path.parent.name): f.label for f in files} == {
+            name: classes.index(name) for name in ("\xc4lter", "B")
+        }
 
 
 def test_the_numbers_of_adni_s_images_need_a_table(tmp_path: Path, capsys):
