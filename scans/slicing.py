@@ -71,6 +71,7 @@ VISIT_FOLDER = re.compile(
 VISIT_OR_PERSON = re.compile(  # such as V1, M12, 2009-11-14
     r"pre|post|[vm]\d{1,3}|(19|20)\d\d[-_ ]?\d\d[-_ ]?\d\d", re.IGNORECASE
 )
+YEAR = re.compile(r"(19|20)\d\d")
 # At the end of a name: P1_bl, P1-m12, P1_2009-11-14; 12_20252_2_0 of UK Biobank
 VISIT_AT_END = re.compile(
     rf"(?<=[^\W_])(_20\d{{3}}_\d_\d|[-_ ]({VISIT_FOLDER.pattern}|{VISIT_OR_PERSON.pattern}))$",
@@ -106,13 +107,15 @@ def id_of(name: str) -> str:
 def visit_folders(insides: list[Path]) -> set[str]:
     """The names of CLASS/NAME/... if they are visits, not people: more names lie in than there are.
 
-    V1 and V2 with p1 to p9 in each are visits; V01 to V20 with a T1 in each are people, and so are
-    V01 and x.
+    V1 and V2, or 2019 and 2020, with p1 to p9 in each are visits; V01 to V20 with a T1 in each, or
+    with names such as V01_a, are people, and so are V01 and x.
     """
     found = [path for path in insides if len(path.parts) > 2]
-    within = {path.parts[2] if len(path.parts) > 3 else stem(path.name) for path in found}
-    names = {path.parts[1] for path in found}
-    alike = all(VISIT_OR_PERSON.fullmatch(n) or VISIT_FOLDER.fullmatch(n) for n in names)
+    own = [(p.parts[1], p.parts[2] if len(p.parts) > 3 else stem(p.name)) for p in found]
+    within = {name for folder, name in own if not name.startswith(folder)}
+    names = {folder for folder, _ in own}
+    kinds = (VISIT_OR_PERSON, VISIT_FOLDER, YEAR)
+    alike = all(any(kind.fullmatch(name) for kind in kinds) for name in names)
     return names if alike and len(within) > len(names) else set()
 
 
