@@ -126,7 +126,7 @@ def over_runs(reports: list[dict[str, Any]]) -> Rows:
 
 def write_text(text: str, path: Path) -> None:
     """Write a text file; readers see the old file or the whole new one."""
-    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
+    write_atomically(path, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
 
 
 def keep_other_report(out: Path, tables: dict[str, Any]) -> None:

@@ -66,10 +66,15 @@ def with_mixed_styles(
 
     The share and the layers depend on the seeds only. All [N, num_ws, w_dim].
     """
+    cutoffs = cutoffs_of(seeds, style_mixing_prob, ws.shape[1])
+    return switched(ws, others, torch.from_numpy(cutoffs).to(ws.device)[:, None])
+
+
+def cutoffs_of(seeds: list[int], style_mixing_prob: float, num_ws: int) -> np.ndarray:
+    """The layer of each seed from which `with_mixed_styles` uses `others`; num_ws: none. -> [N]."""
     rngs = [np.random.default_rng(utils.stream_seed("style mixing", seed)) for seed in seeds]
     mixes = [rng.random() < style_mixing_prob for rng in rngs]
-    cutoffs = np.where(mixes, [rng.integers(1, ws.shape[1]) for rng in rngs], ws.shape[1])
-    return switched(ws, others, torch.from_numpy(cutoffs).to(ws.device)[:, None])
+    return np.where(mixes, [rng.integers(1, num_ws) for rng in rngs], num_ws)
 
 
 # Fresh latents

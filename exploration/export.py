@@ -1,6 +1,7 @@
 """A synthetic data set: class folders, manifest.csv and a data card; or the generator as ONNX."""
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,17 @@ from tqdm import tqdm
 import utils
 from config import Range, Seed, Share, UserError
 from evaluation import features, metrics, report
-from evaluation.samples import images_of, mapped, with_mixed_styles
+from evaluation.samples import cutoffs_of, images_of, mapped, with_mixed_styles
+from evaluation.verdict import REAL, verdict
 from exploration import model as models
 from exploration.model import CHUNK, Model
 from participants.tables import MANIFEST
 from training import runs
 
-JOURNAL = "journal.csv"  # what has been drawn so far; a killed export goes on after its last line
+JOURNAL = ".journal.csv"  # what has been drawn so far, copies too: not to be handed on
 COLUMNS = ("seed", "class", "position", "gap", "kept")
 SETTINGS = "export.json"
+ENCODING = "utf-8", "surrogateescape"  # keeps names of classes that are no UTF-8
 MAX_COPIES = 1000  # in a row: then nothing else is to be expected
 THRESHOLD = 1  # percentile of the gaps of test slices, below which a sample counts as a copy
 
@@ -79,18 +82,20 @@ def settings_of(model: Model, options: Options, copies: Copies | None) -> dict[s
     return {
         "generator_sha256": utils.sha256_of(runs.weights_of(model.source)),
         "classes": model.classes,
-        "psi": options.truncation_psi,
+        "truncation_psi": options.truncation_psi,
         "style_mixing_prob": options.style_mixing_prob,
         "position": options.position,
-        "threshold": copies and copies.threshold,
+        "reject_copies": copies and round(copies.threshold, 3),
     }
 
 
 def require_own(out: Path, settings: dict[str, Any]) -> None:
     """Raises UserError if a folder holds anything but an export of these settings."""
     if (path := out / SETTINGS).exists():
-        if runs.read_json(path) != settings:
-            raise UserError(f"{out} holds an export of another generator or other options")
+        before = runs.read_json(path)
+        if changed := [k for k in settings if before.get(k) != settings[k]]:
+            text = "; ".join(f"{k} = {before.get(k)}, now {settings[k]}" for k in changed)
+            raise UserError(f"{out} holds an export with {text}; use another --out")
     elif out.exists() and [p for p in out.iterdir() if p.name[0] != "." and p.suffix != ".partial"]:
         raise UserError(f"{out} is not empty")
 
@@ -99,11 +104,11 @@ def read_journal(journal: Path) -> list[dict[str, str]]:
     """The rows of an export that was stopped, of seeds 0, 1, ... Raises UserError."""
     if not journal.exists():
         return []
-    text = journal.read_text("utf-8", "replace")
-    whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
-    if whole != text:
-        report.write_text(whole, journal)
-    rows = list(csv.DictReader(whole.splitlines()))
+    content = journal.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]  # a kill may have cut the last line
+    if whole != content:
+        utils.write_atomically(journal, lambda partial: partial.write_bytes(whole))
+    rows = list(csv.DictReader(io.StringIO(whole.decode(*ENCODING), newline="")))
     whole_rows = [tuple(row) == COLUMNS and None not in row.values() for row in rows]
     if not all(whole_rows) or [row["seed"] for row in rows] != [str(i) for i in range(len(rows))]:
         raise UserError(f"{journal} cannot be read: delete {journal.parent} to start again")
@@ -143,7 +148,10 @@ def write_images(
             while (missing := options.count - len(kept)) > 0:
                 if len(rows) - max(kept, default=-1) > MAX_COPIES:
                     text = f"the last {MAX_COPIES} samples or more were copies of training slices"
-                    raise UserError(f"{text}; {out} holds {len(kept)} images")
+                    rest = f"{out} holds {len(kept)} images; --count {len(kept)} completes it"
+                    raise UserError(f"{text}; {rest if kept else 'none is left'}")
+                for name in (MANIFEST, "README.md"):  # they would no longer be true
+                    (out / name).unlink(missing_ok=True)
                 seeds = list(range(len(rows), len(rows) + min(CHUNK, missing)))
                 images, labels = draw(model, seeds, options)
                 gaps = copies.gaps(images) if copies else np.full(len(seeds), np.nan)
@@ -174,7 +182,7 @@ def name_of(seed: int) -> str:
 
 def append_journal(path: Path, rows: list[dict[str, str]]) -> None:
     """Append rows, after their images have been written."""
-    with open(path, "a", newline="", encoding="utf-8") as file:
+    with open(path, "a", newline="", encoding=ENCODING[0], errors=ENCODING[1]) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
@@ -183,50 +191,56 @@ def append_journal(path: Path, rows: list[dict[str, str]]) -> None:
 
 def write_manifest(model: Model, options: Options, rows: list[dict[str, str]], digest: str) -> None:
     """Write manifest.csv: an image is a participant of its own."""
-    columns = ("id", "participant", "class", "seed", "position", "psi", "generator_sha256")
+    psi, own = options.truncation_psi, ("class", "seed", "position")
 
     def write(partial: Path) -> None:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
+        with open(partial, "w", newline="", encoding=ENCODING[0], errors=ENCODING[1]) as file:
             writer = csv.writer(file)
-            writer.writerow(columns)
-            for row in rows:
-                if row["kept"] == "yes":
-                    name = name_of(int(row["seed"]))
-                    rest = row["class"], row["seed"], row["position"], options.truncation_psi
-                    writer.writerow([name, name, *rest, digest])
+            writer.writerow(["id", "participant", *own, "psi", "latents", "generator_sha256"])
+            for row in (row for row in rows if row["kept"] == "yes"):
+                name, latents = name_of(int(row["seed"])), latents_of(model, options, row)
+                writer.writerow([name, name, *(row[k] for k in own), psi, latents, digest])
 
     utils.write_atomically(model.out / MANIFEST, write)
 
 
-def data_card(model: Model, options: Options, rows: list[dict[str, str]], digest: str) -> str:
+def latents_of(model: Model, options: Options, row: dict[str, str]) -> int:
+    """How many latents the image of a row has: 2 with style mixing, else 1."""
+    num_ws = model.G.mapping.num_ws
+    cutoffs = cutoffs_of([int(row["seed"])], options.style_mixing_prob, num_ws)
+    return 1 + int(cutoffs[0] < num_ws)
+
+
+def data_card(
+    model: Model, options: Options, rows: list[dict[str, str]], digest: str, evaluation: str
+) -> str:
     """README.md of the data set: what it is, what trained it, figures, limits."""
     kept = [row for row in rows if row["kept"] == "yes"]
     counts = {name: sum(row["class"] == name for row in kept) for name in model.classes}
     of_classes = ", ".join(f"{number} {name}" for name, number in counts.items())
     config, R = model.config, model.config.img_resolution
-    trained_on = "the demo brains, which are synthetic" if config.data_root is None else (
-        f"the folder {config.data_root.name}"
-    )  # fmt: skip
-    left_out, of_two = len(rows) - len(kept), options.style_mixing_prob
-    copies = f"{left_out} samples nearer to a training slice than 99 % of the real test slices " \
-        "were left out." if options.reject_copies else "Copies of training slices were not " \
-        "looked for (--reject-copies)."  # fmt: skip
+    of_two = sum(latents_of(model, options, row) == 2 for row in kept)
+    copies = "Copies of training slices were not looked for (--reject-copies)."
+    if options.reject_copies:
+        copies = f"{len(rows) - len(kept)} samples nearer to a training slice of the run itself\n"
+        copies += f"  than 99 % of the real test slices were left out. `{JOURNAL}` names their\n"
+        copies += "  seeds: delete it before you hand this folder on."
     text = f"""# Synthetic brain slices
 
 {len(kept)} images of {R} x {R} pixels, 8-bit grey: {of_classes}.
 Every image was drawn by a generator; none is of a person. Classes are the labels that the generator
 was given, not diagnoses.
 
-- Trained on: {trained_on}.
-- Drawn with truncation psi {options.truncation_psi}; {of_two:.0%} of the images have styles
-  of two latents.
+- Trained on: {runs.training_data(config)}.
+- Drawn with truncation psi {options.truncation_psi}; {of_two} images have styles of two latents.
 - Generator: sha256 of its file {digest}.
 - {copies}
-- `manifest.csv`: seed, class, position and generator of each image, a participant of its own.
+- `manifest.csv`: class, seed, position, number of latents and generator of each image, which is a
+  participant of its own.
 
 ## Evaluation of the generator
 
-{evaluation_of(model.source, digest)}
+{evaluation}
 
 ## Limits
 
@@ -245,17 +259,21 @@ To be filled in: that of the training data, if it allows derived data to be hand
 
 
 def evaluation_of(source: Path, digest: str) -> str:
-    """The headline of the evaluation of these very weights, as a table, or what measures it."""
+    """What the evaluation of these very weights found, or what measures it. Raises UserError."""
     path = runs.output_folder(source, "evaluation") / "evaluation.json"
     tables = runs.read_json(path) if path.exists() else {}
     same = tables.get("what", {}).get("sha256") == digest
-    found = tables.get("distribution", []) if same else []
-    names = ("extractor", "fid_test", "precision", "recall", "coverage")
-    rows = [{name: row.get(name) for name in names} for row in found if row.get("set") == "all"]
-    if not rows:
+    if not same:
         return "Not measured: `python evaluate.py RUN` measures it."
+    names = ("extractor", "set", "fid_test", "precision", "recall", "coverage")
+    rows = [{k: r.get(k) for k in names} for r in tables.get("distribution", ())]
+    rows = [r for r in rows if r["set"] in ("all", REAL)]
     psi, mixing = (tables["what"].get(name) for name in ("psi", "style_mixing_prob"))
-    return f"Samples with psi {psi}, style mixing {mixing}:\n\n{report.as_table(rows).rstrip()}"
+    try:
+        text = f"{verdict(tables)}\nSamples with psi {psi}, style mixing {mixing}:\n\n"
+        return (text + report.as_table(rows)).rstrip()
+    except (LookupError, TypeError) as error:  # an earlier version wrote it
+        raise UserError(f"{path} lacks {error}: evaluate the run again, or delete it") from error
 
 
 class FromLatents(nn.Module):
@@ -320,9 +338,12 @@ def export(options: Options) -> Path:
         raise UserError("out: name the folder of the data set, such as --out synthetic")
     copies = Copies(model, options) if options.reject_copies else None
     settings = settings_of(model, options, copies)
-    rows, digest = write_images(model, options, copies, settings), settings["generator_sha256"]
+    digest = settings["generator_sha256"]
+    evaluation = evaluation_of(model.source, digest)  # a damaged one shows before images are drawn
+    rows = write_images(model, options, copies, settings)
     write_manifest(model, options, rows, digest)
-    report.write_text(data_card(model, options, rows, digest), model.out / "README.md")
+    card = data_card(model, options, rows, digest, evaluation)
+    report.write_text(card, model.out / "README.md")
     left_out = sum(row["kept"] == "no" for row in rows)
     how = f"{left_out} left out as copies" if copies else "copies were not looked for"
     utils.print_once(f"{len(rows) - left_out} images; {how}")

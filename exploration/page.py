@@ -28,6 +28,7 @@ import utils
 from config import Config, UserError
 from evaluation.samples import labels_of, latents
 from modules import Generator, SynthesisLayer
+from training.runs import training_data
 
 FOLDER = Path(__file__).parent  # of page.html, page.js and generator.js
 NUM_SEEDS = 256  # seeds 0 to 255 can be chosen
@@ -116,10 +117,9 @@ def about(G: Generator, config: Config, classes: Sequence[str], served: bool) ->
     """What the reader must know of the images, a paragraph each."""
     size = f"{config.img_resolution} × {config.img_resolution} pixels"
     weights = sum(p.numel() for p in G.parameters())
-    source, copies = "the built-in demo brains, synthetic slices from the ICBM 152 template", ""
-    if config.data_root is not None:
-        source = f"the slices in the folder “{config.data_root.name}”"
-        copies = " An image can resemble a training slice; evaluate.py measures how much."
+    copies = " An image can resemble a training slice; evaluate.py measures how much."
+    if config.data_root is None and config.init_from is None:
+        copies = ""  # of the demo brains
     given = f"the class ({', '.join(classes)})" if G.c_dim and len(classes) > 1 else "no class"
     given += " and the position in the scan" if G.by_position else ""
     exact = "Images are computed by PyTorch on the computer that serves this page."
@@ -136,7 +136,7 @@ def about(G: Generator, config: Config, classes: Sequence[str], served: bool) ->
         )
     return [
         f"A generative model (StyleGAN2) draws these slices of {size}. It has {weights:,} weights, "
-        f"was trained on {source}, and is given {given}.{copies}",
+        f"was trained on {training_data(config)}, and is given {given}.{copies}",
         use,
         exact,
     ]

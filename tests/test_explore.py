@@ -899,16 +899,49 @@ def test_an_export_is_a_data_set(tmp_path, capsys):
     (run / "evaluation").mkdir()
     digest = json.loads((out / "export.json").read_text())["generator_sha256"]
     row = {"extractor": "encoder", "set": "all", "fid_test": 12.5, "recall": None}
-    tables = {"distribution": [row, row | {"set": "AD", "fid_test": 99}]}
+    real = row | {"set": "real: test against train", "fid_test": 5.5}
+    tables = {"distribution": [row, row | {"set": "AD", "fid_test": 99}, real]}
+    near = {"space": "pixels", "share_too_near": 0.4, "interval_over_participants": [0.3, 0.5]}
+    tables["memorisation"] = [near]
     for sha256, quoted in (("of other weights", False), (digest, True)):
         what = {"sha256": sha256, "psi": 1.0, "style_mixing_prob": 0.9}
         text = json.dumps({"what": what} | tables)
         (run / "evaluation" / "evaluation.json").write_text(text)
         ex.export(ex.Options(run, out, count=11, truncation_psi=0.7))
         card = (out / "README.md").read_text("utf-8")
-        assert ("| encoder | 12.5 |" in card) is quoted and "99 |" not in card
+        assert ("| encoder | all | 12.5 |" in card) is quoted and "99 |" not in card
+        assert ("| encoder | real: test against train | 5.5 |" in card) is quoted
+        assert ("40.0% of the generated slices are nearer" in card) is quoted
         assert ("Not measured" in card) is not quoted
         assert ("Samples with psi 1.0, style mixing 0.9:\n\n| extractor" in card) is quoted
+    del near["interval_over_participants"]  # as an earlier version
+    old = json.dumps({"what": what} | tables)
+    for text, words in (("{", "cannot be read"), (old, "lacks 'interval_over_participants'")):
+        (run / "evaluation" / "evaluation.json").write_text(text)
+        with pytest.raises(UserError, match=f"evaluation.json {words}"):
+            ex.export(ex.Options(run, tmp_path / "new", count=3))
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("root, start, words", [
+    (None, None, "the built-in demo brains, synthetic slices from the ICBM 152 template"),
+    ("/data/AD_NC", None, "the slices in the folder “AD_NC”"),
+    (".", None, f"the slices in the folder “{Path.cwd().name}”"),
+    ("a", "x/adni", "the slices in the folder “a”, starting from weights of adni, whose training "
+        "slices count too"),
+    ("a", "assets/demo_generator", "the slices in the folder “a”, starting from weights of "
+        "demo_generator"),
+])  # fmt: skip
+def test_all_training_data_are_named(root, start, words, tmp_path):
+    config = Config(
+        data_root=None if root is None else Path(root),
+        init_from=None if start is None else Path(start),
+    )
+    assert runs.training_data(config) == words
+    runs.write_run_config(tmp_path, config, ["AD", "NC"], "data")
+    (tmp_path / "paths.json").unlink()  # as it is shared
+    shared = runs.read_run_config(tmp_path)[0]
+    assert runs.training_data(shared) == words
 
 
 def test_an_export_mixes_the_styles_of_a_share_of_the_seeds(tmp_path):
@@ -922,8 +955,11 @@ def test_an_export_mixes_the_styles_of_a_share_of_the_seeds(tmp_path):
     changed = {id for id in plain if (plain[id] != half[id]).any()}
     assert 10 < len(changed) < 30 and all((half[id] == mixed[id]).all() for id in changed)
     assert all((mixed[id] == again[id]).all() for id in mixed)
-    assert "100% of the images have styles\n" in (tmp_path / "mixed" / "README.md").read_text()
-    with pytest.raises(UserError, match="other options"):
+    assert "40 images have styles of two latents" in (tmp_path / "mixed" / "README.md").read_text()
+    rows = csv.DictReader((tmp_path / "half" / "manifest.csv").open())
+    two = {row["id"] for row in rows if row["latents"] == "2"}
+    assert changed <= two and len(two - changed) < 5  # one that begins at the last layer
+    with pytest.raises(UserError, match="style_mixing_prob = 0.5, now 0.0"):
         ex.export(ex.Options(run, tmp_path / "half", count=41))
 
 
@@ -945,10 +981,10 @@ def test_prepare_check_reads_it(num, names, tmp_path, monkeypatch, capsys):
 
 def stopped(out: Path, at: int, how: str) -> None:
     """Cut an export as a kill would: after so many rows of the journal, with images or without."""
-    lines = (out / "journal.csv").read_text().splitlines(keepends=True)
+    lines = (out / ".journal.csv").read_text().splitlines(keepends=True)
     kept = "".join(lines[:at])
     torn = {"whole": "", "torn": lines[at][:3] if at < len(lines) else "", "images gone": ""}[how]
-    (out / "journal.csv").write_text(kept + torn)
+    (out / ".journal.csv").write_text(kept + torn)
     for name in ("manifest.csv", "README.md"):
         (out / name).unlink()
     if how == "images gone":
@@ -997,18 +1033,18 @@ def test_an_export_is_not_mixed_with_anything_else(tmp_path):
     before = everything(out)
     other = saved(tmp_path / "other", mapping_layers=1)
     for changed in ({"truncation_psi": 0.5}, {"checkpoint": other}):
-        with pytest.raises(UserError, match="holds an export of another generator or other opt"):
+        with pytest.raises(UserError, match="an export with (truncation_psi|generator_sha256) = "):
             ex.export(replace(options, **changed))
-    (out / "journal.csv").write_text("seed,what\n0,1\n")
+    (out / ".journal.csv").write_text("seed,what\n0,1\n")
     for text in (
         "seed,what\n0,1\n",
         "seed,class,position,gap,kept\n0,AD\n",
         "seed,class,position,gap,kept\n4,AD,,,yes\n",
     ):
-        (out / "journal.csv").write_text(text)
+        (out / ".journal.csv").write_text(text)
         with pytest.raises(UserError, match="journal.csv cannot be read"):
             ex.export(options)
-    (out / "journal.csv").write_bytes(before["journal.csv"])
+    (out / ".journal.csv").write_bytes(before[".journal.csv"])
     (out / "export.json").write_text("{")
     with pytest.raises(UserError, match="export.json cannot be read"):
         ex.export(options)
@@ -1034,13 +1070,13 @@ def test_two_exports_at_once(tmp_path, monkeypatch):
     options, tried, plain = ex.Options(run, tmp_path / "out", count=4), [], ex.draw
 
     def draw(*what):
-        (tmp_path / "out" / "journal.csv").write_text("seed,cl")
+        (tmp_path / "out" / ".journal.csv").write_text("seed,cl")
         before = everything(tmp_path / "out")
         monkeypatch.setattr(ex, "draw", plain)
         with pytest.raises(UserError, match="another process is exporting there"):
             ex.export(options)
         tried.append(everything(tmp_path / "out") == before)
-        (tmp_path / "out" / "journal.csv").unlink()
+        (tmp_path / "out" / ".journal.csv").unlink()
         return plain(*what)
 
     monkeypatch.setattr(ex, "draw", draw)
@@ -1084,13 +1120,24 @@ def test_planted_copies_are_left_out_and_counted(with_data, tmp_path, monkeypatc
     left_out = expected[-1] + 1 - 10
     assert f"10 images; {left_out} left out as copies" in capsys.readouterr().out
     assert f"- {left_out} samples nearer to a training slice" in (out / "README.md").read_text()
-    journal = list(csv.DictReader((out / "journal.csv").open()))
+    journal = list(csv.DictReader((out / ".journal.csv").open()))
     assert [int(row["seed"]) for row in journal] == list(range(expected[-1] + 1))
     assert read_manifest(out).keys() == pngs(out).keys()
     smaller = ex.export(replace(options, out=tmp_path / "small", count=7))
     assert everything(ex.export(replace(options, out=smaller))) == everything(out)
-    with pytest.raises(UserError, match="another generator or other options"):
+    with pytest.raises(UserError, match=r"reject_copies = [\d.]+, now None"):
         ex.export(replace(options, reject_copies=False))
+
+
+def test_an_export_that_grows_has_no_card_until_it_is_whole(tmp_path, monkeypatch):
+    options = ex.Options(saved(tmp_path / "run"), tmp_path / "out", count=3)
+    out = ex.export(options)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(ex, "draw", lambda *_: 1 / 0)
+        ex.export(replace(options, count=5))
+    assert not {"README.md", "manifest.csv"} & set(everything(out))
+    ex.export(replace(options, count=5))
+    assert "5 images of 16" in (out / "README.md").read_text() and len(read_manifest(out)) == 5
 
 
 def test_the_threshold_decides(tmp_path):
@@ -1110,9 +1157,12 @@ def test_nothing_but_copies_ends(with_data, tmp_path, monkeypatch):
     plant(with_data, lambda seed: seed != 2, monkeypatch)
     options = ex.Options(with_data, tmp_path / "out", count=9, reject_copies=True)
     for _ in range(2):  # and again
-        with pytest.raises(UserError, match="were copies of training slices; .* holds 1 images"):
+        with pytest.raises(UserError, match="holds 1 images; --count 1 completes it"):
             ex.export(options)
-    rows = (tmp_path / "out" / "journal.csv").read_text().splitlines()
+    assert not (tmp_path / "out" / "README.md").exists()
+    ex.export(replace(options, count=1))
+    assert "1 images of 16" in (tmp_path / "out" / "README.md").read_text()
+    rows = (tmp_path / "out" / ".journal.csv").read_text().splitlines()
     assert 61 <= len(rows) < 90
 
 

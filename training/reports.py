@@ -7,7 +7,7 @@ from config import Config
 from dataset import Slices
 from training.diagnosis import MIN_MEASUREMENTS, diagnose, out_of_range, plot_curves, verdict
 from training.logs import read_history
-from training.runs import PATHS, read_run_config, run_folder
+from training.runs import PATHS, read_run_config, run_folder, training_data
 from utils import print_once, write_atomically
 
 OWN = "<!-- train.py replaces this file as long as this line is here -->"
@@ -27,7 +27,7 @@ def write_card(config: Config, slices: Slices) -> None:
     path, history = config.out / "README.md", read_history(config.out)
     if path.exists() and not path.read_text("utf-8", "replace").startswith(OWN):
         return
-    data = "the built-in demo brains (synthetic)" if config.data_root is None else "FILL IN: data"
+    source = "" if config.data_root is None else " FILL IN: their source."
     default = asdict(Config())
     changed = {k: v for k, v in asdict(config).items() if v != default[k] and k not in PATHS}
     settings = ", ".join(f"{k} = {v}" for k, v in changed.items()) or "the defaults for a GPU"
@@ -45,7 +45,7 @@ def write_card(config: Config, slices: Slices) -> None:
 # StyleGAN2 for brain MRI slices: {", ".join(slices.classes)}
 
 A generator of grey slices of {size} pixels, trained on {len(slices.labels):,} slices of {people}
-participants for {nimg:,} images. Data: {data}.
+participants for {nimg:,} images. Data: {training_data(config)}.{source}
 Licence of the data and of this model: FILL IN.
 
 ## Use

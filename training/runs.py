@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import zipfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -118,8 +119,13 @@ def plain_settings(config: Config) -> dict[str, str | int | float | None]:
 def shared_settings(config: Config) -> dict[str, str | int | float | None]:
     """The plain settings, with the name of a folder in place of its absolute path."""
     paths = {name: path for name in PATHS if (path := getattr(config, name)) is not None}
-    names = {name: path.name for name, path in paths.items() if path.is_absolute()}
-    return plain_settings(config) | names
+    bare = {name for name, path in paths.items() if path.is_absolute() or path.name in ("", "..")}
+    return plain_settings(config) | {name: name_of(paths[name]) for name in bare}
+
+
+def name_of(path: Path) -> str:
+    """The last part of a path, of "." too."""
+    return os.path.basename(os.path.abspath(path))
 
 
 def write_run_config(run: Path, config: Config, classes: list[str], data: str) -> None:
@@ -275,6 +281,17 @@ def save_generator(run: Path, G_ema: Generator, cur_nimg: int) -> None:
 def weights_of(path: Path) -> Path:
     """The file of weights that a run folder, its folder checkpoints, or a path to a file means."""
     return run_folder(path) / "generator.safetensors" if path.is_dir() else path
+
+
+def training_data(config: Config) -> str:
+    """What slices a generator saw, in words: those of its run, and of the run it started from."""
+    words = "the built-in demo brains, synthetic slices from the ICBM 152 template"
+    if config.data_root is not None:
+        words = f"the slices in the folder “{name_of(config.data_root)}”"
+    if config.init_from is not None:
+        words += f", starting from weights of {(start := name_of(run_folder(config.init_from)))}"
+        words += ", whose training slices count too" * (start != DEMO_GENERATOR.name)
+    return words
 
 
 def trained_on(path: Path, data: str) -> bool:
