@@ -39,6 +39,7 @@ Positive = Annotated[float, Range(0, above=True)]
 NotNegative = Annotated[float, Range(0)]
 Interval = Annotated[int, Range(1)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
+ImageSeed = Annotated[int, Range(0, 2**32 - 1)]  # PyTorch's generator uses no more bits
 Width = Annotated[int, Range(1, 2**16)]
 
 

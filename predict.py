@@ -33,7 +33,7 @@ import tyro
 from torch import Tensor
 
 import utils
-from config import Config, Range, Seed, Share, UserError, check_fields
+from config import Config, ImageSeed, Range, Share, UserError, check_fields
 from dataset import Slices
 from evaluation.features import averaged
 from evaluation.metrics import mean_by_participant
@@ -66,8 +66,8 @@ class Options:
     """Classes to draw, by folder name; None: all."""
     count: Annotated[int, Range(1)] = 32
     """Images per class, from seeds 0, 1, ...; 1 or more."""
-    seeds: tuple[Seed, ...] | None = None
-    """Seeds to draw in place of 0, 1, ..., each 0 or more."""
+    seeds: tuple[ImageSeed, ...] | None = None
+    """Seeds to draw in place of 0, 1, ..., each 0 to 2^32 - 1."""
     position: Share | None = None
     """Position in the scan, 0 lowest to 1, if the run has condition_position; None: by seed."""
     truncation_psi: Share = 1.0
@@ -99,6 +99,16 @@ class Options:
                 what = f", of {get_args(Drawing)}" if name == "figures" else ""
                 raise UserError(f"{name} = (): at least one is needed{what}")
 
+    def variant(self) -> list[str]:
+        """What differs from untruncated samples of a position for each seed."""
+        cut = self.truncation_psi < 1
+        values = {
+            "psi": self.truncation_psi if cut else None,
+            "cutoff": self.truncation_cutoff if cut else None,
+            "position": self.position,
+        }
+        return [f"{name} {value:g}" for name, value in values.items() if value is not None]
+
     def paths(self, folder: Path, name: str) -> list[Path]:
         """The files of a figure: PNG, and PDF if that is asked for."""
         return [folder / f"{name}.{end}" for end in dict.fromkeys(("png", self.format))]
@@ -113,10 +123,10 @@ def sample_class(
     return sample(G, latents(seeds, G.z_dim), c, *how)
 
 
-def write_images(images: np.ndarray, name: str, seeds: list[int], out: Path) -> None:
+def write_images(images: np.ndarray, seeds: list[int], folder: Path) -> None:
     """Write one PNG for each seed."""
     for image, seed in zip(images, seeds, strict=True):
-        utils.save_grey(image, out / "images" / name / f"seed{seed:04d}.png")
+        utils.save_grey(image, folder / f"seed{seed:04d}.png")
 
 
 def names_of_rows(seeds: list[int], columns: int) -> list[str]:
@@ -130,18 +140,18 @@ def names_of_rows(seeds: list[int], columns: int) -> list[str]:
     ]
 
 
-def write_grid(images: np.ndarray, name: str, seeds: list[int], paths: list[Path]) -> None:
+def write_grid(images: np.ndarray, title: str, seeds: list[int], paths: list[Path]) -> None:
     """Write a grid of all images of a class, with the seeds beside its rows."""
     columns = min(len(images), math.ceil(math.sqrt(2 * len(images))))
     blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
     picture = utils.tile(np.concatenate([images, blank]), columns)
     labels = names_of_rows(seeds, columns), [str(i + 1) for i in range(columns)]
-    utils.save_grid(picture, *labels, name, paths[0])
+    utils.save_grid(picture, *labels, title, paths[0])
     if paths[1:]:
         figure = utils.new_figure(figsize=np.array(picture.shape[::-1]) / 96)
         ax = figure.subplots()
         utils.show_tiles(ax, picture, [utils.label(row, 20) for row in labels[0]], labels[1])
-        ax.set_title(utils.label(name, 3 * columns))
+        ax.set_title(utils.label(title, 3 * columns))
         utils.save_figure(figure, *paths[1:])
 
 
@@ -430,16 +440,18 @@ def predict(options: Options) -> Path:
     real = None
     if "embedding" in wanted:
         places = options.data_root, options.table
-        real = runs.real_slices(config, known, *places, "no embedding of real slices")
+        real = runs.real_slices(source, config, known, *places, "no embedding of real slices")
     seeds = list(options.seeds or range(options.count))
     samples = [name for name in ("images", "grid") if name in wanted]
+    end = "".join(f"_{text.replace(' ', '')}" for text in options.variant())
     for label, name in classes.items() if samples else ():
         with timed(f"{' and '.join(samples)} of {name}"):
             images = sample_class(G, label, seeds, options, f"sampling {utils.printable(name)}")
             if "images" in wanted:
-                write_images(images, name, seeds, out)
+                write_images(images, seeds, out / f"images{end}" / name)
             if "grid" in wanted:
-                write_grid(images, name, seeds, options.paths(out, f"grid_{name}"))
+                title = ", ".join([name, *options.variant()])
+                write_grid(images, title, seeds, options.paths(out, f"grid_{name}{end}"))
     sweeps = {
         "truncation": ("psi", {f"{x}": replace(options, truncation_psi=x) for x in PSI_SWEEP}),
         "positions": ("position", {f"{x:.2f}": replace(options, position=x) for x in POSITIONS}),

@@ -70,7 +70,11 @@ def measure_changes(
         total, squares = total + difference.sum(0), squares + np.square(difference).sum(0)
         moved.append(np.abs(difference).mean((1, 2)))
         if len(seeds) > 1:
-            by_z.append(np.abs(np.diff(steps[0].astype(float), axis=0)).mean((1, 2)))
+            same = a[:1].expand_as(a)  # one position, if G has positions
+            drawn = (
+                images_of(model.G, model.change(z, same, same)) if model.G.by_position else steps[0]
+            )
+            by_z.append(np.abs(np.diff(drawn.astype(float), axis=0)).mean((1, 2)))
         parts.append(np.stack([attributes(images) for images in steps]))
         scores.append([models.class_score(classifier, steps[i], second) for i in (0, -1)])
     variance = (squares - total**2 / count) / max(1, count - 1)
@@ -278,6 +282,8 @@ def counterfactual(options: Options) -> Path:
     first, second = model.pair(options.classes)
     names = (model.classes[first], model.classes[second])
     real = models.open_real(model, options, "no comparison with real slices")
+    demo = real and real.is_demo and set(names) == {"AD", "NC"} and model.position is None
+    near = near_position(real, model.position) if real and not demo else None
     seeds = list(options.seeds)
     z, a, b = model.z(seeds), model.c(first, seeds), model.c(second, seeds)
     drawn = [images_of(model.G, model.change(z, a, c)) for c in (a, a.lerp(b, 0.5), b)]
@@ -289,13 +295,10 @@ def counterfactual(options: Options) -> Path:
     classifier = models.classifier_of(real) if real else None
     changes = measure_changes(model, first, second, options.count, classifier)
     reference = None
-    if real is not None:
-        both = real.is_demo and set(names) == {"AD", "NC"} and model.position is None
-        if both:
-            reference = true_change(model, first, classifier)
-        else:
-            some = near_position(real, model.position)
-            reference = real_change(some, first, second, classifier)
+    if demo:
+        reference = true_change(model, first, classifier)
+    elif near:
+        reference = real_change(near, first, second, classifier)
     draw_summary(names, changes, reference, model.out / "counterfactual_mean.png")
     tables: dict[str, Any] = {"summary": sentences(names, changes, reference)}
     tables["minimality: what changes"] = table_of(changes, reference)

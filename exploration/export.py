@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from config import Range, Seed, Share, UserError
+from config import ImageSeed, Range, Share, UserError
 from evaluation import features, metrics, report
 from evaluation.samples import cutoffs_of, images_of, mapped, with_mixed_styles
 from evaluation.verdict import REAL, verdict
@@ -35,7 +35,7 @@ THRESHOLD = 1  # percentile of the gaps of test slices, below which a sample cou
 class Options(models.RealOptions):
     """Options of `explore.py export`."""
 
-    seeds: tyro.conf.Suppress[tuple[Seed, ...]] = (0, 1, 2, 3)
+    seeds: tyro.conf.Suppress[tuple[ImageSeed, ...]] = (0, 1, 2, 3)
     count: Annotated[int, Range(1)] = 1000
     """Number of images in all; the classes take turns. 1 or more."""
     truncation_psi: Share = 1.0
@@ -61,7 +61,8 @@ class Copies:
 
     def __init__(self, model: Model, options: Options) -> None:
         places = options.data_root, options.table
-        real = runs.real_slices(model.config, model.classes, *places, "no copies can be found")
+        without = "no copies can be found"
+        real = runs.real_slices(model.source, model.config, model.classes, *places, without)
         if real is None:
             raise UserError("reject_copies: the training slices are not here; set --data-root")
         if not runs.trained_on(model.source, real[1]):

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import utils
-from config import Config, Seed, Share, UserError, check_fields
+from config import Config, ImageSeed, Share, UserError, check_fields
 from dataset import Slices
 from evaluation import features, metrics
 from evaluation.samples import labels_of, latents, mapped
 from modules import Generator
+from participants.names import normalized
 from training import process, runs
 
 CLASSIFIER_STEPS = 600
@@ -37,10 +38,11 @@ class Options:
     """Run folder, generator.safetensors or checkpoints/*.pt; None: the newest run, or the demo."""
     out: Path | None = None
     """Folder for what is written; None: RUN/explore."""
-    seeds: tuple[Seed, ...] = (0, 1, 2, 3)
-    """Seeds of the images that are drawn, each 0 or more."""
+    seeds: tuple[ImageSeed, ...] = (0, 1, 2, 3)
+    """Seeds of the images that are drawn, each 0 to 2^32 - 1."""
     position: Share | None = None
-    """Position in the scan, 0 lowest to 1, if the run has condition_position; None: by seed."""
+    """Position in the scan, 0 lowest to 1, if the run has condition_position; None: by seed, or the
+    middle for a slice that is projected."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where to compute."""
 
@@ -128,10 +130,10 @@ class Model:
 
     def index(self, name: str) -> int:
         """The number of a class. Raises UserError that lists the known names."""
-        if name not in self.classes:
-            known = ", ".join(self.classes)
-            raise UserError(f"no class {name!r}; this generator knows {known}")
-        return self.classes.index(name)
+        known = [normalized(own) for own in self.classes]
+        if normalized(name) not in known:
+            raise UserError(f"class = {name}: this generator knows {', '.join(self.classes)}")
+        return known.index(normalized(name))
 
 
 class Real(NamedTuple):
@@ -163,7 +165,7 @@ def open_model(options: Options, writes: bool = True) -> Model:
 def open_real(model: Model, options: Options, without: str) -> Real | None:
     """The real slices of the run, or None, which is said with the words of `without`."""
     places = options.data_root, options.table
-    found = runs.real_slices(model.config, model.classes, *places, without)
+    found = runs.real_slices(model.source, model.config, model.classes, *places, without)
     if found is None:
         return None
     splits, data = found

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from evaluation import features
 from evaluation.samples import images_of
 from exploration import model as models
 from exploration.model import Model
+from modules import Generator
 
 MAX_STRIP = 12  # frames in the strip
 
@@ -53,41 +54,56 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return point * a.norm().lerp(b.norm(), torch.tensor(t).to(a))
 
 
-def stops(model: Model, options: Options) -> list[tuple[Tensor, Tensor]]:
-    """z and c of the images that the movie passes through. Raises UserError."""
+class Stop(NamedTuple):
+    """An image that a movie passes through."""
+
+    z: Tensor  # [1, z_dim]
+    label: int
+    position: float | None
+
+
+def condition(G: Generator, a: Stop, b: Stop, t: float) -> Tensor:
+    """c at a share t of the way between two stops: positions between theirs, not both at once."""
+    positions = None if a.position is None else np.array([(1 - t) * a.position + t * b.position])
+    ends = [utils.conditions(np.array([stop.label]), positions, G.c_dim) for stop in (a, b)]
+    return ends[0].lerp(ends[1], t).to(a.z.device)
+
+
+def stops(model: Model, options: Options) -> list[Stop]:
+    """The images that the movie passes through. Raises UserError."""
     for name, value in (("class", options.label), ("position", options.position)):
         if value is not None and options.between in (f"{name}es", f"{name}s"):
             raise UserError(f"{name} = {value}: a movie between {options.between} shows them all")
     label = model.index(options.label) if options.label else 0
-    seeds, first = list(options.seeds), list(options.seeds[:1])
+    seeds = list(options.seeds)
+    z = dict(zip(seeds, model.z(seeds).split(1), strict=True))
+    place = {s: model.position_of(s) if model.G.by_position else None for s in seeds}
+    first = seeds[0]
     if options.between == "classes":
         if len(model.classes) < 2:
             raise UserError("between = classes: this generator has one class")
-        return [(model.z(first), model.c(i, first)) for i in range(len(model.classes))]
+        return [Stop(z[first], i, place[first]) for i in range(len(model.classes))]
     if options.between == "positions":
         if not model.G.by_position:
             raise UserError("between = positions: a generator without condition_position has none")
-        places = np.linspace(0, 1, utils.NUM_POSITIONS)  # c is linear between them
-        labels = np.full(len(places), label)
-        cs = utils.conditions(labels, places, model.G.c_dim).to(model.z(first).device).split(1)
-        return [(model.z(first), c) for c in (*cs, *cs[-2:0:-1])]  # up, and down again
+        up = np.linspace(0, 1, utils.NUM_POSITIONS)
+        return [Stop(z[first], label, float(x)) for x in (*up, *up[-2:0:-1])]  # and down again
     if len(seeds) < 2:
         raise UserError(f"seeds = {options.seeds}: a movie between seeds needs two or more")
-    return [(model.z([seed]), model.c(label, [seed])) for seed in seeds]
+    return [Stop(z[seed], label, place[seed]) for seed in seeds]
 
 
 @torch.no_grad()
 def path_of(model: Model, options: Options) -> Tensor:
     """ws of all frames, from stop to stop and back to the first. -> [frames, num_ws, w_dim]."""
-    points, found = stops(model, options), []
-    shares = [i / options.frames for i in range(options.frames)]
-    for (z0, c0), (z1, c1) in zip(points, points[1:] + points[:1], strict=True):
-        w0, w1 = model.G.mapping(z0, c0), model.G.mapping(z1, c1)
-        for t in shares:
-            on_sphere = options.space == "z"
-            found.append(
-                model.G.mapping(slerp(z0, z1, t), c0.lerp(c1, t)) if on_sphere else w0.lerp(w1, t)
-            )
+    points, found, G = stops(model, options), [], model.G
+    for a, b in zip(points, points[1:] + points[:1], strict=True):
+        w0, w1 = G.mapping(a.z, condition(G, a, b, 0)), G.mapping(b.z, condition(G, a, b, 1))
+        for t in (i / options.frames for i in range(options.frames)):
+            if options.space == "z":
+                found.append(G.mapping(slerp(a.z, b.z, t), condition(G, a, b, t)))
+            else:
+                found.append(w0.lerp(w1, t))
     return torch.cat(found)
 
 

@@ -67,6 +67,7 @@ function addSlider(place, name, text, options) {
   const written = document.createElement("output"), input = document.createElement("input");
   const [min, max] = limits[name];
   row.className = "row";
+  written.setAttribute("aria-live", "off"); // the slider says its value itself
   Object.assign(input, { type: "range", id: name, min, max, step });
   Object.assign(label, { htmlFor: name, textContent: text });
   written.htmlFor = name;
@@ -81,7 +82,8 @@ function addSlider(place, name, text, options) {
   input.addEventListener("input", () => change({ [name]: allowed(name, input.value) }));
   refreshers.push(() => {
     input.value = value();
-    written.textContent = show(value());
+    const shown = show(value());
+    if (written.textContent !== shown) written.textContent = shown;
     input.setAttribute("aria-valuetext", say(value()));
   });
   input.classList.toggle("centred", min < 0);
@@ -308,7 +310,6 @@ async function play() {
 function setPlaying(on) {
   playing = on;
   element("play").textContent = on ? "Pause" : "Play";
-  element("play").setAttribute("aria-pressed", on);
   if (on) player ??= play().finally(() => (player = null));
 }
 

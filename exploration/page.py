@@ -132,7 +132,8 @@ def about(G: Generator, config: Config, classes: Sequence[str], served: bool) ->
     if len(classes) > 1:
         use += (
             " A difference between classes is what the model has learned, with its errors: it is "
-            "no finding and no measurement of disease."
+            "no finding and no measurement of disease. Here the label changes; `explore.py "
+            "counterfactual` moves w in its place, which keeps more of the person."
         )
     return [
         f"A generative model (StyleGAN2) draws these slices of {size}. It has {weights:,} weights, "

@@ -11,6 +11,7 @@ References:
         section 5 and appendix D
 """
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import utils
 from config import NotNegative, Range, Seed, UserError
-from dataset import Slices, resized_scan
+from dataset import SliceFile, Slices, resized_scan
 from evaluation import features, metrics
 from evaluation.features import Extractor, to_tensor
 from evaluation.samples import images_of
@@ -260,16 +261,27 @@ def read_images(options: Options, model: Model) -> tuple[np.ndarray, list[int], 
     """The chosen files, each a scan. -> uint8 [N, R, R], classes, names. Raises UserError."""
     images, labels = [], []
     for path in options.images:
-        image, problems = resized_scan([path], model.config.img_resolution)
+        scan = sorted({path, *slices_beside(path)})  # has one grey scale
+        image, problems = resized_scan(scan, model.config.img_resolution)
+        if problems:  # perhaps of another slice
+            scan = [path]
+            image, problems = resized_scan(scan, model.config.img_resolution)
         for problem in problems:
             raise UserError(problem)
-        images.append(image)
+        images.append(image[scan.index(path)][None])
         name = options.label or (path.parent.name if len(model.classes) > 1 else model.classes[0])
         if options.label is None and name not in model.classes:
             known = ", ".join(model.classes)
             raise UserError(f"{path}: of which class? --class is one of {known}")
         labels.append(model.index(name))
     return torch.cat(images).numpy(), labels, [path.name for path in options.images]
+
+
+def slices_beside(path: Path) -> list[Path]:
+    """The files in the folder of a slice that are of its scan by their names, as in training."""
+    scan = SliceFile(path, "", 0).scan
+    near = path.parent.glob(f"{glob.escape(scan)}_*{glob.escape(path.suffix)}")
+    return [file for file in near if SliceFile(file, "", 0).scan == scan]
 
 
 def slices_of_people(slices: Slices, count: int) -> Slices:
@@ -360,7 +372,13 @@ def read_chosen(options: Options, model: Model) -> Group | None:
         if len(model.classes) < 2 or options.target == options.label:
             raise UserError(f"to = {options.target}: is no other class than that of the images")
     if not options.images:
+        if options.position is not None:
+            raise UserError(f"position = {options.position}: is that of images, and none is named")
         return None
+    if model.G.by_position and options.position is None:
+        utils.print_once(
+            "position 0.5, the middle of the scan, is assumed: --position sets another"
+        )
     chosen = Group("images", *read_images(options, model))
     if options.target and {model.index(options.target)} == {*chosen.labels}:
         raise UserError(f"to = {options.target}: all images have this class already")

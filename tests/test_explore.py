@@ -23,7 +23,7 @@ import prepare
 import utils
 from assets.demo_brains import write_twins
 from config import Config, UserError
-from dataset import Slices, load_slices
+from dataset import Slices, load_slices, resized_scan
 from evaluation import features, metrics
 from evaluation.samples import images_of, latents, sample
 from exploration import counterfactual as cf
@@ -568,6 +568,19 @@ def test_files_of_any_kind(tmp_path):
     assert pj.read_images(pj.Options(images=tuple(paths)), only)[1] == [0] * 6
 
 
+def test_slices_of_many_levels_are_as_bright_as_in_training(tmp_path):
+    for i, white in enumerate((200, 4000, 1000)):
+        array = np.linspace(0, white, 256).reshape(16, 16).astype(np.uint16)
+        path = save_image(tmp_path / "AD" / f"scan[1]_{i}.png", array)
+    save_image(tmp_path / "AD" / "scan[1]b_3.png", array * 9)  # of another scan
+    expected = resized_scan(sorted((tmp_path / "AD").glob("*_[012].png")), 16)[0]
+    read = pj.read_images(pj.Options(images=(path,)), model_of(tmp_path))[0]
+    assert (read[0] == expected[2].numpy()).all() and read.max() < 80
+    (tmp_path / "AD" / "scan[1]_0.png").write_text("no image")
+    alone = pj.read_images(pj.Options(images=(path,)), model_of(tmp_path))[0]
+    assert alone.max() == 255
+
+
 @pytest.mark.parametrize("bad", ["text", "empty", "missing", "folder", "two frames", "no class"])
 def test_a_file_that_is_no_slice_is_named_before_anything_is_written(bad, tmp_path, monkeypatch):
     run, path = saved(tmp_path / "run"), tmp_path / "AD" / "bad.png"
@@ -611,7 +624,7 @@ def test_projected_files_and_their_other_class(tmp_path, columns, monkeypatch):
         errors = np.sqrt(np.square(difference).mean((1, 2)))
         np.testing.assert_allclose(report["errors"][0]["median_error"], np.median(errors))
         assert [row["n"] for row in report["errors"]] == [2, 2]
-    with pytest.raises(UserError, match="no class 'x'; this generator knows AD, MCI, NC"):
+    with pytest.raises(UserError, match="class = x: this generator knows AD, MCI, NC"):
         pj.project_command(replace(options, target="x"))
 
 
@@ -841,8 +854,10 @@ def test_a_loop_ends_where_it_begins(space, between, tmp_path):
     assert steps[-1] <= steps[:-1].max() and steps.max() < 6 * steps.mean()
     assert steps.min() > 0
     if between == "seeds":
-        (z, c), (other, _), _ = movies.stops(m, options)
-        on_circle = m.G.mapping(movies.slerp(z, other, 0.5), m.c(0, [3]).lerp(m.c(0, [1]), 0.5))
+        a, b, _ = movies.stops(m, options)
+        middle = (m.position_of(3) + m.position_of(1)) / 2
+        c = utils.conditions(np.array([0]), np.array([middle]), m.G.c_dim)
+        on_circle = m.G.mapping(movies.slerp(a.z, b.z, 0.5), c)
         half = on_circle if space == "z" else ws[[0, 12]].mean(0, keepdim=True)
         assert torch.allclose(ws[6], half[0], atol=1e-5)
     if between == "positions":
@@ -1221,12 +1236,13 @@ def test_onnx_without_its_packages(tmp_path, monkeypatch):
 
 def test_the_order_of_classes_and_one_line_for_each_mistake(tmp_path):
     two, three, one = (saved(tmp_path / f"run{n}", n, conditional=n > 1) for n in (2, 3, 1))
+    at = saved(tmp_path / "at", 2, condition_position=True)
     m = models.open_model(models.Options(three))
     assert m.pair(None) == (2, 0) and m.pair(("AD", "MCI")) == (0, 1)
     (tmp_path / "file").touch()
     before = everything(tmp_path)
     bad = [
-        (cf.counterfactual, lambda: cf.Options(three, classes=("AD", "x")), "no class 'x'; "),
+        (cf.counterfactual, lambda: cf.Options(three, classes=("AD", "x")), "class = x: "),
         (cf.counterfactual, lambda: cf.Options(two, classes=("AD", "AD")), "two different ones"),
         (cf.counterfactual, lambda: cf.Options(one), "has one class, all"),
         (cf.counterfactual, lambda: cf.Options(two, count=1), "count = 1: .* 2 or more"),
@@ -1239,7 +1255,7 @@ def test_the_order_of_classes_and_one_line_for_each_mistake(tmp_path):
         (movies.interpolate, lambda: movies.Options(two, frames=1), "frames = 1: .*2 to 1000"),
         (movies.interpolate, lambda: movies.Options(two, seconds=0.0), "seconds = 0.0: .*above 0"),
         (movies.interpolate, lambda: movies.Options(two, seconds=1e9), "seconds = "),
-        (movies.interpolate, lambda: movies.Options(two, label="x"), "no class 'x'"),
+        (movies.interpolate, lambda: movies.Options(two, label="x"), "class = x: "),
         (movies.interpolate, lambda: movies.Options(one, between="classes"), "has one class"),
         (movies.interpolate, lambda: movies.Options(two, between="positions"), "without"),
         (movies.interpolate, lambda: movies.Options(two, between="classes", label="AD"), "all"),
@@ -1248,6 +1264,8 @@ def test_the_order_of_classes_and_one_line_for_each_mistake(tmp_path):
         (ex.export, lambda: ex.Options(two, reject_copies=True, onnx=Path("x")), "no images"),
         (dirs.explore_directions, lambda: dirs.Options(two, seeds=(1, 2)), "seeds = .1, 2.: the"),
         (pj.project_command, lambda: pj.Options(two, label="AD"), "class = AD: is that of images"),
+        (pj.project_command, lambda: pj.Options(at, position=0.5), "position = 0.5: is that of im"),
+        (cf.counterfactual, lambda: cf.Options(two, seeds=(2**32,)), "seeds = .* 0 to 4294967295"),
         (pj.project_command, lambda: pj.Options(one, target="all"), "to = all: is no other class"),
         (dirs.explore_directions, lambda: dirs.Options(two, axes=0), "axes = 0"),
         (dirs.explore_directions, lambda: dirs.Options(two, samples=99), "samples = 99"),

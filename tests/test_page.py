@@ -329,6 +329,14 @@ def test_it_fits_a_phone_and_follows_light_and_dark(visit, tmp_path):
         view.mouse.wheel(0, 500)
         assert view.locator("#image").bounding_box()["y"] < 300  # stays in sight
     assert papers[0] != papers[1] == papers[2]
+    for size in ({"width": 320, "height": 256}, {"width": 340, "height": 700}):  # 4 x enlarged
+        view = visit(tmp_path / "page.html", viewport=size)
+        for name in ("d3", "psi", "d1", "mix"):
+            view.focus(f"#{name}")
+            box = view.locator(f"#{name}").bounding_box()
+            found = "([x, y]) => document.elementFromPoint(x, y)?.id"
+            at = [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
+            assert view.evaluate(found, at) == name  # nothing covers it
 
 
 @pytest.fixture(scope="module")

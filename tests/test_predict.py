@@ -121,9 +121,12 @@ def test_seeds_classes_checkpoint_and_folder_can_be_chosen(run: Path, tmp_path, 
         out=tmp_path / "out", device="cpu",
     )  # fmt: skip
     assert predict(options) == tmp_path / "out"
-    images = sorted(p.name for p in (tmp_path / "out" / "images").rglob("*.png"))
-    assert images == ["seed0004.png", "seed0009.png"]
-    assert not (tmp_path / "out" / "grid_AD.png").exists()
+    names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
+    images = {f"images_psi0.5/NC/seed{seed:04d}.png" for seed in (4, 9)}
+    assert names >= images | {"grid_NC_psi0.5.png"} and "grid_AD_psi0.5.png" not in names
+    everything = Options(truncation_psi=0.5, truncation_cutoff=3, position=1.0)
+    assert everything.variant() == ["psi 0.5", "cutoff 3", "position 1"]
+    assert Options(truncation_cutoff=3).variant() == []  # which changes nothing
 
 
 def test_mixing_takes_some_layers_from_the_other_seed(run: Path):
@@ -148,6 +151,24 @@ def test_a_shared_generator_needs_its_config_only(run: Path, tmp_path, config: C
     out = predict(Options(checkpoint=shared / "generator.safetensors", count=2, device="cpu"))
     assert out == shared / "predict" and (out / "grid_AD.png").exists()
     assert not (out / "embedding_images.png").exists()
+
+
+def test_a_folder_that_only_has_the_name_of_the_data_is_not_theirs(run: Path, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    (run / "paths.json").unlink()  # as it is shared
+    root = Path(load_generator(run)[1].data_root)
+    root = root if root.exists() else Path(root.name)
+    assert not root.is_absolute()
+    shutil.rmtree(root, ignore_errors=True)
+    (root / "holiday").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(root / "holiday" / "a_1.png")
+    options = Options(checkpoint=run, count=1, device="cpu", figures=("grid", "embedding"))
+    out = predict(options)
+    said = capsys.readouterr().out
+    assert "no embedding of real slices; --data-root sets another" in said
+    assert (out / "grid_AD.png").exists()
+    with pytest.raises(UserError):
+        predict(replace(options, data_root=root))
 
 
 def test_without_a_run_the_demo_generator_is_drawn(tmp_path, monkeypatch, capsys):

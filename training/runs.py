@@ -17,6 +17,7 @@ import utils
 from config import Config, UserError
 from dataset import Slices, load_slices, require_no_class
 from modules import Generator
+from participants.names import normalized
 from participants.tables import UnrelatedTable
 
 OTHER_DATA = "not the slices of this run, or another split: this tells nothing of memorisation"
@@ -348,20 +349,35 @@ def load_real(
             raise
         splits, data = load_slices(replace(here, table=None))
         utils.print_once(f"note: the table of the run is not used: {error}")
-    if (found := splits["train"].classes) != classes:
+    found = splits["train"].classes
+    if [*map(normalized, found)] != [*map(normalized, classes)]:
         raise UserError(f"{root} has classes {found}, the generator {classes}")
     return splits, data
 
 
 def real_slices(
-    config: Config, classes: list[str], data_root: Path | None, table: Path | None, without: str
-) -> tuple[dict[str, Slices], str] | None:
-    """As `load_real`; None if the run's folder is not here: `without` says what is left out."""
-    root = config.data_root
-    if data_root is None and root is not None and not root.exists():
-        utils.print_once(f"{root} does not exist: {without}; --data-root sets another")
+    source: Path, config: Config, classes: list[str], data_root: Path | None, table: Path | None,
+    without: str,
+) -> tuple[dict[str, Slices], str] | None:  # fmt: skip
+    """As `load_real`; None if the run's folder is not here: `without` says what is left out.
+
+    Nor is it here if a folder of its name holds no such slices.
+    """
+    root, problem = config.data_root, ""
+    if data_root is None and root is not None:
+        problem = "" if root.exists() else f"{root} does not exist"
+    try:
+        found = None if problem else load_real(config, classes, data_root, table)
+    except UserError as error:
+        if data_root is not None or root is None or (run_folder(source) / "paths.json").exists():
+            raise
+        problem = str(error)
+    if problem:
+        utils.print_once(f"{problem}: {without}; --data-root sets another")
         return None
-    return load_real(config, classes, data_root, table)
+    if not trained_on(source, found[1]):
+        utils.print_once(f"note: {OTHER_DATA}")
+    return found
 
 
 def source_of_weights(config: Config, c_dim: int) -> dict[str, dict[str, Tensor]]:
