@@ -37,7 +37,7 @@ from dataset import Slices, decoded, find_class_folders
 from evaluation import classifiers, features, metrics, report, samples, variety
 from evaluation.metrics import Features
 from evaluation.report import Row, Rows
-from evaluation.verdict import REAL, verdict
+from evaluation.verdict import MIN_PARTICIPANTS, REAL, SAME_SIZE, verdict
 from modules import Generator
 from training import process, runs
 
@@ -137,9 +137,10 @@ def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
     """FD of each set to the test slices, whose participants G has not seen; equally many slices.
 
     The FD of the training slices is what a perfect memory gets; the FD of fresh subjects, known for
-    the demo brains only, is what a perfect generator gets. The ratio of the samples' FD to either
-    is about 1 if G is perfect, but to the former also if G repeats the training slices. Intervals
-    of ratios come from the deviations of distances between random halves of all participants.
+    the demo brains only, is what a perfect generator gets. The ratio of the samples' FD to the
+    latter is about 1 if G is perfect. That to the former is 1 if G repeats the training slices, and
+    0.6 to 0.95 if it is perfect, as each of its slices is of a new person. Intervals of ratios come
+    from the deviations of distances between random halves of all participants.
     """
     whole, halves = metrics.distances_by_halves(test, sets, seed)
     n, rows = min(len(part.values) for part in sets.values()), []
@@ -147,8 +148,10 @@ def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
         people = part.participants[utils.random_rows(len(part.values), n)]
         row = {"set": name, "slices": n, "participants": len(set(people)), "fd_test": whole[name]}
         row["fd_test_of_halves"] = float(np.median(halves[name]))
-        if min(n, len(test.values)) // 2 > part.values.shape[1]:  # else it does not fall as 1 / n
-            row["fd_infinite"] = metrics.infinite_distance(whole[name], halves[name])
+        share = (metrics.share_in_half(part) + metrics.share_in_half(test)) / 2
+        enough = share * min(n, len(test.values)) > part.values.shape[1]  # else not as 1 / n
+        if enough and len(set(test.participants)) >= MIN_PARTICIPANTS:
+            row["fd_infinite"] = metrics.infinite_distance(whole[name], halves[name], share)
         for other, title in (("training slices", "memory"), ("fresh subjects", "perfect")):
             if other in sets and other != name:
                 ratio, ratios = metrics.ratio_of_distances(name, other, whole, halves)
@@ -177,7 +180,10 @@ def measure_distribution(fakes: Slices, references: References) -> Tables:
             rows[name] = {"note": f"fewer than {MIN_SLICES} samples: not compared"}
             if len(chosen.values) >= MIN_SLICES:
                 rows[name] = compare_sets(chosen, parts, seed)
-        rows[REAL] = compare_sets(reals.pop("test"), reals, seed)
+        test = reals.pop("test")
+        same = utils.random_rows(len(fake.values), len(test.values))
+        rows[SAME_SIZE] = compare_sets(fake.take(same), reals, seed)
+        rows[REAL] = compare_sets(test, reals, seed)
         tables["distribution"] += [which | {"set": name} | row for name, row in rows.items()]
         train, cache = references.splits["train"], references.cache
         recalls = variety.recall_without_detail(train, others, extractor, cache)
@@ -453,7 +459,7 @@ def forecast_of_extractor(
     if "distribution" in groups and extractor is not features.PIXELS:
         some = Features(x[:500], np.arange(500).astype(str), np.zeros(500, int))
         kernel = seconds_of(metrics.kernel_distance, some, some) * (metrics.MAX_KERNEL / 500) ** 2
-        rows = 2 * (len(train.classes) + 2)
+        rows = 2 * (len(train.classes) + 3)
         parts += [
             ("distribution", image, new + 2 * variety.MAX_BLURRED * len(sets)),
             ("distribution", distance, metrics.NUM_HALVES * (len(sets) - 1) + 4 * rows),
@@ -550,7 +556,7 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
         *options.metrics
     }:
         fresh = features.fresh_slices(splits["train"], cache, min(options.num_fake, MAX_FRESH))
-    what = identity_of(source) | {
+    what = runs.identity_of(source) | {
         "data": data if trained_on_it else f"{data}: {runs.OTHER_DATA}",
         "resolution": config.img_resolution,
         "resize": "bicubic with antialiasing, after padding to a square",
@@ -560,30 +566,27 @@ def prepare(options: Options) -> tuple[Generator, References, dict[str, Any]]:
     return G, References(splits, extractors, cache, options.seed, fresh), what
 
 
-def identity_of(source: Path) -> dict[str, Any]:
-    """File of the weights, its sha256, and the thousands of images seen in training."""
-    weights = runs.weights_of(source)
-    saved = runs.load_checkpoint(weights) if weights.suffix == ".pt" else None
-    nimg = saved["cur_nimg"] if saved else utils.images_seen(weights)
-    kimg = "unknown" if nimg is None else nimg / 1000
-    return {"weights": str(weights), "sha256": utils.sha256_of(weights), "kimg": kimg}
-
-
 def fakes_of(options: Options, G: Generator, references: References) -> tuple[Slices, Row]:
     """The images to evaluate, each a participant of its own, and their origin. Raises UserError."""
     train = references.splits["train"]
     if options.images is None:
         labels = samples.labels_in_proportion(train.labels, options.num_fake)
         origin = {"psi": 1.0, "style_mixing_prob": (mixing := options.style_mixing_prob)}
-        return samples.sample_fakes(G, labels, train.classes, options.seed, mixing), origin
+        positions = samples.positions_like(train, labels, options.seed)
+        given = labels, train.classes, options.seed, positions, mixing
+        return samples.sample_fakes(G, *given), origin
     found, files = find_class_folders(options.images)
     if found != train.classes:
         raise UserError(f"images = {options.images}: has classes {found}, not {train.classes}")
     images = decoded(files, options.images, train.images.shape[-1], references.cache)
     labels, participants = np.array([f.label for f in files]), np.arange(len(files)).astype(str)
     fakes = Slices(images, labels, participants, train.classes)
-    digest = features.digest_of(images)
-    return fakes, {"images": str(options.images), "images_sha256": digest, "kimg": "unknown"}
+    origin = {"images": str(options.images), "images_sha256": features.digest_of(images)}
+    shares = (np.bincount(x, minlength=len(found)) / len(x) for x in (labels, train.labels))
+    if np.abs(np.subtract(*shares)).max() > 0.05:
+        origin["note"] = "classes in other proportions than in train, which adds to distances"
+        utils.print_once(f"note: images = {options.images}: {origin['note']}")
+    return fakes, origin | {"kimg": "unknown"}
 
 
 def counts(sets: dict[str, Slices]) -> dict[str, int]:
@@ -629,7 +632,7 @@ def main() -> None:
         out = options.out or runs.output_folder(run, "evaluation", options.images)
         shutil.rmtree(out / "parts", ignore_errors=True)
     if len(reports) > 1 and "distribution" in options.metrics:
-        text = f"# Over {len(reports)} runs\n\n{report.as_narrow_tables(report.over_runs(reports))}"
+        text = report.text_of_runs(reports)
         folder = runs.output_folder(sources[0], "evaluation").parent.parent  # of the first run
         report.write_text(text, path := folder / "evaluation.md")
         utils.print_once(f"{text}\nreport: {path}")

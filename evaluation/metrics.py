@@ -31,6 +31,7 @@ from utils import map_in_chunks, moments, otsu_threshold, random_rows, rotate_an
 ROWS = 500  # rows of a distance matrix that are computed at a time
 NUM_DRAWS = 200  # draws of a bootstrap
 NUM_HALVES = 200  # random halves of the participants
+MAX_PEOPLE = 2000  # whose distances to samples are compared: memory grows with their square
 NUM_SHAPES = 20  # principal components along which samples are compared, in three groups
 SHAPES = {"shapes_1_1": slice(1), "shapes_2_6": slice(1, 6), "shapes_7_20": slice(6, NUM_SHAPES)}
 MAX_KERNEL = 2000  # slices of a set that the kernel distance compares
@@ -217,21 +218,26 @@ def copy_audit(
 
     `participants` are those of the test slices, which set the threshold. `share_by_chance` is the
     share of test slices below the threshold that the other test participants set. The interval
-    comes from drawing samples, and whole test participants, with replacement.
+    comes from drawing samples, and whole test participants, with replacement. `excess_interval` is
+    that of the share minus that of the test participants who were not drawn.
     """
     test_gaps, _ = nearest_neighbour(test, train)
     gaps, partners = nearest_neighbour(fake, train)
-    rng, codes, draws = np.random.default_rng(seed), codes_of(participants), []
+    rng, codes, draws, excess = np.random.default_rng(seed), codes_of(participants), [], []
     for _ in range(NUM_DRAWS):
         rows = resampled_participants(np.arange(len(test)), codes, rng)
         limit = np.percentile(test_gaps[rows], 1)
         draws.append((rng.choice(gaps, len(gaps)) < limit).mean())
+        if len(others := test_gaps[~np.isin(codes, codes[rows])]):
+            excess.append(draws[-1] - (others < limit).mean())
     threshold = float(np.percentile(test_gaps, 1))
     found = {"threshold": threshold, "test_gaps": test_gaps, "gaps": gaps, "partners": partners}
     found["share_too_near"] = float((gaps < threshold).mean())
     parts = [(test_gaps[codes == i], test_gaps[codes != i]) for i in range(codes.max() + 1)]
     near = sum((own < np.percentile(others, 1)).sum() for own, others in parts if len(others))
     found["share_by_chance"] = float(near / len(test)) if len(parts) > 1 else math.nan
+    if excess:
+        found["excess_interval"] = interval(excess)
     return found | {"interval_over_participants": interval(draws)}
 
 
@@ -246,8 +252,11 @@ def membership(train: Features, test: Features, fake: np.ndarray, seed: int) -> 
       place of samples. These slices memorise nobody: a value other than 0.5 shows that the two
       cohorts differ.
     - `auc_calibrated`: the distance to the samples divided by the distance to these slices ([7]).
+
+    Of more than MAX_PEOPLE participants in train or test, so many are drawn.
     """
-    rng, parts = np.random.default_rng(seed), (train, test)
+    rng = np.random.default_rng(seed)
+    train, test = parts = [some_people(part, MAX_PEOPLE, rng) for part in (train, test)]
     to_fakes = [nearest_neighbour(part.values, fake)[0] for part in parts]
     codes = codes_of(train.participants)
     order = np.argsort(codes, kind="stable")
@@ -278,6 +287,14 @@ def membership(train: Features, test: Features, fake: np.ndarray, seed: int) -> 
 
 
 # Resampling by participant
+
+
+def some_people(part: Features, most: int, rng: np.random.Generator) -> Features:
+    """The slices of at most so many random participants."""
+    names = np.unique(part.participants)
+    if len(names) <= most:
+        return part
+    return part.take(np.flatnonzero(np.isin(part.participants, rng.permutation(names)[:most])))
 
 
 def codes_of(participants: np.ndarray) -> np.ndarray:
@@ -381,9 +398,18 @@ def without_participants(part: Features, share: float, target: Gaussian, seed: i
     return float(np.mean(found))
 
 
-def infinite_distance(whole: float, halves: np.ndarray) -> float:
-    """FD for infinitely many participants ([8]): its bias is proportional to 1 / participants."""
-    return float(2 * whole - halves.mean())
+def share_in_half(part: Features) -> float:
+    """The share of participants in the first half: below 0.5 if their number in a class is odd."""
+    people = [len(set(part.participants[part.labels == i])) for i in np.unique(part.labels)]
+    return sum(number // 2 for number in people) / sum(people)
+
+
+def infinite_distance(whole: float, halves: np.ndarray, share: float = 0.5) -> float:
+    """FD for infinitely many participants ([8]): its bias is proportional to 1 / participants.
+
+    `share` of the participants are in a half.
+    """
+    return float((whole - share * halves.mean()) / (1 - share))
 
 
 # Similarity, classes and anatomy

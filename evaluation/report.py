@@ -116,12 +116,22 @@ def over_runs(reports: list[dict[str, Any]]) -> Rows:
         row = {"extractor": same[0]["extractor"], "runs": len(same)}
         for name in ("fd_test", "fd_infinite", "over_memory", "over_perfect"):
             values = [r[name] for r in same if name in r]
-            if values:
+            if len(values) == len(same):
                 row |= {name: float(np.mean(values)), f"{name}_range": [min(values), max(values)]}
             if draws := [r[f"{name}_draws"]["values"] for r in same if f"{name}_draws" in r]:
                 row[f"{name}_interval"] = interval(np.concatenate(draws))
         rows.append(row)
     return rows
+
+
+def text_of_runs(reports: list[dict[str, Any]]) -> str:
+    """What several runs are, and the table of `over_runs` if they were measured with equal data."""
+    text, named = f"# Over {len(reports)} runs\n\n", ("weights", "kimg", "sha256", "seed", "n_fake")
+    whats = [tables["what"] for tables in reports]
+    text += as_table([{name: what.get(name) for name in named} for what in whats]) + "\n"
+    if len({what.get("data") for what in whats}) > 1:
+        return text + "Not averaged: they were measured with different real slices.\n"
+    return text + as_narrow_tables(over_runs(reports))
 
 
 def write_text(text: str, path: Path) -> None:

@@ -82,15 +82,15 @@ def cutoffs_of(seeds: list[int], style_mixing_prob: float, num_ws: int) -> np.nd
 
 @torch.no_grad()
 def sample_fakes(
-    G: Generator, labels: np.ndarray, classes: list[str], seed: int, style_mixing_prob: float = 0,
-    silent: bool = False,
+    G: Generator, labels: np.ndarray, classes: list[str], seed: int,
+    positions: np.ndarray | None = None, style_mixing_prob: float = 0, silent: bool = False,
 ) -> dataset.Slices:  # fmt: skip
     """Untruncated samples with new noise, one for each label, each a participant of its own.
 
-    A share `style_mixing_prob` is made with style mixing.
+    `positions` [n] are needed if G has positions. A share `style_mixing_prob` is made with style
+    mixing.
     """
     device, images = next(G.parameters()).device, []
-    positions = np.random.default_rng(seed).random(len(labels)) if G.by_position else None
     conditioned = utils.conditions(labels, positions, G.c_dim)
     for start in tqdm(range(0, len(labels), BATCH), "sampling", unit="batch", disable=silent):
         torch.manual_seed(utils.stream_seed("evaluate", seed, start))
@@ -105,6 +105,17 @@ def sample_fakes(
 def labels_in_proportion(labels: np.ndarray, count: int) -> np.ndarray:
     """`count` labels in the proportions of the given labels."""
     return np.sort(labels)[np.linspace(0, len(labels) - 1, count).round().astype(int)]
+
+
+def positions_like(slices: dataset.Slices, labels: np.ndarray, seed: int) -> np.ndarray | None:
+    """For each label the position of a random slice of its class; None if slices have none."""
+    if slices.positions is None:
+        return None
+    rng, positions = np.random.default_rng(seed), np.empty(len(labels))
+    for label in np.unique(labels):
+        own = slices.positions[slices.labels == label]
+        positions[labels == label] = rng.choice(own, int((labels == label).sum()))
+    return positions
 
 
 @torch.no_grad()

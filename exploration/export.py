@@ -17,7 +17,7 @@ import utils
 from config import ImageSeed, Range, Share, UserError
 from evaluation import features, metrics, report
 from evaluation.samples import cutoffs_of, images_of, mapped, with_mixed_styles
-from evaluation.verdict import REAL, verdict
+from evaluation.verdict import REAL, SAME_SIZE, verdict
 from exploration import model as models
 from exploration.model import CHUNK, Model
 from participants.tables import MANIFEST
@@ -268,7 +268,7 @@ def evaluation_of(source: Path, digest: str) -> str:
         return "Not measured: `python evaluate.py RUN` measures it."
     names = ("extractor", "set", "fid_test", "precision", "recall", "coverage")
     rows = [{k: r.get(k) for k in names} for r in tables.get("distribution", ())]
-    rows = [r for r in rows if r["set"] in ("all", REAL)]
+    rows = [r for r in rows if r["set"] in ("all", SAME_SIZE, REAL)]
     psi, mixing = (tables["what"].get(name) for name in ("psi", "style_mixing_prob"))
     try:
         text = f"{verdict(tables)}\nSamples with psi {psi}, style mixing {mixing}:\n\n"

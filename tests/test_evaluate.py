@@ -386,7 +386,11 @@ def test_several_runs_have_an_interval_of_all_their_draws(
     monkeypatch.setattr("sys.argv", [str(part) for part in argv])
     evaluation.main()
     assert "# Over 2 runs" in capsys.readouterr().out
-    assert (trained.out.parent / "evaluation.md").read_text().startswith("# Over 2 runs\n\n| ")
+    assert (
+        (trained.out.parent / "evaluation.md")
+        .read_text()
+        .startswith("# Over 2 runs\n\n| weights | kimg |")
+    )
     assert not [*trained.out.glob("evaluation/parts"), *tmp_path.glob("*/evaluation/parts")]
     with monkeypatch.context() as patch:  # a stop after the first run
         left = iter([evaluate])
@@ -406,6 +410,10 @@ def test_several_runs_have_an_interval_of_all_their_draws(
     (row,) = report.over_runs([{"headline": [head]} for head in heads])
     assert row["fd_test"] == 4 and row["fd_test_range"] == [3, 5] and row["runs"] == 2
     assert row["over_memory_interval"] == [1, 3]
+    del heads[0]["fd_infinite"]
+    assert "fd_infinite" not in report.over_runs([{"headline": [head]} for head in heads])[0]
+    apart = [{"what": {"data": d, "weights": d}, "headline": heads[:1]} for d in "ab"]
+    assert report.text_of_runs(apart).endswith("measured with different real slices.\n")
     with monkeypatch.context() as patch:  # a wrong second run shows before the first takes its time
         patch.setattr("sys.argv", [*map(str, argv[:2]), str(tmp_path / "missing")])
         patch.setattr(evaluation, "evaluate", lambda _: pytest.fail("evaluated"))
@@ -540,8 +548,8 @@ def test_folders_of_images_take_the_place_of_samples(config: Config, tmp_path):
 def test_a_checkpoint_is_reported_with_its_own_kimg(trained: Config):
     train(replace(trained, epochs=2))
     checkpoint = sorted((trained.out / "checkpoints").glob("*.pt"))[0]
-    assert evaluation.identity_of(checkpoint)["kimg"] == 0.016
-    assert evaluation.identity_of(trained.out)["kimg"] == 0.032
+    assert runs.identity_of(checkpoint)["kimg"] == 0.016
+    assert runs.identity_of(trained.out)["kimg"] == 0.032
 
 
 def test_a_missing_network_is_said_before_anything_is_computed(trained: Config, tmp_path):
@@ -632,7 +640,7 @@ def test_a_report_of_other_settings_or_groups_is_kept(tmp_path, monkeypatch, cap
 # The verdict, the forecast and narrow tables
 
 GOOD = {
-    "what": {"participants_test": 40, "data": "abc"},
+    "what": {"participants_train": 160, "participants_test": 40, "data": "abc"},
     "headline": [
         {"set": "samples", "over_memory": 1.1, "over_memory_interval": [0.9, 1.3]},
         {"set": "training slices", "over_memory": math.nan},
@@ -724,16 +732,70 @@ def test_an_audit_that_misses_planted_copies_proves_nothing(share, words):
     assert "of copies hidden as a test, all are found" in sentences(memorisation=[row])[2]
 
 
-@pytest.mark.parametrize("people", [4, 9, 10])
+@pytest.mark.parametrize("people", [4, 19, 20])
 def test_the_verdict_of_few_people(people):
-    lines = sentences(what={"participants_test": people})
-    assert [f"{people} people" in line for line in lines] == [people < 10] * 4 + [False]
+    for split in ("train", "test"):
+        lines = sentences(what={f"participants_{split}": people})
+        assert [f"{people} people" in line for line in lines] == [people < 20] * 4 + [False]
     row = {"space": "pixels", "share_too_near": 0.9, "interval_over_participants": [0.8, 1.0]}
     lines = sentences(what={"participants_test": people}, memorisation=[row])
     assert "Copies of training slices were found" in lines[2]
     row |= {"share_too_near": 0.2, "interval_over_participants": [0.1, 0.3]}  # no membership
     found = sentences(what={"participants_test": people}, memorisation=[row])[2]
-    assert ("It cannot be said whether they copy" in found) == (people < 10)
+    assert ("It cannot be said whether they copy" in found) == (people < 20)
+
+
+def test_no_verdict_says_more_than_was_measured():
+    far = {"set": "samples", "over_memory": 1.0, "over_memory_interval": [math.nan, math.inf]}
+    assert "cannot be told from fewer than 100" in sentences(headline=[far])[0]
+    few = far | {"over_memory_interval": [0.9, 1.1], "slices": 99}
+    assert "cannot be told from fewer than 100" in sentences(headline=[few])[0]
+    assert "very close" in sentences(headline=[few | {"slices": 100}])[0]
+    labels = [dict(row) for row in GOOD["labels"]]
+    for limits, words in (
+        ([-0.5, 0.02], "cannot be said whether their classes"), ([-0.1, 0.02], "about as well"),
+        ([-0.5, -0.01], "worse than"), ([-0.5, 0.0], "too small to tell how far"),
+    ):  # fmt: skip
+        labels[3]["interval_over_participants"] = limits
+        assert words in sentences(labels=labels)[3]
+    for blurred, real, words in ((0.7, 0.8, "fine detail is not"), (0.6, 0.8, "far smaller"),
+                                 (0.7, 0.0, "far smaller")):  # fmt: skip
+        rows = [
+            {"set": "test slices", "recall": 0.8, "recall_blurred": real, "slices": 500},
+            {"set": "samples", "recall": 0.05, "recall_blurred": blurred, "slices": 500},
+        ]
+        assert words in sentences(recall_without_detail=rows)[1]
+    area = {"area": "ventricles", "fake_effect": 0.4, "fake_effect_interval": [0.3, 0.6]}
+    for real, words in (([0.5, 0.9], "classes as in"), ([0.7, 0.9], "unlike in"),
+                        ([-0.1, 0.5], "perhaps as in")):  # fmt: skip
+        anatomy = [area | {"real_effect_interval": real}]
+        assert words in sentences(labels=[], anatomy=anatomy)[3]
+
+
+def test_the_most_suspicious_space_is_told():
+    pixels = {
+        "space": "pixels",
+        "share_too_near": 0.025,
+        "interval_over_participants": [0.015, 0.04],
+    }
+    encoder = {"space": "encoder", "share_too_near": 0.03, "share_by_chance": 0.02,
+               "interval_over_participants": [0.002, 0.08]}  # fmt: skip
+    assert "Look for copies" in sentences(memorisation=[pixels, encoder])[2]
+    assert "No copies" in sentences(memorisation=[pixels | {"excess_interval": [-0.01, 0.03]}])[2]
+    near = {"near": "samples", "auc_calibrated": 0.9, "auc_calibrated_interval": [0.86, 0.96]}
+    rows = [near | {"space": "encoder"}]
+    traced = sentences(memorisation=[encoder], membership=rows)[2]
+    assert "No copies" in traced and "a trace of memorisation" in traced
+    many = encoder | {"share_too_near": 0.4, "interval_over_participants": [0.3, 0.5]}
+    assert "were found" in sentences(memorisation=[many], membership=rows)[2]
+    rows[0]["auc_cohorts_interval"] = [0.51, 0.7]  # of another hospital, say
+    unlike = sentences(memorisation=[many], membership=rows)[2]
+    assert "Look for copies" in unlike and "which alone can cause this" in unlike
+    assert "trace" not in sentences(memorisation=[encoder], membership=rows)[2]
+    what = GOOD["what"] | {"started_from": "adni"}
+    close, _, copies, *_ = sentences(what=what)
+    assert "but perhaps adni, where it began" in close
+    assert "slices of adni, where it began, were not looked at" in copies
 
 
 def test_the_verdict_says_what_was_not_measured():

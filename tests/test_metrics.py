@@ -222,6 +222,34 @@ def test_the_participation_ratio_counts_directions():
     assert participation_ratio(rng.normal(size=(400, 12)) * np.eye(12)[0]) == pytest.approx(1)
 
 
+def test_membership_of_many_is_that_of_some(monkeypatch):
+    train, test = people(40, 10, 0), people(30, 10, 1)
+    monkeypatch.setattr(metrics, "MAX_PEOPLE", 20)
+    some = metrics.some_people(train, 20, np.random.default_rng(0))
+    assert len(set(some.participants)) == 20 and len(some.values) == 200
+    copies = train.values + 0.01
+    assert membership(train, test, copies, 0)["auc"] > 0.9
+
+
+def test_an_odd_number_of_people_does_not_shift_the_limit_of_infinitely_many():
+    assert metrics.share_in_half(people(12, 2, 0)) == 0.5
+    whole, share = 1.0 + 3 / 10, 0.3  # a bias of 3 / n, n = 10
+    assert infinite_distance(whole, np.full(4, 1.0 + 3 / 3), share) == pytest.approx(1)
+    odd = people(6, 2, 0)._replace(labels=np.zeros(12, int))
+    odd = odd.take(np.arange(10))  # five people
+    assert metrics.share_in_half(odd) == 0.4
+
+
+def test_slices_that_are_as_near_as_those_of_unseen_people_are_no_excess():
+    train, test, fake = people(40, 10, 0), people(40, 10, 1), people(400, 1, 2)
+    audit = metrics.copy_audit(train.values, test.values, fake.values, test.participants, 0)
+    assert audit["excess_interval"][0] <= 0 <= audit["excess_interval"][1]
+    copies = fake.values.copy()
+    copies[:100] = train.values[:100] + 0.001
+    audit = metrics.copy_audit(train.values, test.values, copies, test.participants, 0)
+    assert 0.15 < audit["excess_interval"][0] < audit["excess_interval"][1] < 0.35
+
+
 def test_membership_of_too_few_participants_is_not_measured():
     found = membership(people(2, 4, 0), people(2, 4, 1), people(20, 1, 2).values, 0)
     assert all(math.isnan(v) for v in found.values())

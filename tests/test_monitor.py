@@ -16,7 +16,7 @@ from PIL import Image
 import train as training
 from config import Config
 from dataset import load_slices
-from evaluation import features, metrics, variety
+from evaluation import features, metrics, samples, variety
 from modules import Discriminator
 from train import train
 from training import diagnosis
@@ -40,6 +40,7 @@ HEALTHY = {
     "g_loss": 1.2, "d_loss": 1.0, "d_loss_spread": 0.2, "real_logit": 0.9, "fake_logit": -0.8,
     "real_sign": 0.5, "fake_sign": -0.5, "r1": 0.1, "r2": 0.1, "path_length": 0.5, "pl_mean": 0.5,
     "g_main_grad": 0.5, "d_main_grad": 0.4, "ada_p": 0.2, "fid": 0.4, "fid_real": 0.1, "kid": 0.1,
+    "fid_test": 0.5, "fid_memory": 0.1,
     "overfitting": 0.1, "vary_z": 0.9, "vary_noise": 0.1, "vary_class": 0.3, "agreement": 0.7,
     "agreement_real": 0.7, "agreement_chance": 0.5, "leak_rotation": 1.1, "leak_flip": 0.1,
     "leak_border": 0.2, "spectrum": 0.8, "precision": 0.6, "spread": 0.9,
@@ -249,27 +250,30 @@ def test_a_run_without_measurements_is_judged_by_its_losses_alone(tmp_path):
 @pytest.mark.parametrize(
     ("fid", "words"),
     [
-        (0.11, "very close to real slices: their FID is 1.1 times that of unseen slices: look for"),
-        (0.25, "close to real slices: their FID is 2.5 times that of unseen slices."),
-        (0.4, "some way from"), (1.5, "far from real slices: their FID is 15.0 times"),
-        (2.6, "very far from real slices: their FID is 26.0 times"),
+        (0.11, "very close to real slices: their FID to unseen slices is 1.1 times that of"),
+        (0.119, "times that of training slices: look for copies"),
+        (0.25, "close to real slices: their FID to unseen slices is 2.5 times that of training"),
+        (0.4, "some way from"), (1.5, "far from real slices: their FID to unseen slices is 15.0"),
+        (2.6, "very far from real slices: their FID to unseen slices is 26.0 times"),
         (None, "not measured yet"),
     ],
 )  # fmt: skip
 def test_the_verdict_is_the_distance_to_real_slices(tmp_path, fid, words):
-    assert words in verdict(read_history(write_run(tmp_path, fid=fid)))
+    assert words in verdict(read_history(write_run(tmp_path, fid_test=fid)))
 
 
 def test_the_verdict_is_of_the_newest_measurement(tmp_path):
-    run = write_run(tmp_path, fid=[9.0, 8.0, 7.0, 3.0, 1.5, 0.4], test_participants=40)
-    assert "4.0 times that of unseen slices of 40 people." in verdict(read_history(run))
+    run = write_run(tmp_path, fid_test=[9.0, 8.0, 7.0, 3.0, 1.5, 0.4], test_participants=40)
+    assert "unseen slices of 40 people is 4.0 times that of training slices." in verdict(
+        read_history(run)
+    )
 
 
 def test_an_fid_that_does_not_count_is_no_verdict(tmp_path):
     noisy = write_run(tmp_path, vary_z=0.9, vary_noise=[0.1] * 5 + [0.2])
     assert "Too early for a verdict: z must move pixels 5 times" in verdict(read_history(noisy))
     clear = write_run(tmp_path, vary_z=0.9, vary_noise=[0.2] * 5 + [0.1])
-    assert "times that of unseen slices" in verdict(read_history(clear))
+    assert "times that of training slices" in verdict(read_history(clear))
 
 
 def test_a_probability_above_the_cap_is_named_too(tmp_path):
@@ -279,8 +283,9 @@ def test_a_probability_above_the_cap_is_named_too(tmp_path):
 
 
 def test_few_test_participants_give_no_verdict(tmp_path):
-    few = {"test_participants": 19} | ILL["labels without signal"]
-    assert diagnose(write_run(tmp_path, **few)) == {}
+    for name in ("labels without signal", "class ignored", "caricature"):
+        few = {"test_participants": 19} | ILL[name]
+        assert diagnose(write_run(tmp_path / name, **few)) == {}
     history = read_history(write_run(tmp_path, **few))
     assert verdict(history) == "The test set has 19 people; a verdict needs 20."
 
@@ -290,7 +295,7 @@ def test_what_lies_outside_of_its_green_range_is_named(tmp_path):
     run = write_run(tmp_path, leak_border=[0, 0, 0, 6.0, 6.0, 7.5], vary_z=0.1, vary_noise=0.5)
     assert out_of_range(read_history(run)) == [
         "What moves a pixel, z: 0.1 (healthy: 0.3 to 1.2)",
-        "Leaks, border, grey levels: 7.5 (healthy: -1 to 2)",
+        "Leak at the border, border, grey levels: 7.5 (healthy: -4 to 4)",
     ]
 
 
@@ -362,6 +367,34 @@ def test_the_fid_of_test_slices_is_of_as_many_as_samples(config: Config):
     some = splits["test"].take(random_rows(160, 100))
     values = features.compute_features(some.images, found.extractor, None)
     assert found.fid_real == pytest.approx(metrics.frechet_distance(values, found.real), rel=1e-3)
+
+
+def test_what_samples_are_compared_with_has_as_many_slices(config: Config, monkeypatch):
+    splits = {"train": make_slices(), "test": make_slices(n=40, seed=1)}
+    config.out.mkdir(parents=True)
+    found = Measurements(splits, "made up", replace(config, fid_images=100), torch.device("cpu"))
+    monkeypatch.setattr(samples, "sample_fakes", lambda *_, **__: make_slices(n=100, seed=2))
+    row = found.measure(fixed_generator(config), Discriminator(config, 2))
+    fake, test, train = (
+        features.compute_features(x.images, found.extractor, None)
+        for x in (make_slices(n=100, seed=2), splits["test"], splits["train"])
+    )
+    of_80 = metrics.frechet_distance(fake[random_rows(100, 80)], test)
+    assert row["fid_test"] == pytest.approx(of_80, rel=1e-3)
+    assert row["fid_memory"] == pytest.approx(metrics.frechet_distance(train, test), rel=1e-3)
+    whose = make_slices(n=100, seed=2)
+    few = metrics.Features(fake, whose.participants, whose.labels).take(random_rows(100, 40))
+    near = metrics.manifold_metrics(found.some_real, few)
+    assert row["recall"] == near["recall"] and row["coverage"] == near["coverage"]
+
+
+def test_samples_have_positions_of_slices_of_their_class(config: Config):
+    positions = np.where(np.arange(80) % 2, 0.5, 0.25)
+    slices = replace(make_slices(), labels=np.arange(80) % 2, positions=positions)
+    labels = np.array([0] * 9 + [1] * 5)
+    found = samples.positions_like(slices, labels, 0)
+    assert found.tolist() == [0.25] * 9 + [0.5] * 5
+    assert samples.positions_like(make_slices(), labels, 0) is None
 
 
 @pytest.mark.parametrize("positions", [[0, 1], [0, 1 / 3, 2 / 3, 1], [0, 0.45, 0.6, 1]])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from config import Config
-from evaluation.verdict import nearness
+from evaluation.verdict import MIN_PARTICIPANTS, nearness
 from modules import AdaptiveAugment
 from training.logs import LEAD, History
 from utils import new_figure, save_figure
@@ -38,7 +38,6 @@ NOISE_LIMIT = 0.2  # largest effect of noise alone, as a share of the variety of
 SPECTRUM_LIMIT = 3  # largest ratio of the finest details in samples and real slices, either way
 LEAK_LIMITS = {"leak_rotation": 1.5, "leak_flip": 0.5, "leak_border": 4.0}
 LEAST_SIGNAL = 0.05  # agreement above chance that real slices must reach to show their class
-MIN_PEOPLE = 20  # of the test set: the FID of fewer is so high that samples always look close
 MIN_MEASUREMENTS = 5  # values that a column must have before a rule on D or the samples may hold
 
 
@@ -52,6 +51,11 @@ def stays_above(values: np.ndarray, limit: float) -> bool:
     """The last six values are further from 0 than a limit, and no longer approach it."""
     off = np.abs(values[-6:])
     return len(off) == 6 and off.min() > limit and off[3:].mean() > 0.9 * off[:3].mean()
+
+
+def few_people(h: History) -> bool:
+    """The test set has too few people for a verdict."""
+    return bool(h.recent("test_participants") < MIN_PARTICIPANTS)
 
 
 def label_effect(h: History) -> float:
@@ -184,19 +188,19 @@ RULES = {
     "labels without signal": Rule(
         lambda h: (
             h.recent("agreement_real") - h.recent("agreement_chance") < LEAST_SIGNAL
-            and not h.recent("test_participants") < MIN_PEOPLE
+            and not few_people(h)
         ),
         "a classifier trained on the training slices cannot tell the classes of test slices",
         ("check the class folders; if their slices are right, slices do not show the class",),
     ),
     "class ignored": Rule(
-        lambda h: label_effect(h) < 0.2,
+        lambda h: label_effect(h) < 0.2 and not few_people(h),
         "samples do not show the class that was asked for",
         ("train longer", (lambda c: not without_ramp(c), "set label_ramp_kimg = 0")),
         passes=True,
     ),
     "caricature": Rule(
-        lambda h: label_effect(h) > 2,
+        lambda h: label_effect(h) > 2 and not few_people(h),
         "the classes of samples differ more than those of real slices",
         ("train longer", (without_ramp, "set label_ramp_kimg to half of the run")),
         passes=True,
@@ -219,10 +223,11 @@ def diagnose(history: History, config: Config) -> dict[str, str]:
 
 
 def verdict(history: History) -> str:
-    """How far samples are from real slices by their newest FID, in one sentence."""
-    if (people := history.recent("test_participants")) < MIN_PEOPLE:
-        return f"The test set has {people:.0f} people; a verdict needs {MIN_PEOPLE}."
-    fid, reference = (history.recent(name, last=1) for name in ("fid", "fid_real"))
+    """How far samples are from unseen slices by their newest FID, in one sentence."""
+    people = history.recent("test_participants")
+    if few_people(history):
+        return f"The test set has {people:.0f} people; a verdict needs {MIN_PARTICIPANTS}."
+    fid, reference = (history.recent(name, last=1) for name in ("fid_test", "fid_memory"))
     if not math.isfinite(fid + reference) or reference <= 0:
         return "The distance to real slices is not measured yet."
     if history.recent("vary_z", last=1) <= LEAD * history.recent("vary_noise", last=1):
@@ -230,7 +235,7 @@ def verdict(history: History) -> str:
     ratio = fid / reference
     more = ": look for copies of training slices with evaluate.py" if ratio < 1.2 else ""
     of = "" if math.isnan(people) else f" of {people:.0f} people"
-    text = f"their FID is {ratio:.1f} times that of unseen slices{of}"
+    text = f"their FID to unseen slices{of} is {ratio:.1f} times that of training slices"
     return f"Samples are {nearness(ratio)} real slices: {text}{more}."
 
 
@@ -320,8 +325,12 @@ PANELS = (
      (0.3, 1.2), "share of the variety of real slices; z should lead"),
     ("Class seen by an encoder", {"agreement": "samples", "agreement_real": "real test slices"},
      None, "healthy: samples near or above real slices"),
-    ("Leaks", {"leak_rotation": "spread of tilt, ratio", "leak_flip": "sides, deviations",
-               "leak_border": "border, grey levels"}, (-1, 2), "1, 0 and 0 without a leak"),
+    ("Leak of rotation", {"leak_rotation": "spread of tilt, ratio"},
+     (1 / LEAK_LIMITS["leak_rotation"], LEAK_LIMITS["leak_rotation"]), "1 without a leak"),
+    ("Leak of flips", {"leak_flip": "sides, deviations"},
+     (-LEAK_LIMITS["leak_flip"], LEAK_LIMITS["leak_flip"]), "0 without a leak"),
+    ("Leak at the border", {"leak_border": "border, grey levels"},
+     (-LEAK_LIMITS["leak_border"], LEAK_LIMITS["leak_border"]), "0 without a leak"),
     ("Spectrum", {"spectrum": "finest details, ratio"}, (1 / SPECTRUM_LIMIT, SPECTRUM_LIMIT),
      "above: a lattice; below: a blur"),
     ("Speed", {"img_per_s": "images per second"}, None, "healthy: steady"),

@@ -44,11 +44,13 @@ class Measurements:
     """What a run measures, at an interval, on fresh samples of the averaged generator.
 
     - `fid`, `kid`: distance to the training slices; `fid_real`: the FID of test slices, which are
-      of other participants.
+      of other participants. `fid_test`: FID to the test slices; `fid_memory`: that of as many
+      training slices.
     - `leak_rotation`, `leak_flip`, `leak_border`: see `leaks`.
-    - `precision`, `recall`, `coverage`: see `manifold_metrics`; `recall_real`, `coverage_real`:
-      those of test slices. `recall_blurred`, `recall_blurred_real`: recall after all images were
-      blurred by a pixel; it stays low if shapes are missing, but not for want of detail.
+    - `precision`, `recall`, `coverage`: see `manifold_metrics`, of as many samples as test slices;
+      `recall_real`, `coverage_real`: those of test slices. `recall_blurred`, `recall_blurred_real`:
+      recall after all images were blurred by a pixel; it stays low if shapes are missing, but not
+      for want of detail.
     - `spread`: deviation of samples along the ten main axes of the real slices' features, divided
       by that of the real slices; the median of the axes.
     - `shapes_1_1`, `shapes_2_6`, `shapes_7_20`: deviation of samples along the principal components
@@ -83,15 +85,18 @@ class Measurements:
         self.gaussian = metrics.gaussian(self.real)
         rows = utils.random_rows(len(self.real), count)
         self.some_real = metrics.Features(self.real, train.participants, train.labels).take(rows)
-        # as many test slices as samples: the FID of fewer is higher
         unseen = variety.some_features(test, count, self.extractor, cache=cache)
         self.fid_real = metrics.frechet_distance(unseen.values, self.real)
+        self.unseen, self.num_unseen = metrics.gaussian(unseen.values), len(unseen.values)
+        some = metrics.gaussian(self.some_real.values)
+        self.fid_memory = metrics.gaussian_distance(some, self.unseen)
         self.some_blurred = self.blurred(train, cache)
         self.near_real = self.nearness(unseen, self.blurred(test, cache))
         self.axes = metrics.main_axes(self.gaussian, MAIN_AXES)
         pixels = features.compute_features(train.images[rows], features.PIXELS, None)
         self.shapes = metrics.main_axes(metrics.gaussian(pixels), metrics.NUM_SHAPES)
         self.labels = samples.labels_in_proportion(train.labels, config.fid_images)
+        self.positions = samples.positions_like(train, self.labels, 0)
         rng = np.random.default_rng(0)  # D gets slices in random order, as in training
         self.subsets = {
             name: part.take(rng.permutation(len(part.labels))[: config.fid_images])
@@ -138,19 +143,24 @@ class Measurements:
     def measure(self, G: Generator, D: Discriminator) -> dict[str, float | None]:
         """All measurements of the averaged generator and of the discriminator."""
         seed = utils.stream_seed("measurements", self.config.seed)  # other latents than evaluate.py
-        fakes = samples.sample_fakes(G, self.labels, self.classes, seed, silent=True)
+        given = self.labels, self.classes, seed, self.positions
+        fakes = samples.sample_fakes(G, *given, silent=True)
         values = features.compute_features(fakes.images, self.extractor, None)
         order = np.random.default_rng(0).permutation(len(fakes.labels))
         subsets = (self.subsets["train"], self.subsets["test"], fakes.take(order))
         real, test, fake = (self.mean_logit(D, slices) for slices in subsets)
         some = metrics.Features(values, fakes.participants, fakes.labels)
+        few = utils.random_rows(len(values), self.num_unseen)  # as many as test slices
+        as_many = values[utils.random_rows(len(values), len(self.some_real.values))]
         pixels = features.compute_features(fakes.images, features.PIXELS, None)
         moved = samples.conditional_variation(G, self.config.seed)
         found = {
             "fid": metrics.gaussian_distance(metrics.gaussian(values), self.gaussian),
             "fid_real": self.fid_real,
+            "fid_test": metrics.gaussian_distance(metrics.gaussian(as_many), self.unseen),
+            "fid_memory": self.fid_memory,
             "test_participants": len(set(self.subsets["test"].participants)),
-            **self.nearness(some, self.blurred(fakes)),
+            **self.nearness(some.take(few), self.blurred(fakes.take(few))),
             **{f"{name}_real": self.near_real[name] for name in NEARNESS[1:]},
             "spread": metrics.median_deviation(values @ self.axes),
             **metrics.shape_spread(pixels @ self.shapes),

@@ -290,14 +290,30 @@ def training_data(config: Config) -> str:
     if config.data_root is not None:
         words = f"the slices in the folder “{name_of(config.data_root)}”"
     if config.init_from is not None:
-        words += f", starting from weights of {(start := name_of(run_folder(config.init_from)))}"
-        words += ", whose training slices count too" * (start != DEMO_GENERATOR.name)
+        words += f", starting from weights of {name_of(run_folder(config.init_from))}"
+        words += ", whose training slices count too" * bool(other_start(config))
     return words
+
+
+def other_start(config: Config) -> str:
+    """The name of the run whose weights a run started from; "" for none or the demo generator."""
+    start = "" if config.init_from is None else name_of(run_folder(config.init_from))
+    return "" if start == DEMO_GENERATOR.name else start
 
 
 def trained_on(path: Path, data: str) -> bool:
     """Whether a run, or the run of a file, was trained on these slices, split in the same way."""
     return data == read_run_config(path)[2]
+
+
+def identity_of(source: Path) -> dict[str, Any]:
+    """What is known of weights: file, sha256, thousands of images seen, the run they began with."""
+    weights, config = weights_of(source), read_run_config(source)[0]
+    saved = load_checkpoint(weights) if weights.suffix == ".pt" else None
+    nimg = saved["cur_nimg"] if saved else utils.images_seen(weights)
+    found = {"weights": str(weights), "sha256": utils.sha256_of(weights)}
+    found["kimg"] = "unknown" if nimg is None else nimg / 1000
+    return found | ({"started_from": start} if (start := other_start(config)) else {})
 
 
 def own_encoder(path: Path, data: str) -> Path | None:
