@@ -99,7 +99,7 @@ def modulated_conv2d(
     x [N, I, H, W], weight [O, I, K, K], styles [N, I] -> [N, O, H, W], or [N, O, 2H, 2W] with `up`,
     by a transposed convolution of stride 2 and the low-pass filter. `demodulate` divides each
     output map by the deviation that it would have if all inputs were independent with variance 1;
-    nothing is measured. Then it applies `gain`.
+    nothing is measured. `gain` is that of the demodulated maps.
 
     The paper scales the weights of each image (equations 1 and 3). Scaling input and output gives
     the same result, y = d * conv(s * x, W) with d_o = gain * rsqrt(sum_i s_i^2 sum_k W_oik^2 +
@@ -230,8 +230,8 @@ class MinibatchStd(nn.Module):
     """Append one constant map: the deviation within a small group of images ([4], section 3).
 
     Its value is the standard deviation over the group, averaged over maps and pixels. A group has
-    as many images as the largest divisor of N up to `group_size`, so any batch size works. For a
-    prime N above `group_size` an image is alone in its group, and the map says nothing.
+    as many images as the largest divisor of N up to `group_size`. If there is none but 1, as for
+    N = 25, an image is alone in its group, and the map says nothing.
     """
 
     def __init__(self, group_size: int = 4) -> None:
@@ -578,8 +578,10 @@ class AdaptiveAugment(nn.Module):
         images seen, including that step.
         """
         config = self.config
+        if config.ada_p is not None:
+            return
         self.sign_sum += real_sign
-        if config.ada_p is None and cur_nimg // config.batch_size % config.ada_interval == 0:
+        if cur_nimg // config.batch_size % config.ada_interval == 0:
             too_high = (self.sign_sum / config.ada_interval - config.ada_target).sign()
             images = config.batch_size * config.ada_interval
             self.p.add_(too_high * (images / (config.ada_kimg * 1000))).clamp_(0, self.P_MAX)

@@ -194,14 +194,16 @@ class TrainingState:
         mode = config.compile
         if mode == "auto":  # several ranks compile at the same step, as they wait for each other
             mode = "off" if device.type != "cuda" else "on" if num_ranks() > 1 else "auto"
-        self.phases = Phases(mode, PHASES, compile_phase)
+        phases = [p for p in PHASES if p is not g_path or config.pl_weight]
+        self.phases = Phases(mode, phases, compile_phase)
         print_once(f"computing on {device} in {str(dtype).removeprefix('torch.')}, compile {mode}")
 
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint: tensors and plain values only."""
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state |= {name: getattr(self, name) for name in self.VALUES}
-        return state | {"num_ranks": num_ranks(), "settings": runs.shared_settings(self.config)}
+        state |= {"num_ranks": num_ranks(), "num_threads": torch.get_num_threads()}
+        return state | {"settings": runs.shared_settings(self.config)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. Raises UserError if it has other parts or sizes."""
@@ -349,7 +351,7 @@ def batches(
             steps.popleft().synchronize()
         asked = time.perf_counter()
         try:
-            with waiting():
+            with waiting(), process.lost_workers_named(recorder.config, process.LostWorker):
                 batch = next(iterator, None)
         except process.Stopped:
             return
@@ -429,7 +431,12 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
     if left_over or share < 2:
         text = f"must split evenly over the {num_ranks()} processes, 2 images or more for each"
         raise UserError(f"batch_size = {config.batch_size}: {text}")
-    if config.cooldown and config.r1_gamma_end is not None and config.r1_gamma_end > config.gamma:
+    if share > 4 and all(share % size for size in (2, 3, 4)):
+        text = f"{share} images for each process make no groups of 2 to 4, which D compares"
+        raise UserError(f"batch_size = {config.batch_size}: {text}")
+    if config.r1_gamma_end is not None and not config.cooldown:
+        print_once(f"note: r1_gamma_end = {config.r1_gamma_end} does nothing without a cooldown")
+    elif config.r1_gamma_end is not None and config.r1_gamma_end > config.gamma:
         text = f"above r1_gamma = {config.gamma}: give both"
         raise UserError(f"r1_gamma_end = {config.r1_gamma_end}: {text}")
     saved = runs.open_run(config)
@@ -463,6 +470,10 @@ def start_state(config: Config, slices: Slices, device: torch.device, saved: Any
         print_once(f"resuming {config.out} at {state.cur_nimg:,} images")
         if (before := saved.get("num_ranks", 1)) != num_ranks():
             print_once(f"note: {before} processes before, {num_ranks()} now: random numbers differ")
+        threads = saved.get("num_threads", torch.get_num_threads())
+        if device.type == "cpu" and threads != torch.get_num_threads():
+            text = f"{threads} threads before, {torch.get_num_threads()} now"
+            print_once(f"note: {text}: rounding differs; OMP_NUM_THREADS sets them")
     elif config.init_from is not None:
         for name, weights in runs.source_of_weights(config, slices.c_dim).items():
             runs.load_fitting_weights(getattr(state, name), weights)
@@ -506,10 +517,12 @@ def train_and_save(
 ) -> None:
     """Train in a prepared run folder, save, draw the plots. Raises Stopped after a request."""
     slices = splits["train"]
-    state = start_state(config, slices, device, saved)
+    state, is_new = start_state(config, slices, device, saved), saved is None
+    if saved:
+        saved.clear()  # its tensors would take memory to the end
     if not slices.c_dim:
         print_once(f"one class, {slices.classes[0]}: training without a condition")
-    if saved is None and device.type == "cpu" and config.data_root and not config.init_from:
+    if is_new and device.type == "cpu" and config.data_root and not config.init_from:
         text = "needs far fewer images without a GPU (64 pixels; set no other sizes)"
         print_once(f"hint: --init-from assets/demo_generator {text}")
     if device.type == "cuda":
@@ -530,6 +543,10 @@ def train_and_save(
                     loop(state, slices, recorder)
             if rank() == 0:
                 save_if_new(state, recorder)
+        except process.LostWorker:
+            if rank() == 0:
+                save_if_new(state, recorder)
+            raise
         finally:
             recorder.close()
     if state.cur_nimg < state.total or process.STOP.name:

@@ -1,4 +1,4 @@
-"""What all modules share: messages, cores, labels, files that survive kills, pictures, heads.
+"""What all modules share: messages, cores, labels, files that survive kills, pictures.
 
 A file is written under another name, synced and renamed, so that readers see a whole file or none.
 Files that are read again carry a checksum. Nothing here unpickles code.
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import UserError
@@ -72,6 +71,35 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+class LastingStream:
+    """A stream whose reader may vanish: from then on it writes nowhere, and the work goes on.
+
+    Its reader may be a program such as tee, a terminal, or a file on a disk that is full.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self.lasting():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.lasting():
+            self.stream.flush()
+
+    @contextmanager
+    def lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command. Bad input and errors of the system end it with one line and exit code 2.
 
@@ -80,6 +108,7 @@ def run_command(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
     leave_a_core()
     threading.excepthook = print_error_of_thread
     try:
@@ -606,45 +635,3 @@ def save_figure(figure: "Figure", *paths: Path) -> None:
     for path in paths:
         options = {"format": path.suffix[1:], "dpi": 110, "bbox_inches": "tight"}
         write_atomically(path, lambda target, options=options: figure.savefig(target, **options))
-
-
-# Heads in pictures
-
-
-def otsu_threshold(values: np.ndarray) -> float:
-    """The threshold in grey values [0, 255] with the most variance between its two sides."""
-    counts = np.bincount(values.astype(np.uint8).ravel(), minlength=256).astype(float)
-    below, mass = counts.cumsum(), (counts * np.arange(256)).cumsum()
-    above = below[-1] - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (mass / below - (mass[-1] - mass) / above) ** 2
-    return float(np.nan_to_num(between).argmax())
-
-
-def moments(grey: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where a head lies in pictures [n, R, R]. -> x, y, tilt, side, each [n].
-
-    x and y: centre of grey, pixels from the middle. tilt: of the long axis to the right, degrees.
-    side: grey of the right half minus that of the left half, as a share of all grey.
-    """
-    at = np.arange(grey.shape[-1]) - (grey.shape[-1] - 1) / 2
-    grey = grey.astype(np.float32) + 1e-3
-    grey /= grey.sum((1, 2), keepdims=True)
-    columns, rows = grey.sum(1), grey.sum(2)  # each [n, R]
-    x, y = columns @ at, rows @ at
-    xx, yy = columns @ at**2 - x**2, rows @ at**2 - y**2
-    xy = np.einsum("nyx,y,x->n", grey, at, at) - x * y
-    return x, y, np.degrees(0.5 * np.arctan2(-2 * xy, yy - xx)), columns @ np.sign(at)
-
-
-def rotate_and_centre(
-    grey: np.ndarray, x: np.ndarray, y: np.ndarray, tilt: np.ndarray, scale: np.ndarray | float = 1
-) -> np.ndarray:
-    """Move (x, y) of pictures [n, R, R] to the middle, undo tilt, shrink by `scale`. -> uint8."""
-    cos, sin = scale * np.cos(np.radians(tilt)), scale * np.sin(np.radians(tilt))
-    sides = grey.shape[-1] / 2
-    rows = np.array([[cos, -sin, x / sides], [sin, cos, y / sides]], np.float32)
-    shape = [len(grey), 1, *grey.shape[1:]]
-    grid = F.affine_grid(torch.from_numpy(rows).movedim(2, 0), shape, align_corners=False)
-    found = F.grid_sample(torch.from_numpy(grey)[:, None], grid, align_corners=False)
-    return found[:, 0].round().clamp(0, 255).byte().numpy()

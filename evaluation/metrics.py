@@ -26,7 +26,8 @@ from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import map_in_chunks, moments, otsu_threshold, random_rows, rotate_and_centre
+from scans.heads import moments, otsu_threshold, rotate_and_centre
+from utils import map_in_chunks, random_rows
 
 ROWS = 500  # rows of a distance matrix that are computed at a time
 NUM_DRAWS = 200  # draws of a bootstrap

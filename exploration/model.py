@@ -16,6 +16,7 @@ from evaluation import features, metrics
 from evaluation.samples import labels_of, latents, mapped
 from modules import Generator
 from participants.names import normalized
+from scans.heads import moments
 from training import process, runs
 
 CLASSIFIER_STEPS = 600
@@ -204,7 +205,7 @@ def attributes(images: np.ndarray) -> np.ndarray:
         grey = float(np.median(image[brain])) if brain.any() else 0.0
         return 100 * float(ventricles.mean()), 100 * float(brain.mean()), grey
 
-    x, y, tilt, _ = utils.moments(images)
+    x, y, tilt, _ = moments(images)
     found = np.array(utils.map_on_cores(areas, images, None, "image")).reshape(-1, 3)
     share = 100 / images.shape[-1]
     return np.column_stack([found, tilt, x * share, y * share])

@@ -27,6 +27,7 @@ import utils
 from config import Config, UserError
 from participants.names import participant_in
 from participants.tables import Entry, usual_class
+from scans.heads import moments, otsu_threshold, rotate_and_centre
 
 SIDE = 96  # pixels of the small pictures whose edges are compared
 HASH_SIDE = 24  # pixels of the still smaller pictures whose grey values are compared
@@ -217,12 +218,12 @@ def normalise_pose(pictures: np.ndarray) -> np.ndarray:
         black = np.percentile(part, 5, (1, 2), keepdims=True)
         grey = (part - black).clip(0).astype(np.float32)
         mask = grey > 0.15 * np.percentile(grey, 99, (1, 2), keepdims=True)
-        x, y, tilt, _ = utils.moments(mask)
+        x, y, tilt, _ = moments(mask)
         at, count = np.arange(SIDE) - (SIDE - 1) / 2, np.maximum(mask.sum((1, 2)), 1)
         columns, rows = (mask.sum(axis) / count[:, None] for axis in (1, 2))
         variance = columns @ at**2 - x**2 + rows @ at**2 - y**2
         scale = np.sqrt(np.maximum(variance, 1)) / (HEAD_DEVIATION * SIDE)
-        return utils.rotate_and_centre(grey, x, y, tilt, scale)
+        return rotate_and_centre(grey, x, y, tilt, scale)
 
     return utils.map_in_chunks(work, pictures)
 
@@ -355,7 +356,7 @@ def draw_sheet(folder: CheckedFolder, path: Path) -> None:
         pictures = folder.pictures[labels == label]
         files = [seen.file.path.name for seen in folder.slices if seen.file.label == label]
         grey = pictures.mean((1, 2))
-        size = np.array([(p > utils.otsu_threshold(p) / 2).mean() for p in pictures])
+        size = np.array([(p > otsu_threshold(p) / 2).mean() for p in pictures])
         at = {"": utils.evenly_spaced(len(pictures), COLUMNS)}
         for name, values in (("dark", grey), ("bright", -grey), ("small", size), ("large", -size)):
             at[name] = np.argsort(values, kind="stable")[:EXTREMES]

@@ -25,7 +25,7 @@ from scipy import ndimage
 
 from config import Range, Seed, UserError, check_fields
 from scans.finding import CONTRASTS, contrast_of, other_contrast
-from utils import otsu_threshold
+from scans.heads import otsu_threshold
 
 MAX_VOXELS = 512**3
 MAX_GZIP_RATIO = 1100  # of the size of the content to the size of the file

@@ -46,7 +46,7 @@ from evaluation.metrics import (
     without_participants,
 )
 from evaluation.variety import recall_without_detail
-from utils import otsu_threshold
+from scans.heads import otsu_threshold
 
 
 def gaussians(n: int, width: int, seed: int, shift: float = 0) -> np.ndarray:

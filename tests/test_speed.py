@@ -378,6 +378,32 @@ def test_what_cannot_be_compiled_is_said_once_and_trains_as_it_is(
     assert_same_run(plain, compiled)
 
 
+def test_a_failed_compilation_keeps_nothing_alive(monkeypatch):
+    class Large:
+        alive = 0
+
+        def __init__(self):
+            Large.alive += 1
+
+        def __del__(self):
+            Large.alive -= 1
+
+    def phase(*_):
+        assert not Large.alive
+        return parameter.square().sum(), {}
+
+    def broken(*_):
+        large = Large()
+        raise RuntimeError(f"no memory for {large}")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    parameter = torch.nn.Parameter(torch.ones(1))
+    phases = compiler.Phases("on", [phase])
+    phases.compiled_at = {"g_main_compiled_at": 4}
+    phases(phase, torch.optim.Adam([parameter]), 0)
+    assert parameter.item() < 1 and phases.compiled_at == phases.compiled == {}
+
+
 @pytest.mark.parametrize("native", [False, True])
 def test_precision_is_chosen_by_device_and_width(native, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)

@@ -244,6 +244,21 @@ def test_a_signal_to_the_whole_group_saves_and_ends_cleanly(config, tmp_path):
     assert_saved_at_its_last_step(config)
 
 
+@pytest.mark.parametrize("then", ["Ctrl-C", "no signal"])
+def test_a_reader_that_vanishes_costs_nothing(config, tmp_path, then):
+    """As when Ctrl-C ends tee too, or tee dies by itself."""
+    config = replace(config, epochs=10000 if then == "Ctrl-C" else 60)
+    process = start(config, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for_epoch(config, process)
+    process.stdout.close()
+    if then == "Ctrl-C":
+        process.send_signal(signal.SIGINT)
+    process.wait(60)
+    assert process.returncode == 0
+    assert_saved_at_its_last_step(config)
+    assert read_log(config.out)[-1]["epoch"] == 60 or then == "Ctrl-C"
+
+
 def train_on_a_terminal(config: Config, ours: int, theirs: int) -> None:
     """In a process of its own, whose controlling terminal it becomes."""
     os.setsid()

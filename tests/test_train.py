@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -56,6 +57,7 @@ from training.runs import (
     load_checkpoint,
     load_generator,
     read_run_config,
+    save_checkpoint,
 )
 from utils import read_picture, to_uint8
 
@@ -843,11 +845,28 @@ def test_a_gpu_that_this_torch_cannot_use_is_named_with_both_versions(monkeypatc
         process.resolve_device("cuda")
 
 
-def test_r1_does_not_rise_in_the_cooldown(config: Config):
+def test_r1_does_not_rise_in_the_cooldown(config: Config, capsys):
     higher = replace(config, r1_gamma=0.01, r1_gamma_end=0.05)
     with pytest.raises(UserError, match=r"r1_gamma_end = 0.05: above r1_gamma = 0.01: give both"):
         training.prepare(replace(higher, cooldown=0.4))
-    training.prepare(replace(higher, cooldown=0.0))  # it has no effect
+    capsys.readouterr()
+    training.prepare(replace(higher, cooldown=0.0))
+    assert "note: r1_gamma_end = 0.05 does nothing without a cooldown" in capsys.readouterr().out
+
+
+def test_a_batch_without_groups_is_refused(config: Config):
+    for size, fits in ((4, True), (5, False), (6, True), (25, False), (9, True), (3, True)):
+        given = replace(config, batch_size=size)
+        with nullcontext() if fits else pytest.raises(UserError, match="no groups of 2 to 4"):
+            training.prepare(given)
+
+
+def test_other_threads_are_said(config: Config, capsys):
+    train(replace(config, epochs=1))
+    path = checkpoints(config.out)[-1]
+    save_checkpoint(path, load_checkpoint(path) | {"num_threads": 99})
+    train(config)
+    assert "note: 99 threads before" in capsys.readouterr().out
 
 
 def test_defaults_edited_in_config_choose_the_settings_too(monkeypatch, capsys):
@@ -880,6 +899,9 @@ def test_a_lost_worker_ends_the_run_with_a_reason_and_what_was_done_is_saved(
     with pytest.raises(UserError, match=f"(?s)lost a worker: .*{words}.*num_workers = 1: 0 loads"):
         train(replace(config, num_workers=1))
     assert multiprocessing.active_children() == []  # or the process would wait for them at its end
+    if "Killed" not in words:  # which may interrupt a step: what it left is not saved
+        newest = load_checkpoint(checkpoints(config.out)[-1])["cur_nimg"]
+        assert newest == read_losses(config.out)[-1, 0] == 20
     monkeypatch.undo()
     train(config)
     assert [line["nimg"] for line in read_log(config.out)] == [16, 32]

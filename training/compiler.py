@@ -100,7 +100,7 @@ class Phases:
 
         Without other processes it raises Stopped if it is asked to stop while it compiles.
         """
-        cached = phase in self.cached or self.calls[phase] > 0
+        cached, reason = phase in self.cached or self.calls[phase] > 0, ""
         told = (lambda _: None) if cached else print_once
         told(f"compiling {phase.__name__} ...")
         started = time.perf_counter()
@@ -111,8 +111,9 @@ class Phases:
             told(f"compiled {phase.__name__} in {time.perf_counter() - started:.0f} s")
         except Exception as error:  # the compiler raises many types
             reason = f"{phase.__name__} cannot be compiled: {first_line(error)}"
+        if reason:  # the error is gone, and with it the tensors of the first attempt
             print_once(f"warning: training goes on uncompiled, because {reason}")
-            self.compiled = {}
+            self.compiled, self.compiled_at = {}, {}
             self.close()
             optimizer.zero_grad(set_to_none=True)
             stats = self.backward(phase, seed, *args)

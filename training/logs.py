@@ -65,7 +65,8 @@ def read_losses(run: Path) -> np.ndarray:
 
 def losses_text(rows: np.ndarray) -> str:
     """Rows (nimg, *STATS) as lines of losses.csv."""
-    return "".join(",".join("" if np.isnan(v) else f"{v:.9g}" for v in r) + "\n" for r in rows)
+    cells = ((f"{r[0]:.0f}", *("" if np.isnan(v) else f"{v:.9g}" for v in r[1:])) for r in rows)
+    return "".join(",".join(line) + "\n" for line in cells)
 
 
 def append_losses(run: Path, rows: np.ndarray) -> None:

@@ -289,9 +289,13 @@ def kill_workers() -> None:
         signal.signal(child_ended, before)
 
 
+class LostWorker(UserError):
+    """A loader's worker died or timed out while the loop waited for it, between two steps."""
+
+
 @contextmanager
-def lost_workers_named(config: Config) -> Iterator[None]:
-    """Raises UserError if a loader's worker died or timed out, which may interrupt any line."""
+def lost_workers_named(config: Config, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Raises a UserError if a loader's worker died or timed out, which may interrupt any line."""
     try:
         yield
     except RuntimeError as error:
@@ -299,4 +303,4 @@ def lost_workers_named(config: Config) -> Iterator[None]:
             raise
         kill_workers()
         advice = f"num_workers = {config.num_workers}: 0 loads in the main process"
-        raise UserError(f"the loader lost a worker: {first_line(error)}. {advice}") from error
+        raise kind(f"the loader lost a worker: {first_line(error)}. {advice}") from error

@@ -61,6 +61,7 @@ class Measurements:
       it moves least.
     - `agreement`: share of samples in which an encoder, trained on real slices, sees the class that
       was asked for, averaged over classes; `agreement_real`: the same of real test slices.
+    - `agreement_chance`: the same of a guess; `test_participants`: people in the test set.
     - `overfitting`: 0 if D rates test slices like training slices, 1 if it rates them like samples
       ([1], equation 1); None if D hardly tells training slices from samples either.
 
@@ -288,9 +289,11 @@ class Recorder:
             if value is not None:
                 self.board.add_scalar(f"{GROUPS.get(name, 'Run')}/{name}", value, self.cur_nimg)
         self.lines.append(line)
-        history = logs.history_of(self.lines, self.rows_of_epoch())
+        rows, ended = self.rows_of_epoch(), line["epoch"] == self.config.epochs
         self.epoch_rows = []
-        ended = line["epoch"] == self.config.epochs
+        if not ended and "fid" not in line and len(self.lines) % (1 + len(self.lines) // 1000):
+            return  # a long log takes long to judge
+        history = logs.history_of(self.lines, rows)
         for name, text in diagnose(history, self.config).items():
             if name not in self.warned and (ended or not RULES[name].passes):
                 self.warned.add(name)
