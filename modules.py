@@ -3,14 +3,14 @@
 Notation: N images, C channels, H x W pixels, I inputs, O outputs, K kernel taps; `z` latents, `c`
 one-hot labels, `w` intermediate latents, `ws` one w for every layer. Images are in [-1, 1].
 
-References, numbered as in README.md:
+References, numbered as in README.md up to [10]:
     [1] Karras et al. 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958
     [2] Karras et al. 2019, A Style-Based Generator Architecture for GANs, arXiv:1812.04948
     [4] Karras et al. 2018, Progressive Growing of GANs, arXiv:1710.10196
     [5] Miyato and Koyama 2018, cGANs with Projection Discriminator, arXiv:1802.05637
-    [11] Zhang 2019, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486
     [6] Karras et al. 2020, Training Generative Adversarial Networks with Limited Data,
         arXiv:2006.06676
+    [11] Zhang 2019, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486
 """
 
 import math
@@ -43,12 +43,10 @@ def binomial_filter(x: Tensor, order: int, padding: int, gain: float = 1) -> Ten
     """Low-pass filter ([11]) with the taps [1, 2, 1] (order 2) or [1, 3, 3, 1] (order 3).
 
     The taps sum to `gain`. The filter adds shifted images along each axis; a compiler makes one
-    pass of the sum and of its derivatives of any order. On a CPU, outside of a second derivative,
-    a depthwise convolution is faster; PyTorch takes its second derivative channel by channel.
+    pass of the sum and of its derivatives of any order. On a CPU a depthwise convolution is faster.
     [N, C, H, W] -> [N, C, H + 2p - order, W + 2p - order], p = `padding`.
     """
-    derived_once = not torch._C._are_functorch_transforms_active()
-    if x.device.type == "cpu" and derived_once and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         row = torch.tensor([math.comb(order, i) for i in range(order + 1)], dtype=x.dtype)
         kernel = row.outer(row * (gain / 4**order)).expand(x.shape[1], 1, -1, -1)
         return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])

@@ -8,7 +8,7 @@
 
 The same command resumes a run that was stopped. Settings and their defaults: config.py or --help.
 
-References, numbered as in README.md:
+References, numbered as in README.md up to [10]:
     [1] Karras et al. 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958
     [3] Mescheder et al. 2018, Which Training Methods for GANs do actually Converge?,
         arXiv:1801.04406
