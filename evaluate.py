@@ -139,7 +139,7 @@ def compare_to_unseen(test: Features, sets: FeatureSets, seed: int) -> Rows:
     The FD of the training slices is what a perfect memory gets; the FD of fresh subjects, known for
     the demo brains only, is what a perfect generator gets. The ratio of the samples' FD to the
     latter is about 1 if G is perfect. That to the former is 1 if G repeats the training slices, and
-    0.6 to 0.95 if it is perfect, as each of its slices is of a new person. Intervals of ratios come
+    0.6 to 1 if it is perfect, as each of its slices is of a new person. Intervals of ratios come
     from the deviations of distances between random halves of all participants.
     """
     whole, halves = metrics.distances_by_halves(test, sets, seed)
@@ -323,8 +323,9 @@ def measure_memorisation(fakes: Slices, references: References) -> Tables:
         found = metrics.copy_audit(
             both["train"], points["test"], points["samples"], test.participants, references.seed
         )
-        in_report = "share_too_near", "interval_over_participants", "share_by_chance", "threshold"
-        row = {"space": space.name} | {k: found[k] for k in in_report}
+        in_report = ("share_too_near", "interval_over_participants", "share_by_chance",
+                     "excess_interval", "threshold")  # fmt: skip
+        row = {"space": space.name} | {k: found[k] for k in in_report if k in found}
         for name in copies:
             gaps, _ = metrics.nearest_neighbour(points[name], both["train"])
             row[f"found_{name}"] = float((gaps < found["threshold"]).mean())
@@ -586,7 +587,7 @@ def fakes_of(options: Options, G: Generator, references: References) -> tuple[Sl
     if np.abs(np.subtract(*shares)).max() > 0.05:
         origin["note"] = "classes in other proportions than in train, which adds to distances"
         utils.print_once(f"note: images = {options.images}: {origin['note']}")
-    return fakes, origin | {"kimg": "unknown"}
+    return fakes, origin | {"kimg": "unknown", "started_from": ""}
 
 
 def counts(sets: dict[str, Slices]) -> dict[str, int]:

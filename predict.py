@@ -6,7 +6,8 @@
     python predict.py --compare runs/a runs/b runs/c          # grids, losses and FID of runs
 
 Writes grid_CLASS.png, images/CLASS/seed0000.png, truncation.png, mixing.png, embedding_images.png
-and embedding_w.png into RUN/predict or --out; positions.png too with condition_position. With
+and embedding_w.png into RUN/predict or --out; positions.png too with condition_position. Another
+truncation or position is in the names of grids, images and mixing, such as images_psi0.7. With
 --format pdf the figures, but not the single images, are also written as PDF with vector letters. On
 one machine the same seed always gives the same image: a seed has one z for all classes, noise is
 constant, and images are computed one by one.
@@ -217,7 +218,7 @@ def probe_by_participant(train: tuple[np.ndarray, Slices], test: tuple[np.ndarra
     """How well a linear classifier separates the classes of unseen participants, in words.
 
     It is fitted to the training slices; the score of a participant is the mean over the slices.
-    Fewer than ten test participants get no score.
+    Too few test participants get no score.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -463,7 +464,7 @@ def predict(options: Options) -> Path:
                 draw_sweep(G, classes, seeds[:SWEEP_SEEDS], sweep, axis, paths)
     if "mixing" in wanted:
         with timed("mixing"):
-            draw_mixing(G, classes, seeds, options, options.paths(out, "mixing"))
+            draw_mixing(G, classes, seeds, options, options.paths(out, f"mixing{end}"))
     if "embedding" in wanted:
         utils.print_once("embeddings take a while: UMAP is compiled first")
         os.environ.setdefault("NUMBA_CACHE_DIR", utils.compiled_folder(config.cache))  # for UMAP

@@ -431,7 +431,7 @@ def prepare(config: Config) -> tuple[dict[str, Any] | None, dict[str, Slices], s
     if left_over or share < 2:
         text = f"must split evenly over the {num_ranks()} processes, 2 images or more for each"
         raise UserError(f"batch_size = {config.batch_size}: {text}")
-    if share > 4 and all(share % size for size in (2, 3, 4)):
+    if share > 4 and all(share % size for size in (2, 3)):
         text = f"{share} images for each process make no groups of 2 to 4, which D compares"
         raise UserError(f"batch_size = {config.batch_size}: {text}")
     if config.r1_gamma_end is not None and not config.cooldown:

@@ -4,6 +4,7 @@ A file is written under another name, synced and renamed, so that readers see a 
 Files that are read again carry a checksum. Nothing here unpickles code.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -74,7 +75,7 @@ def first_line(error: Exception) -> str:
 class LastingStream:
     """A stream whose reader may vanish: from then on it writes nowhere, and the work goes on.
 
-    Its reader may be a program such as tee, a terminal, or a file on a disk that is full.
+    Its reader may be a program such as tee, a terminal, or a file on a full disk, which is said.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -96,8 +97,12 @@ class LastingStream:
     def lasting(self) -> Iterator[None]:
         try:
             yield
-        except OSError:
+        except BlockingIOError:
+            pass  # only this text is lost
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if error.errno not in (errno.EPIPE, errno.EIO) and self is sys.stdout:
+                print(f"warning: the output is not written: {error.strerror}", file=sys.stderr)
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -129,7 +129,7 @@ def text_of_runs(reports: list[dict[str, Any]]) -> str:
     text, named = f"# Over {len(reports)} runs\n\n", ("weights", "kimg", "sha256", "seed", "n_fake")
     whats = [tables["what"] for tables in reports]
     text += as_table([{name: what.get(name) for name in named} for what in whats]) + "\n"
-    if len({what.get("data") for what in whats}) > 1:
+    if len({what.get("data", "").partition(":")[0] for what in whats}) > 1:
         return text + "Not averaged: they were measured with different real slices.\n"
     return text + as_narrow_tables(over_runs(reports))
 

@@ -78,7 +78,7 @@ def closeness(report: dict[str, Any]) -> str:
             return f"How close the generated slices are to real ones cannot be told from {few}."
         whose = "people whom the generator never saw"
         if start := report.get("what", {}).get("started_from"):
-            whose = f"people whom this run did not see, but perhaps {start}, where it began"
+            whose = f"people whom this run never saw, though {start}, where it began, may have"
         whose = "other data than the run's" if is_of_other_data(report) else whose
         limits = f"{low:.2g} to {high:.2g}" if is_finite(high) else f"{low:.2g} or more"
         return (
@@ -103,6 +103,9 @@ def variety(report: dict[str, Any]) -> str:
         for which in ("samples", "test slices")
     )
     if math.isfinite(fake) and real > 0:
+        if precision_of(report) < LOW_PRECISION:
+            share = f"only {precision_of(report):.0%} of them look like real slices at all"
+            return f"Their variety cannot be judged, as {share}."
         if fake < 0.8 * real and fake_blurred >= 0.8 * real_blurred > 0:
             return (
                 "Their shapes vary about as those of real slices do, but their fine detail is not "
@@ -110,9 +113,6 @@ def variety(report: dict[str, Any]) -> str:
                 f"them, and {fake_blurred:.0%} once all are blurred by a pixel (slices of unseen "
                 f"people: {real:.0%} and {real_blurred:.0%})."
             )
-        if precision_of(report) < LOW_PRECISION:
-            share = f"only {precision_of(report):.0%} of them look like real slices at all"
-            return f"Their variety cannot be judged, as {share}."
         grades = {0.4: "far smaller than that of", 0.8: "smaller than that of"}
         words = (words for limit, words in grades.items() if fake / real < limit)
         how = next(words, "about that of")
@@ -186,8 +186,6 @@ def copies(report: dict[str, Any]) -> str:
         share = "all" if least == 1 else f"{least:.0%} or more"
         detail += f"; of copies hidden as a test, {share} are found"
     detail += ")"
-    if start := report.get("what", {}).get("started_from"):
-        detail += f"; slices of {start}, where it began, were not looked at"
     if audit.copied:
         return f"Copies of training slices were found: {detail}; so do not share these samples."
     if audit.too_many:
@@ -202,6 +200,8 @@ def copies(report: dict[str, Any]) -> str:
     if audit.nearer and not audit.unlike:
         detail += ", but training participants are nearer to the samples than other people: a trace"
         detail += " of memorisation"
+    if start := report.get("what", {}).get("started_from"):
+        detail += f"; the slices of {start}, where it began, were not compared"
     return f"No copies of training slices were found: {detail}."
 
 
@@ -233,7 +233,7 @@ def classes(report: dict[str, Any]) -> str:
             low, high = row["real_effect_interval"]
             least, most = row.get("fake_effect_interval", [row["fake_effect"]] * 2)
             how = "as" if low <= most and least <= high else "unlike"
-            if low <= 0 <= high:
+            if how == "as" and low <= 0 <= high:
                 how = "perhaps as"
             return (
                 f"The size of the ventricles differs between their classes {how} in real slices: "

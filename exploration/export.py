@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from exploration.model import CHUNK, Model
 from participants.tables import MANIFEST
 from training import runs
 
-JOURNAL = ".journal.csv"  # what has been drawn so far, copies too: not to be handed on
+JOURNAL = ".journal.csv"  # what has been drawn so far; a killed export goes on after its last line
 COLUMNS = ("seed", "class", "position", "gap", "kept")
 SETTINGS = "export.json"
 ENCODING = "utf-8", "surrogateescape"  # keeps names of classes that are no UTF-8
@@ -139,9 +140,14 @@ def write_images(
     require_own(out, settings)
     with utils.lock_folder(out, "exporting"):
         utils.delete_partials(out)
+        if not (out / SETTINGS).exists():  # the images were moved away
+            (out / JOURNAL).unlink(missing_ok=True)
         report.write_text(json.dumps(settings, indent=2) + "\n", out / SETTINGS)
         rows = read_journal(out / JOURNAL)
         kept = [seed for seed, row in enumerate(rows) if row["kept"] == "yes"]
+        for seed in kept:
+            if not (out / rows[seed]["class"] / f"{name_of(seed)}.png").exists():
+                raise UserError(f"{out} lacks {name_of(seed)}: delete the folder to start again")
         if len(kept) > options.count:
             text = f"{out} holds {len(kept)} images; ask for as many or more, or use another --out"
             raise UserError(f"count = {options.count}: {text}")
@@ -224,8 +230,10 @@ def data_card(
     copies = "Copies of training slices were not looked for (--reject-copies)."
     if options.reject_copies:
         copies = f"{len(rows) - len(kept)} samples nearer to a training slice of the run itself\n"
-        copies += f"  than 99 % of the real test slices were left out. `{JOURNAL}` names their\n"
-        copies += "  seeds: delete it before you hand this folder on."
+        copies += (
+            "  than 99 % of the real test slices were left out. The seeds that are missing are\n"
+        )
+        copies += "  theirs: whoever has the generator can draw them."
     text = f"""# Synthetic brain slices
 
 {len(kept)} images of {R} x {R} pixels, 8-bit grey: {of_classes}.
@@ -262,7 +270,7 @@ To be filled in: that of the training data, if it allows derived data to be hand
 def evaluation_of(source: Path, digest: str) -> str:
     """What the evaluation of these very weights found, or what measures it. Raises UserError."""
     path = runs.output_folder(source, "evaluation") / "evaluation.json"
-    tables = runs.read_json(path) if path.exists() else {}
+    tables = with_nan(runs.read_json(path)) if path.exists() else {}
     same = tables.get("what", {}).get("sha256") == digest
     if not same:
         return "Not measured: `python evaluate.py RUN` measures it."
@@ -271,10 +279,21 @@ def evaluation_of(source: Path, digest: str) -> str:
     rows = [r for r in rows if r["set"] in ("all", SAME_SIZE, REAL)]
     psi, mixing = (tables["what"].get(name) for name in ("psi", "style_mixing_prob"))
     try:
-        text = f"{verdict(tables)}\nSamples with psi {psi}, style mixing {mixing}:\n\n"
-        return (text + report.as_table(rows)).rstrip()
-    except (LookupError, TypeError) as error:  # an earlier version wrote it
+        text = verdict(tables)
+        if rows:
+            text += f"\nSamples with psi {psi}, style mixing {mixing}:\n\n{report.as_table(rows)}"
+        return text.rstrip()
+    except LookupError as error:  # an earlier version wrote it
         raise UserError(f"{path} lacks {error}: evaluate the run again, or delete it") from error
+
+
+def with_nan(value: Any) -> Any:
+    """Nested values of JSON, which has null for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: with_nan(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [with_nan(v) for v in value]
+    return math.nan if value is None else value
 
 
 class FromLatents(nn.Module):

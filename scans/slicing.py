@@ -107,16 +107,24 @@ def id_of(name: str) -> str:
 def visit_folders(insides: list[Path]) -> set[str]:
     """The names of CLASS/NAME/... if they are visits, not people: more names lie in than there are.
 
-    V1 and V2, or 2019 and 2020, with p1 to p9 in each are visits; V01 to V20 with a T1 in each, or
-    with names such as V01_a, are people, and so are V01 and x.
+    V1 and V2, or 2019 and 2020, with p1 to p9 in each are visits; V01 to V20 with a T1 in each,
+    with names such as V01_a or with visits of their own are people, and so are V01 and x.
     """
     found = [path for path in insides if len(path.parts) > 2]
-    own = [(p.parts[1], p.parts[2] if len(p.parts) > 3 else stem(p.name)) for p in found]
-    within = {name for folder, name in own if not name.startswith(folder)}
-    names = {folder for folder, _ in own}
-    kinds = (VISIT_OR_PERSON, VISIT_FOLDER, YEAR)
-    alike = all(any(kind.fullmatch(name) for kind in kinds) for name in names)
-    return names if alike and len(within) > len(names) else set()
+    names, within = {path.parts[1] for path in found}, set()
+    for path in found:
+        folder, name = path.parts[1], path.parts[2] if len(path.parts) > 3 else stem(path.name)
+        named_after = re.match(rf"{re.escape(folder)}([-_ .]|$)", name) and "-" not in folder
+        within |= set() if named_after or like_visit(name) else {name}
+    if not all(map(like_visit, names)) or len(within) <= len(names):
+        return set()
+    utils.print_once(f"note: folders such as {min(names)} count as visits, not as people")
+    return names
+
+
+def like_visit(name: str) -> bool:
+    """Whether a folder of that name may be one of a visit, a date or a year."""
+    return any(kind.fullmatch(name) for kind in (VISIT_OR_PERSON, VISIT_FOLDER, YEAR))
 
 
 def entry_of_volume(

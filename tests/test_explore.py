@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -213,6 +214,14 @@ def test_means_and_intervals_are_those_of_all_latents_at_once(tmp_path, monkeypa
     np.testing.assert_allclose(row["interval"], [change.mean() - margin, change.mean() + margin])
     others = np.abs(np.diff(x, axis=0)).mean()
     assert 0.5 * others < found.moved_by_z < 2 * others
+
+
+def test_what_moves_with_the_latent_is_of_one_position(tmp_path):
+    m = model_of(tmp_path, condition_position=True)
+    found = cf.measure_changes(m, 1, 0, 6, None)
+    c = m.c(1, [0]).expand(6, -1)
+    same = images_of(m.G, m.change(m.z(list(range(6))), c, c)).astype(float)
+    assert found.moved_by_z == pytest.approx(np.abs(np.diff(same, axis=0)).mean())
 
 
 def test_a_scored_change_is_that_of_the_second_class(tmp_path):
@@ -929,6 +938,13 @@ def test_an_export_is_a_data_set(tmp_path, capsys):
         assert ("40.0% of the generated slices are nearer" in card) is quoted
         assert ("Not measured" in card) is not quoted
         assert ("Samples with psi 1.0, style mixing 0.9:\n\n| extractor" in card) is quoted
+    what, tables["distribution"] = what | {"psi": 0.7}, []
+    tables["labels"] = [
+        {"measurement": k, "unit": "participants", "auc": None} for k in ("TSTR", "TRTR")
+    ]
+    (run / "evaluation" / "evaluation.json").write_text(json.dumps({"what": what} | tables))
+    ex.export(ex.Options(run, out, count=11, truncation_psi=0.7))  # nothing but memorisation
+    assert "Samples with psi" not in (out / "README.md").read_text("utf-8")
     del near["interval_over_participants"]  # as an earlier version
     old = json.dumps({"what": what} | tables)
     for text, words in (("{", "cannot be read"), (old, "lacks 'interval_over_participants'")):
@@ -944,6 +960,10 @@ def test_an_export_is_a_data_set(tmp_path, capsys):
     (".", None, f"the slices in the folder “{Path.cwd().name}”"),
     ("a", "x/adni", "the slices in the folder “a”, starting from weights of adni, whose training "
         "slices count too"),
+    ("a", "/x/adni/checkpoints/0000000004.pt", "the slices in the folder “a”, starting from "
+        "weights of adni, whose training slices count too"),
+    ("a", "/y/demo_generator/generator.safetensors", "the slices in the folder “a”, starting from "
+        "weights of demo_generator"),
     ("a", "assets/demo_generator", "the slices in the folder “a”, starting from weights of "
         "demo_generator"),
 ])  # fmt: skip
@@ -1050,6 +1070,14 @@ def test_an_export_is_not_mixed_with_anything_else(tmp_path):
     for changed in ({"truncation_psi": 0.5}, {"checkpoint": other}):
         with pytest.raises(UserError, match="an export with (truncation_psi|generator_sha256) = "):
             ex.export(replace(options, **changed))
+    (out / "AD" / "seed0000000.png").rename(tmp_path / "moved.png")
+    with pytest.raises(UserError, match="lacks seed0000000: delete the folder to start again"):
+        ex.export(replace(options, count=4))
+    (tmp_path / "moved.png").rename(out / "AD" / "seed0000000.png")
+    emptied = ex.export(replace(options, out=tmp_path / "emptied"))
+    for path in emptied.glob("[!.]*"):  # as rm -r out/* does
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert everything(ex.export(replace(options, out=emptied))) == before
     (out / ".journal.csv").write_text("seed,what\n0,1\n")
     for text in (
         "seed,what\n0,1\n",

@@ -19,7 +19,7 @@ from dataset import load_slices
 from evaluation import features, metrics, samples, variety
 from modules import Discriminator
 from train import train
-from training import diagnosis
+from training import diagnosis, recorder
 from training.diagnosis import PANELS, RULES, out_of_range, plot_curves, verdict
 from training.logs import STATS, append_losses, read_history, read_log, read_losses, truncate_logs
 from training.recorder import Measurements, grid_interval, grids_of
@@ -259,7 +259,23 @@ def test_a_run_without_measurements_is_judged_by_its_losses_alone(tmp_path):
     ],
 )  # fmt: skip
 def test_the_verdict_is_the_distance_to_real_slices(tmp_path, fid, words):
-    assert words in verdict(read_history(write_run(tmp_path, fid_test=fid)))
+    assert words in verdict(read_history(write_run(tmp_path, fid_test=fid, fid=None)))
+
+
+def test_a_run_of_an_earlier_version_is_told(tmp_path):
+    history = read_history(write_run(tmp_path, fid_test=None, fid_memory=None))
+    assert verdict(history).startswith("An earlier version measured this run")
+
+
+def test_a_long_log_is_not_judged_at_every_epoch(config: Config, monkeypatch):
+    judged = []
+    monkeypatch.setattr(recorder, "diagnose", lambda h, _: judged.append(h) or {})
+    config.out.mkdir(parents=True)
+    run = recorder.Recorder(replace(config, epochs=5000), make_slices(), 0, torch.device("cpu"))
+    for epoch, more in ((2001, {}), (2002, {}), (2003, {"fid": 1.0}), (5000, {})):
+        run.lines = [{"epoch": i, "nimg": i} for i in range(1, epoch)]
+        run.write_line({"epoch": epoch, "nimg": epoch} | more)
+    assert len(judged) == 3
 
 
 def test_the_verdict_is_of_the_newest_measurement(tmp_path):

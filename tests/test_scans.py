@@ -251,7 +251,18 @@ def test_folders_of_one_name_each_are_people(names):
     both = [f"{name}/{kind}.nii" for name in names for kind in ("T1", "FLAIR")]
     assert set(people_in(*both)) == set(names)
     named = [f"{name}/{name}_{i}{name}.nii" for name in names for i in range(3)]
-    assert set(people_in(*named)) == set(names)
+    sessions = [
+        f"{name}/201{i}-02-0{k + 1}/T1.nii" for k, name in enumerate(names) for i in range(4)
+    ]
+    for paths in (named, sessions):
+        assert set(people_in(*paths)) == set(names)
+
+
+def test_days_whose_files_carry_the_date_are_visits(capsys):
+    paths = [f"{day}/{day}_p{i}.nii" for day in ("2019-03-02", "2021-05-02") for i in range(3)]
+    assert {name[-2:] for name in people_in(*paths)} == {"p0", "p1", "p2"}
+    assert "note: folders such as 2019-03-02 count as visits" in capsys.readouterr().out
+    assert len(set(people_in("V1/V1x1.nii", "V1/V1x2.nii", "V1/V1x3.nii"))) == 3
 
 
 def test_ids_that_differ_in_case_only_are_told_apart(tmp_path: Path):

@@ -229,6 +229,8 @@ def verdict(history: History) -> str:
         return f"The test set has {people:.0f} people; a verdict needs {MIN_PARTICIPANTS}."
     fid, reference = (history.recent(name, last=1) for name in ("fid_test", "fid_memory"))
     if not math.isfinite(fid + reference) or reference <= 0:
+        if math.isfinite(history.recent("fid", last=1)):
+            return "An earlier version measured this run: a verdict follows the next measurement."
         return "The distance to real slices is not measured yet."
     if history.recent("vary_z", last=1) <= LEAD * history.recent("vary_noise", last=1):
         return f"Too early for a verdict: z must move pixels {LEAD} times as far as noise does."

@@ -80,7 +80,7 @@ samples.
 
 Settings that differ from the defaults for a GPU: {settings}.
 """
-    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
+    write_atomically(path, lambda partial: partial.write_text(text, "utf-8", "backslashreplace"))
 
 
 def end_run(config: Config, slices: Slices) -> None:

@@ -53,9 +53,8 @@ def cache_of(config: Config) -> Path:
 
 def run_folder(path: Path) -> Path:
     """The run that a folder, a generator.safetensors or a checkpoints/*.pt belongs to."""
-    if not path.exists():
-        return path
-    folder = path if path.is_dir() else path.parent
+    is_file = path.is_file() or path.suffix in (".pt", ".safetensors")
+    folder = path.parent if is_file else path
     inside = folder.absolute().name == "checkpoints" and not (folder / "config.json").exists()
     return folder.absolute().parent if inside else folder
 
@@ -121,7 +120,10 @@ def shared_settings(config: Config) -> dict[str, str | int | float | None]:
     """The plain settings, with the name of a folder in place of its absolute path."""
     paths = {name: path for name in PATHS if (path := getattr(config, name)) is not None}
     bare = {name for name, path in paths.items() if path.is_absolute() or path.name in ("", "..")}
-    return plain_settings(config) | {name: name_of(paths[name]) for name in bare}
+    names = {name: name_of(paths[name]) for name in bare}
+    if config.init_from is not None:
+        names["init_from"] = name_of(run_folder(config.init_from))
+    return plain_settings(config) | names
 
 
 def name_of(path: Path) -> str:
@@ -385,7 +387,8 @@ def real_slices(
     try:
         found = None if problem else load_real(config, classes, data_root, table)
     except UserError as error:
-        if data_root is not None or root is None or (run_folder(source) / "paths.json").exists():
+        chosen = data_root is not None or table is not None or root is None
+        if chosen or (run_folder(source) / "paths.json").exists():
             raise
         problem = str(error)
     if problem:
