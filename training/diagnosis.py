@@ -345,7 +345,7 @@ def plot_curves(history: History, path: Path, config: Config) -> None:
     if not panels:
         return
     columns, rows = 4, math.ceil(len(panels) / 4)
-    figure = new_figure(figsize=(4.2 * columns, 3.1 * rows))
+    figure = new_figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[len(panels) :]:
         ax.axis("off")
@@ -364,7 +364,6 @@ def plot_curves(history: History, path: Path, config: Config) -> None:
     found = "\n".join([verdict(history), *diagnose(history, config).values()])
     text = "Green: healthy range. Thin: steps, smoothed."
     figure.suptitle(f"{text}\n{found}", fontsize=9)
-    figure.tight_layout()
     save_figure(figure, path)
 
 
