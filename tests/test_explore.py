@@ -979,6 +979,16 @@ def test_all_training_data_are_named(root, start, words, tmp_path):
     assert runs.training_data(shared) == words
 
 
+def test_a_start_from_the_same_slices_is_no_other_start(tmp_path):
+    names = ("first", "second", "third")
+    for i, name in enumerate(names):
+        config = Config(init_from=tmp_path / names[i - 1] if i else Path("x/adni"))
+        runs.write_run_config(tmp_path / name, config, ["AD", "NC"], "data")
+    assert runs.other_start(config, "data") == "adni" and runs.other_start(config) == "second"
+    runs.write_run_config(tmp_path / "first", Config(), ["AD", "NC"], "data")
+    assert runs.other_start(config, "data") == "" and runs.other_start(config, "other") == "second"
+
+
 def test_an_export_mixes_the_styles_of_a_share_of_the_seeds(tmp_path):
     run = saved(tmp_path / "run")
     plain, half, mixed, again = (

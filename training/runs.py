@@ -297,10 +297,19 @@ def training_data(config: Config) -> str:
     return words
 
 
-def other_start(config: Config) -> str:
-    """The name of the run whose weights a run started from; "" for none or the demo generator."""
-    start = "" if config.init_from is None else name_of(run_folder(config.init_from))
-    return "" if start == DEMO_GENERATOR.name else start
+def other_start(config: Config, data: str = "") -> str:
+    """The name of the run whose weights a run started from; "" for none or the demo generator.
+
+    With the identity of the run's data, a start from the same slices does not count either.
+    """
+    source = config.init_from
+    if source is None or (start := name_of(run_folder(source))) == DEMO_GENERATOR.name:
+        return ""
+    if data and (run_folder(source) / "config.json").exists():
+        before, _, others = read_run_config(source)
+        if others == data:
+            return other_start(before, data)
+    return start
 
 
 def trained_on(path: Path, data: str) -> bool:
@@ -310,12 +319,12 @@ def trained_on(path: Path, data: str) -> bool:
 
 def identity_of(source: Path) -> dict[str, Any]:
     """What is known of weights: file, sha256, thousands of images seen, the run they began with."""
-    weights, config = weights_of(source), read_run_config(source)[0]
+    weights, (config, _, data) = weights_of(source), read_run_config(source)
     saved = load_checkpoint(weights) if weights.suffix == ".pt" else None
     nimg = saved["cur_nimg"] if saved else utils.images_seen(weights)
     found = {"weights": str(weights), "sha256": utils.sha256_of(weights)}
     found["kimg"] = "unknown" if nimg is None else nimg / 1000
-    return found | ({"started_from": start} if (start := other_start(config)) else {})
+    return found | ({"started_from": start} if (start := other_start(config, data)) else {})
 
 
 def own_encoder(path: Path, data: str) -> Path | None:
