@@ -54,6 +54,15 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def with_nan(value: Any) -> Any:
+    """Nested values of JSON, with NaN for the null that `plain` made of it."""
+    if isinstance(value, dict):
+        return {name: with_nan(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [with_nan(v) for v in value]
+    return math.nan if value is None else value
+
+
 def heading(column: str) -> str:
     return column.replace("_", " ").replace("fake", "generated")
 

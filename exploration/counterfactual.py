@@ -70,10 +70,10 @@ def measure_changes(
         total, squares = total + difference.sum(0), squares + np.square(difference).sum(0)
         moved.append(np.abs(difference).mean((1, 2)))
         if len(seeds) > 1:
-            same = a[:1].expand_as(a)  # one position, if G has positions
-            drawn = (
-                images_of(model.G, model.change(z, same, same)) if model.G.by_position else steps[0]
-            )
+            drawn = steps[0]
+            if model.G.by_position:  # then all in one
+                same = a[:1].expand_as(a)
+                drawn = images_of(model.G, model.change(z, same, same))
             by_z.append(np.abs(np.diff(drawn.astype(float), axis=0)).mean((1, 2)))
         parts.append(np.stack([attributes(images) for images in steps]))
         scores.append([models.class_score(classifier, steps[i], second) for i in (0, -1)])

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -229,11 +228,9 @@ def data_card(
     of_two = sum(latents_of(model, options, row) == 2 for row in kept)
     copies = "Copies of training slices were not looked for (--reject-copies)."
     if options.reject_copies:
-        copies = f"{len(rows) - len(kept)} samples nearer to a training slice of the run itself\n"
-        copies += (
-            "  than 99 % of the real test slices were left out. The seeds that are missing are\n"
-        )
-        copies += "  theirs: whoever has the generator can draw them."
+        copies = f"""{len(rows) - len(kept)} samples nearer to a training slice of the run itself
+  than 99 % of the real test slices were left out. The seeds that are missing are
+  theirs: whoever has the generator can draw them."""
     text = f"""# Synthetic brain slices
 
 {len(kept)} images of {R} x {R} pixels, 8-bit grey: {of_classes}.
@@ -270,7 +267,7 @@ To be filled in: that of the training data, if it allows derived data to be hand
 def evaluation_of(source: Path, digest: str) -> str:
     """What the evaluation of these very weights found, or what measures it. Raises UserError."""
     path = runs.output_folder(source, "evaluation") / "evaluation.json"
-    tables = with_nan(runs.read_json(path)) if path.exists() else {}
+    tables = report.with_nan(runs.read_json(path)) if path.exists() else {}
     same = tables.get("what", {}).get("sha256") == digest
     if not same:
         return "Not measured: `python evaluate.py RUN` measures it."
@@ -285,15 +282,6 @@ def evaluation_of(source: Path, digest: str) -> str:
         return text.rstrip()
     except LookupError as error:  # an earlier version wrote it
         raise UserError(f"{path} lacks {error}: evaluate the run again, or delete it") from error
-
-
-def with_nan(value: Any) -> Any:
-    """Nested values of JSON, which has null for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {name: with_nan(v) for name, v in value.items()}
-    if isinstance(value, list):
-        return [with_nan(v) for v in value]
-    return math.nan if value is None else value
 
 
 class FromLatents(nn.Module):
